@@ -1,0 +1,62 @@
+"""Finds and types the compiled CPU library."""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+
+# `import torch` stands above the load on purpose: both then share the OpenMP runtime that torch brings.
+
+
+@functools.cache
+def native() -> ctypes.CDLL | None:
+    """The compiled library, or None where the distribution was built without a C++ compiler.
+
+    Found through `importlib.resources`, because in an editable install the library does not stand beside this file.
+
+    Returns:
+        The loaded library, or None.
+    """
+    folder = resources.files("core_tensor")
+    for name in ("libcore_tensor_native.so", "libcore_tensor_native.dylib"):
+        found = folder / name
+        if found.is_file():
+            with resources.as_file(found) as path:
+                return ctypes.CDLL(str(path))
+    return None
+
+
+def function(name: str, *argtypes: Any) -> Callable[..., None]:
+    """A typed C function of the compiled library; the trailing `int threads` that every kernel takes is filled in.
+
+    Args:
+        name: Exported symbol.
+        argtypes: ctypes types of the arguments without the thread count; tensors go in as `ctypes.c_void_p`.
+
+    Returns:
+        A callable that takes tensors for `c_void_p` arguments and appends `torch.get_num_threads()`.
+    """
+
+    @functools.cache
+    def symbol() -> Any:
+        library = native()
+        if library is None:
+            raise RuntimeError(
+                "core_tensor was installed without its compiled library; reinstall with a C++17 compiler"
+            )
+        found = getattr(library, name)
+        found.argtypes = [*argtypes, ctypes.c_int]
+        found.restype = None
+        return found
+
+    def call(*args: Any) -> None:
+        symbol()(*_pointers(args), torch.get_num_threads())
+
+    return call
+
+
+def _pointers(args: Sequence[Any]) -> list[Any]:
+    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]

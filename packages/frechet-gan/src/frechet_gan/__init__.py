@@ -1,0 +1,1 @@
+"""Generators trained by Frechet distance or optimal transport in feature space."""

@@ -1,0 +1,1 @@
+"""mSAM: micro-batch-averaged sharpness-aware minimization, exact and cheaper than SAM."""

@@ -1,0 +1,5 @@
+"""`python -m msam` is the command `msam`."""
+
+from msam.cli import main
+
+main()

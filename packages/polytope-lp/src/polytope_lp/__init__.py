@@ -1,0 +1,1 @@
+"""Web-scale matching LPs: dual decomposition and projection onto any polytope."""

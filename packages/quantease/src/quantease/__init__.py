@@ -1,0 +1,1 @@
+"""QuantEase: LLM post-training quantization by coordinate descent, outlier-aware."""

@@ -1,0 +1,5 @@
+"""`python -m sgd_stability` is the command `sgd-stability`."""
+
+from sgd_stability.cli import main
+
+main()
