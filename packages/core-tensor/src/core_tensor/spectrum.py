@@ -1,0 +1,335 @@
+"""Spectra of symmetric operators known only by their products: Hessians, top eigenvalues, traces.
+
+Symbols: A a symmetric operator of size d, theta a Ritz value with unit Ritz vector v, ||A v - theta v|| its residual.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from core_tensor.checks import check_number, check_tensor
+
+
+@dataclass(frozen=True)
+class SymmetricOperator:
+    """A symmetric d x d matrix, known by its product with a vector.
+
+    Attributes:
+        product: `v (size,) -> A v (size,)`; it must be linear and symmetric, which nothing here verifies.
+        size: Dimension d.
+        dtype: Floating dtype of the vectors.
+        device: Device of the vectors.
+    """
+
+    product: Callable[[Tensor], Tensor]
+    size: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Apply the operator.
+
+        Args:
+            vector: Vector, shape (size,).
+
+        Returns:
+            A v, shape (size,).
+        """
+        return self.product(vector)
+
+    def random(self, generator: torch.Generator | None = None) -> Tensor:
+        """A standard normal vector for this operator, drawn on the CPU so that devices and ranks agree.
+
+        Args:
+            generator: CPU generator; torch's default one if absent.
+
+        Returns:
+            Vector, shape (size,).
+        """
+        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The algebraically largest eigenvalues found, with what is known about their quality.
+
+    Attributes:
+        values: Ritz values, largest first, float64 on the CPU, shape (k,). Each lies within its residual of an
+            eigenvalue; that it is the largest one rests on the start vector not being orthogonal to it.
+        vectors: Unit Ritz vectors in the columns, shape (d, k).
+        residuals: ||A v - theta v||, float64 on the CPU, shape (k,).
+        products: How many products with A were spent.
+        converged: Whether every residual passed the tolerance before the steps ran out.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    products: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """An unbiased estimate of a trace.
+
+    Attributes:
+        value: The estimate.
+        standard_error: Its estimated standard deviation; NaN from a single probe.
+        products: How many products with A were spent.
+    """
+
+    value: float
+    standard_error: float
+    products: int
+
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Concatenate tensors into one vector.
+
+    Args:
+        tensors: Tensors of one dtype and device.
+
+    Returns:
+        Vector, shape (total number of elements,).
+    """
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def check_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Refuse parameters that have no real, flat vector form.
+
+    Args:
+        parameters: The parameters a Hessian is taken over.
+
+    Returns:
+        The parameters, as a list.
+
+    Raises:
+        TypeError: If one is not a real floating tensor, or dtypes differ.
+        ValueError: If there is none, one does not require a gradient, or devices differ.
+    """
+    listed = list(parameters)
+    if not listed:
+        raise ValueError("parameters: expected at least one parameter, got none")
+    for parameter in listed:
+        check_tensor("parameters", parameter)
+        if not parameter.is_floating_point():
+            raise TypeError(f"parameters: expected real floating tensors, got {parameter.dtype}")
+        if not parameter.requires_grad:
+            raise ValueError("parameters: expected tensors that require a gradient, got one that does not")
+    if len({p.dtype for p in listed}) > 1:
+        raise TypeError(f"parameters: expected one dtype, got {sorted({str(p.dtype) for p in listed})}")
+    if len({p.device for p in listed}) > 1:
+        raise ValueError(f"parameters: expected one device, got {sorted({str(p.device) for p in listed})}")
+    return listed
+
+
+def hessian_operator(
+    closure: Callable[[], Tensor], parameters: Iterable[Tensor], *, keep_graph: bool = True
+) -> SymmetricOperator:
+    r"""The Hessian of a loss, by double backward: `A v = d/dw <dL/dw, v>`.
+
+    The loss must be twice differentiable by autograd (fused attention kernels are not: select torch's math backend
+    around the closure).
+
+    Args:
+        closure: Evaluates the loss, a real scalar; must give the same value at every call (no dropout).
+        parameters: Parameters w; d is their total number of elements.
+        keep_graph: Keep the gradient's graph between products: faster, and holds the activations in memory until the
+            operator is dropped. Otherwise every product evaluates the closure again, at the parameters of that moment.
+
+    Returns:
+        The Hessian, acting on flat vectors in the order of `parameters`.
+
+    Raises:
+        TypeError: If the parameters are not real floating tensors of one dtype, or the closure's value is no tensor.
+        ValueError: If there are no parameters, or the loss is not a finite scalar.
+    """
+    listed = check_parameters(parameters)
+
+    def gradient() -> Tensor:
+        with torch.enable_grad():
+            loss = closure()
+            check_tensor("closure", loss, shape=())
+            check_tensor("closure", loss.detach(), finite=True)
+            if not loss.requires_grad:
+                raise ValueError("closure: expected a loss that depends on the parameters, got a constant")
+            return flatten(torch.autograd.grad(loss, listed, create_graph=True, materialize_grads=True))
+
+    kept = gradient() if keep_graph else None
+
+    def product(vector: Tensor) -> Tensor:
+        first = gradient() if kept is None else kept
+        if not first.requires_grad:  # a loss linear in w
+            return torch.zeros_like(vector)
+        second = torch.autograd.grad(
+            first, listed, grad_outputs=vector, retain_graph=kept is not None, materialize_grads=True
+        )
+        return flatten(second).detach()
+
+    return SymmetricOperator(product, sum(p.numel() for p in listed), listed[0].dtype, listed[0].device)
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    k: int = 1,
+    *,
+    tolerance: float = 1e-3,
+    max_steps: int = 100,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Eigenpairs:
+    r"""The k algebraically largest eigenvalues by Lanczos with full reorthogonalisation and a residual stop.
+
+    Stops as soon as all k Ritz pairs satisfy `||A v - theta v|| <= tolerance |theta|` (with ARPACK's floor for tiny
+    |theta|). At an invariant subspace it goes on from a fresh random direction until one more such direction changes
+    nothing, so the identity and k above the rank come out right; a repeated eigenvalue that passes the tolerance
+    before that counts once. For the smallest eigenvalues pass the negated operator.
+
+    Args:
+        operator: The operator A.
+        k: How many eigenvalues, 1 to d.
+        tolerance: Relative residual to stop at.
+        max_steps: Most products to spend; holds as many vectors of size d.
+        start: Start vector, such as an earlier eigenvector, shape (d,). It must have a component along what is sought.
+        generator: Source of the random start and of fresh directions.
+
+    Returns:
+        The pairs, their residuals, and whether they converged.
+
+    Raises:
+        ValueError: If an argument is out of range, the start is zero, or a product is not finite.
+        TypeError: If an argument has the wrong type.
+
+    Source:
+        Golub & Van Loan, Matrix Computations, sec. 10.1-10.3; stopping rule of ARPACK's dsconv.
+    """
+    check_number("k", k, low=1, high=operator.size, integer=True)
+    check_number("tolerance", tolerance, low=0)
+    check_number("max_steps", max_steps, low=k, integer=True)
+    if start is not None:
+        check_tensor("start", start, shape=(operator.size,), finite=True)
+        if not bool(start.any()):
+            raise ValueError("start: expected a vector that is not zero")
+        start = start.to(operator.device, operator.dtype)
+    vector = operator.random(generator) if start is None else start
+    basis = _Basis(operator)
+    diagonal: list[float] = []
+    off: list[float] = []  # off[j] joins basis vectors j and j + 1
+    last = min(max_steps, operator.size)
+    floor = torch.finfo(operator.dtype).eps ** (2 / 3)
+    vector = vector / vector.norm()
+    settled: Tensor | None = None  # the values at the last invariant subspace
+    while True:
+        basis.append(vector)
+        image = operator(vector)
+        check_tensor("operator", image, shape=(operator.size,), finite=True)
+        diagonal.append(float(torch.dot(vector, image)))
+        image = basis.reject(image)
+        off.append(float(image.norm()))
+        theta, rotation = _tridiagonal_eigh(diagonal, off[:-1])  # ascending
+        size = float(theta.abs().max())
+        if off[-1] <= 10 * torch.finfo(operator.dtype).eps * size or size == 0.0:
+            off[-1] = 0.0  # invariant subspace: all Ritz pairs are exact
+        steps = len(diagonal)
+        count = min(k, steps)
+        values = theta.flip(0)[:count]
+        residuals = (off[-1] * rotation[-1].abs()).flip(0)[:count]
+        passed = bool((residuals <= tolerance * values.abs().clamp_min(floor * size)).all())
+        if off[-1] == 0.0:
+            passed, settled = settled is not None and _same(values, settled, floor * size), values
+        if steps >= last or (passed and steps >= k):
+            break
+        vector = image / off[-1] if off[-1] > 0 else basis.fresh(generator)
+    passed = passed or steps == operator.size
+    rotated = rotation.flip(1)[:, :count].to(operator.device, operator.dtype)  # (steps, k)
+    return Eigenpairs(values, basis.rows.T @ rotated, residuals, steps, passed and steps >= k)
+
+
+def hutchinson_trace(
+    operator: SymmetricOperator, probes: int = 50, *, generator: torch.Generator | None = None
+) -> TraceEstimate:
+    """Hutchinson's unbiased trace estimate: the mean of z'Az over random sign vectors z.
+
+    Args:
+        operator: The operator A.
+        probes: Number of sign vectors; one product each.
+        generator: CPU generator of the signs.
+
+    Returns:
+        The estimate and its standard error.
+
+    Raises:
+        ValueError: If `probes` is not positive or a product is not finite.
+
+    Source:
+        Hutchinson 1990; variance 2 (||A||_F^2 - sum_i A_ii^2) per probe.
+    """
+    check_number("probes", probes, low=1, integer=True)
+    samples = torch.empty(probes, dtype=torch.float64)
+    for i in range(probes):
+        z = signs(operator, generator)
+        samples[i] = torch.dot(z, operator(z))
+    if not bool(samples.isfinite().all()):
+        raise ValueError("operator: expected finite products, got NaN or infinite ones")
+    error = float(samples.std()) / math.sqrt(probes) if probes > 1 else math.nan
+    return TraceEstimate(float(samples.mean()), error, probes)
+
+
+def signs(operator: SymmetricOperator, generator: torch.Generator | None = None) -> Tensor:
+    """A vector of independent random signs, drawn on the CPU so that devices and ranks agree.
+
+    Args:
+        operator: The operator whose size, dtype and device the vector takes.
+        generator: CPU generator.
+
+    Returns:
+        Vector of -1 and 1, shape (size,).
+    """
+    bits = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+    return (2 * bits - 1).to(operator.device, operator.dtype)
+
+
+def _same(values: Tensor, earlier: Tensor, slack: float) -> bool:
+    return len(values) == len(earlier) and bool((values - earlier).abs().max() <= slack)
+
+
+def _tridiagonal_eigh(diagonal: Sequence[float], off: Sequence[float]) -> tuple[Tensor, Tensor]:
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if off:
+        beside = torch.tensor(off, dtype=torch.float64)
+        matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
+    theta, rotation = torch.linalg.eigh(matrix)
+    return theta, rotation
+
+
+class _Basis:
+    """Orthonormal rows that grow without being copied at every step."""
+
+    def __init__(self, operator: SymmetricOperator) -> None:
+        self._operator = operator
+        self._buffer = torch.empty((8, operator.size), dtype=operator.dtype, device=operator.device)
+        self._count = 0
+
+    @property
+    def rows(self) -> Tensor:
+        return self._buffer[: self._count]
+
+    def append(self, vector: Tensor) -> None:
+        if self._count == len(self._buffer):
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)])
+        self._buffer[self._count] = vector
+        self._count += 1
+
+    def reject(self, vector: Tensor) -> Tensor:
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            vector = torch.addmv(vector, self.rows.T, self.rows @ vector, alpha=-1)
+        return vector
+
+    def fresh(self, generator: torch.Generator | None) -> Tensor:
+        vector = self.reject(self._operator.random(generator))
+        return self.reject(vector / vector.norm())
