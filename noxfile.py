@@ -1,0 +1,344 @@
+"""Every gate of the repository: `uvx nox --list` names them, `uvx nox -s test` is the one to know.
+
+The gates share one environment, `.nox/workspace`, which `uv sync` keeps equal to the lock: making one per session would
+install torch a dozen times to learn nothing new. What needs an environment of its own makes it: `matrix` one per
+Python, `bench` one per package with its peers, `wheels` a throw-away one per wheel outside the tree.
+"""
+
+import argparse
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import nox
+from nox.command import CommandFailed
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["test"]
+
+ROOT = Path(__file__).parent.resolve()
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+PYTHONS = ("3.11", "3.12", "3.13")
+UV = os.environ.get("UV", "uv")  # uvx says where it stands, even if it is not on the PATH
+BY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
+BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for name in [*PACKAGES, "tools"]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environments and arguments
+
+
+def sync(session: nox.Session, *arguments: str, environment: str = "workspace") -> Path:
+    """Bring `.nox/<environment>` to the lock (written first where it is absent) and return its folder of commands."""
+    folder = ROOT / ".nox" / environment
+    session.run(UV, "sync", *arguments, env={"UV_PROJECT_ENVIRONMENT": str(folder)}, external=True)
+    return folder / "bin"
+
+
+def workspace(session: nox.Session) -> Path:
+    """The environment that the gates share: every package with every extra, every dependency group."""
+    return sync(session, "--all-groups")
+
+
+def run(session: nox.Session, program: Path, *arguments: str, **options: object) -> None:
+    """Run a program of an environment."""
+    session.run(str(program), *arguments, external=True, **options)
+
+
+def parse(session: nox.Session, *, affected: bool = False, package: bool = False) -> argparse.Namespace:
+    """Split what follows `--` into our own arguments and `rest`, which the tool behind the session gets."""
+    parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --", allow_abbrev=False)
+    if package:
+        parser.add_argument("package", choices=PACKAGES)
+    if affected:
+        parser.add_argument("--affected", metavar="REF", help="only what the diff to REF touches, and dependants")
+    options, rest = parser.parse_known_args(session.posargs)
+    options.rest = rest
+    return options
+
+
+def affected_packages(reference: str) -> list[str]:
+    """The packages that the diff to a git reference touches, and those that depend on them."""
+    command = [sys.executable, str(ROOT / "tools" / "workspace.py"), "affected", reference]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+
+
+def run_all(session: nox.Session, names: list[str], step: object) -> None:
+    """Call `step(name)` for every name, also after one has failed, and fail at the end with the names that did."""
+    failed = []
+    for name in names:
+        try:
+            step(name)
+        except CommandFailed:
+            failed.append(name)
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+def project(package: str) -> dict[str, Any]:
+    """The table `[project]` of a package."""
+    metadata: dict[str, Any] = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())
+    return metadata["project"]
+
+
+def import_name(package: str) -> str:
+    """Name of a distribution's module."""
+    return package.replace("-", "_")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tests
+
+
+@nox.session
+@BY_PACKAGE_AND_TOOLS
+def test(session: nox.Session, package: str) -> None:
+    """Tests of each package: `-- [--affected REF] [pytest arguments]`."""
+    options = parse(session, affected=True)
+    if options.affected and package in PACKAGES and package not in affected_packages(options.affected):
+        session.skip(f"{package} is not affected by the changes since {options.affected}")
+    folder = "tools/tests" if package == "tools" else f"packages/{package}/tests"
+    run(session, workspace(session) / "python", "-m", "pytest", folder, *options.rest)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Fast tests of every package on every supported Python that this machine has: `-- [pytest arguments]`."""
+    found = {version: interpreter(version) for version in PYTHONS}
+    for version in (version for version, path in found.items() if path is None):
+        session.warn(f"SKIPPED: no working Python {version} on this machine")
+
+    def step(version: str) -> None:
+        commands = sync(session, "--python", str(found[version]), environment=f"matrix-{version}")
+        for package in PACKAGES:
+            folder = f"packages/{package}/tests"
+            run(session, commands / "python", "-m", "pytest", "-m", "not slow", folder, *session.posargs)
+
+    run_all(session, [version for version, path in found.items() if path is not None], step)
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs; a name on the PATH proves nothing, since pyenv's shims exist without one."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    candidates = [f"python{version}", *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
+    for candidate in candidates:
+        try:
+            code = "import sys; print(sys.executable, '%d.%d' % sys.version_info[:2])"
+            answer = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        if answer[1] == version:
+            return answer[0]
+    return None
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Triton kernels without a GPU: values in the interpreter, then compilation for sm_80 and sm_90 (no spills)."""
+    python = workspace(session) / "python"
+    tests = ROOT / "packages" / "core-tensor" / "tests"
+    run(session, python, "-m", "pytest", str(tests / "interpreted"), *session.posargs, env={"TRITON_INTERPRET": "1"})
+    run(session, python, "-m", "pytest", str(tests / "aot"), *session.posargs, env={"CORE_TENSOR_AOT": "1"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Static gates
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and format, and deptry: every package declares what it imports and imports what it declares."""
+    commands = workspace(session)
+    run(session, commands / "ruff", "check", ".")
+    run(session, commands / "ruff", "format", "--check", ".")
+
+    def step(package: str) -> None:
+        with session.chdir(ROOT / "packages" / package):
+            # Extras are imported by name (`core_tensor.extras.require`), which a static reader cannot follow, so they count
+            # as declared wherever they are imported. What is required must be declared and used, without exception.
+            extras = ",".join(project(package).get("optional-dependencies", {}))
+            run(session, commands / "deptry", "src", "--optional-dependencies-dev-groups", extras, "--ignore", "DEP004")
+
+    run_all(session, PACKAGES, step)
+
+
+@nox.session
+@BY_PACKAGE_AND_TOOLS
+def types(session: nox.Session, package: str) -> None:
+    """`mypy --strict` of each package."""
+    sources = ["tools", "--exclude", "tests/"] if package == "tools" else [f"packages/{package}/src"]
+    run(session, workspace(session) / "mypy", "--strict", *sources, *session.posargs)
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """The paper packages import core_tensor and never one another."""
+    run(session, workspace(session) / "lint-imports")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, strictly; every name in a paper map exists and every table is what reproduce/ wrote: `-- [--serve]`."""
+    commands = workspace(session)
+    run(session, commands / "python", "tools/paper_map.py")
+    run(session, commands / "python", "tools/report.py", "--check")
+    command = ["serve"] if "--serve" in session.posargs else ["build", "--strict"]
+    run(session, commands / "mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distributions
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Every wheel and sdist; each wheel alone in a fresh environment: `-- [--affected REF] [pytest arguments]`."""
+    options = parse(session, affected=True)
+    commands = workspace(session)
+    run(session, commands / "python", "tools/version_windows.py")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    session.run(UV, "build", "--quiet", "--all-packages", "--out-dir", "dist", external=True)
+    built = sorted(str(path) for path in (ROOT / "dist").iterdir() if path.name.endswith((".whl", ".tar.gz")))
+    run(session, commands / "check-wheel-contents", *(path for path in built if path.endswith(".whl")))
+    run(session, commands / "twine", "check", "--strict", *built)
+    chosen = affected_packages(options.affected) if options.affected else PACKAGES
+    run_all(session, chosen, lambda package: test_wheel(session, package, options.rest))
+
+
+def test_wheel(session: nox.Session, package: str, arguments: list[str]) -> None:
+    """Install one wheel outside the tree, first bare (it must import and answer `--help`), then with its extras."""
+    wheel, core = (next((ROOT / "dist").glob(f"{import_name(name)}-*.whl")) for name in (package, "core-tensor"))
+    extras = ",".join(project(package).get("optional-dependencies", {}))
+    tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
+    with tempfile.TemporaryDirectory(prefix="wheel-") as name:
+        outside = Path(name)
+        pins = outside / "pins.txt"
+        session.run(*EXPORT, "--no-hashes", "--output-file", str(pins), external=True)
+        commands = outside / "venv" / "bin"
+        install = (UV, "pip", "install", "--quiet", "--python", str(commands / "python"), "--constraint", str(pins))
+        # The wheels go in by path: an index could hold a stranger under the same name.
+        core_requirement = [] if package == "core-tensor" else [f"core-tensor @ {core.as_uri()}"]
+        session.run(UV, "venv", "--quiet", "--python", python_of_workspace(), str(outside / "venv"), external=True)
+        session.run(*install, f"{package} @ {wheel.as_uri()}", *core_requirement, external=True)
+        with session.chdir(outside):
+            run(session, commands / "python", "-c", f"import {import_name(package)}")
+            for command in project(package).get("scripts", {}):
+                run(session, commands / command, "--help", silent=True)
+        session.run(*install, f"{package}[{extras}] @ {wheel.as_uri()}", *core_requirement, *tests, external=True)
+        shutil.copy(ROOT / "pyproject.toml", outside)  # pytest's configuration
+        folder = outside / "packages" / package
+        without_sources = shutil.ignore_patterns("src", "csrc", "__pycache__")
+        shutil.copytree(ROOT / "packages" / package, folder, ignore=without_sources)
+        with session.chdir(outside):
+            python = commands / "python"
+            run(session, python, "-m", "pytest", "-m", "not slow", str(folder / "tests"), *arguments, env=shared_data())
+
+
+def python_of_workspace() -> str:
+    """The interpreter that `.nox/workspace` was made with."""
+    return str((ROOT / ".nox" / "workspace" / "bin" / "python").resolve())
+
+
+def shared_data() -> dict[str, str]:
+    """Where tests that run outside the tree find the shared data, by the rule of `core_tensor.testing.shared_data`."""
+    named = os.environ.get("CORE_TENSOR_SHARED_DATA")
+    beside = [folder / "shared" / "data" for folder in ROOT.parents if (folder / "shared" / "data").is_dir()]
+    folder = named or next(map(str, beside), None)
+    return {"CORE_TENSOR_SHARED_DATA": folder} if folder else {}
+
+
+EXPORT = (
+    *(UV, "export", "--quiet", "--all-packages", "--all-extras", "--all-groups"),
+    *("--no-emit-workspace", "--no-header", "--no-annotate"),
+)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Resolve anew and write `tools/requirements.lock`; `-- --check` compares instead of writing."""
+    (ROOT / "uv.lock").unlink(missing_ok=True)  # an existing lock would keep its versions
+    session.run(UV, "lock", external=True)
+    fresh = LOCK_HEADER + session.run(*EXPORT, external=True, silent=True)
+    file = ROOT / "tools" / "requirements.lock"
+    if "--check" not in session.posargs:
+        file.write_text(fresh)
+        return
+    tracked = file.read_text() if file.exists() else ""
+    if tracked != fresh:
+        difference = difflib.unified_diff(tracked.splitlines(), fresh.splitlines(), "tracked", "fresh", "", "", 0, "")
+        print("\n".join(line for line in difference if "--hash" not in line))
+        session.error("tools/requirements.lock does not follow from pyproject.toml: run `uvx nox -s lock`, commit it")
+
+
+LOCK_HEADER = """\
+# The resolution of this workspace with hashes and without addresses, so that it holds for any mirror of the index.
+# Written by `uvx nox -s lock`; CI compares it with a fresh resolution.
+"""
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Bump, change log, commit, tag and wheels of every package with something to release: `-- [--dry-run]`."""
+    run(session, workspace(session) / "python", "tools/release.py", *session.posargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evidence
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks of one package against its peers: `-- PACKAGE [--quick] [--json] [--only KEY]`."""
+    options = parse(session, package=True)
+    environment = f"bench-{options.package}"
+    selection = ("--package", options.package, "--all-extras", "--no-default-groups", "--inexact")
+    python = sync(session, *selection, environment=environment) / "python"
+    folder = ROOT / "packages" / options.package / "benchmarks"
+    peers = folder / "peers.txt"
+    if peers.exists():
+        install_peers(session, python, peers)
+    scripts = [folder / "bench.py"] if (folder / "bench.py").exists() else sorted(folder.glob("bench_*.py"))
+    for script in scripts:
+        run(session, python, str(script), *options.rest)
+
+
+def install_peers(session: nox.Session, python: Path, peers: Path) -> None:
+    """Add the peers one by one, with what is installed held fixed, so that we are measured as the lock has us.
+
+    A peer that cannot join is left out with the reason; its bars then print null.
+    """
+    install = [UV, "pip", "install", "--python", str(python), "--quiet"]
+    for line in peers.read_text().splitlines():
+        peer = line.split(" #")[0].strip()
+        if not peer or peer.startswith("#"):
+            continue
+        freeze = [UV, "pip", "freeze", "--python", str(python)]
+        held = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
+        pins = "\n".join(pin for pin in held if "==" in pin)
+        done = subprocess.run([*install, "--constraint", "-", peer], input=pins, capture_output=True, text=True)
+        if done.returncode:
+            session.warn(f"peer {peer} cannot be installed, its bars will be null:\n{done.stderr}")
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """The paper's claims from fixed seeds into reproduce/results, then the docs' tables: `-- PACKAGE [arguments]`."""
+    options = parse(session, package=True)
+    python = workspace(session) / "python"
+    for script in sorted((ROOT / "packages" / options.package / "reproduce").glob("[!_]*.py")):
+        run(session, python, str(script), *options.rest)
+    run(session, python, "tools/report.py")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job of one package: `-- PACKAGE [--quick] [--json]`."""
+    options = parse(session, package=True)
+    run(session, workspace(session) / options.package, "demo", *options.rest)

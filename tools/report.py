@@ -1,0 +1,153 @@
+"""Write the figures of the docs from the JSON that `reproduce/` wrote, so that nobody types a number.
+
+A page marks the place; what stands between the marks is replaced, `--check` only compares:
+
+    <!-- table packages/msam/reproduce/results/digits.json#runs columns="method, accuracy:.3f as test accuracy" -->
+    <!-- end -->
+
+    SAM reaches <!-- value packages/msam/reproduce/results/digits.json#best.accuracy:.1% -->97.3%<!-- end -->.
+
+After `#` comes a path of keys and indices into the JSON. A table is a list of objects, or an object of objects whose
+keys become the first column, `name`. `columns` chooses and orders keys (dots go deeper), with a format after a colon
+and a heading after `as`; without it every key of the first row is a column.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from workspace import ROOT
+
+_BLOCK = re.compile(
+    r"""(<!--\ (?P<kind>table|value)\ (?P<file>[^#\s]+)(?:\#(?P<path>[^\s:]*))?(?::(?P<format>\S+))?
+        (?:\ columns="(?P<columns>[^"]*)")?\ -->).*?(<!--\ end\ -->)""",
+    re.DOTALL | re.VERBOSE,
+)
+_COLUMN = re.compile(r"^(?P<key>[^:]+?)(?::(?P<format>\S+))?(?: as (?P<title>.+))?$")
+
+
+def pages(root: Path = ROOT) -> Iterator[Path]:
+    """Every Markdown page that may hold figures."""
+    yield root / "README.md"
+    yield from sorted(root.glob("docs/**/*.md"))
+    yield from sorted(root.glob("packages/*/README.md"))
+
+
+def look_up(value: Any, path: str, where: str) -> Any:
+    """Follow a dotted path of keys and list indices.
+
+    Args:
+        value: Parsed JSON.
+        path: Such as `runs.0.accuracy`; empty for the whole.
+        where: What to name in an error.
+
+    Raises:
+        ValueError: If a key is missing.
+    """
+    for key in filter(None, path.split(".")):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: no {key!r} on the path {path!r}") from error
+    return value
+
+
+def show(value: Any, form: str | None) -> str:
+    """A figure as text: four significant digits unless a format is given; null is a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if form is not None:
+        return format(value, form)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Any, columns: str | None, where: str) -> str:
+    """A Markdown table of a list of objects or an object of objects.
+
+    Args:
+        rows: The objects.
+        columns: The choice of columns as in the mark, or None for all.
+        where: What to name in an error.
+
+    Raises:
+        ValueError: If there is no row, a row is no object, or a column is written wrong.
+    """
+    if isinstance(rows, Mapping):
+        rows = [{"name": name, **row} if isinstance(row, Mapping) else row for name, row in rows.items()]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f"{where}: expected objects to make a table of")
+    chosen = []
+    for text in re.split(r",\s*", columns) if columns else rows[0]:
+        match = _COLUMN.match(text.strip())
+        if match is None:
+            raise ValueError(f"{where}: expected a column such as 'key:.2f as heading', got {text!r}")
+        chosen.append((match["key"], match["format"], match["title"] or match["key"].replace("_", " ")))
+    lines = ["| " + " | ".join(title for _, _, title in chosen) + " |"]
+    right = [isinstance(look_up(rows[0], key, where), int | float) for key, _, _ in chosen]
+    lines.append("|" + "|".join(" --: " if is_number else " --- " for is_number in right) + "|")
+    cells = ([show(look_up(row, key, where), form) for key, form, _ in chosen] for row in rows)
+    lines += ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join(lines)
+
+
+def rendered(text: str, root: Path, page: str) -> str:
+    """The page with every marked figure made anew.
+
+    Args:
+        text: The page.
+        root: Where the paths of the marks begin.
+        page: Its name, for errors.
+
+    Raises:
+        ValueError: If a file or a key is missing.
+    """
+
+    @functools.cache
+    def results(file: str) -> Any:
+        try:
+            return json.loads((root / file).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{page}: expected JSON in {file} ({error})") from error
+
+    def block(match: re.Match[str]) -> str:
+        where = f"{page}: {match['file']}"
+        value = look_up(results(match["file"]), match["path"] or "", where)
+        is_table = match["kind"] == "table"
+        body = f"\n{table(value, match['columns'], where)}\n" if is_table else show(value, match["format"])
+        return f"{match[1]}{body}{match[match.lastindex or 0]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def main() -> int:
+    """Rewrite the pages, or say which are out of date."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="only say which pages are out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in pages():
+        name = page.relative_to(ROOT).as_posix()
+        text = page.read_text(encoding="utf-8")
+        try:
+            fresh = rendered(text, ROOT, name)
+        except ValueError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return 2
+        if fresh != text:
+            stale.append(name)
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    verb = "out of date, run tools/report.py" if check else "rewritten"
+    print("\n".join(f"{name}: {verb}" for name in stale) or "every figure is what reproduce/ wrote")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
