@@ -161,7 +161,7 @@ def lint(session: nox.Session) -> None:
 
     def step(package: str) -> None:
         with session.chdir(ROOT / "packages" / package):
-            # Extras are imported by name (`core_tensor.extras.require`), which a static reader cannot follow: they count
+            # Extras are imported by name (`core_tensor.extras.require`), which no static reader can follow: they count
             # as declared wherever they are imported. What is required must be declared and used, without exception.
             extras = ",".join(project(package).get("optional-dependencies", {}))
             run(session, commands / "deptry", "src", "--optional-dependencies-dev-groups", extras, "--ignore", "DEP004")
