@@ -1,0 +1,40 @@
+"""Benchmarks of core-tensor's operators against torch and against the machine; CPU time of one thread."""
+
+import core_tensor
+import torch
+from core_tensor.benchmarking import compare, run_bars
+from core_tensor.bit_packing import reference
+
+
+def cd_block(quick: bool) -> dict[str, object]:
+    """Rate of the in-block sweep (B^2 q flops) over torch.matmul's rate at 2048 x 2048."""
+    size, columns = 512, 2048 if quick else 4096
+    weight, correction = torch.randn(size, columns), torch.randn(size, columns)
+    residual, sigma = torch.zeros(size, columns), 0.01 * torch.randn(size, size)
+    scale, zero = torch.full((1, columns), 0.5), torch.full((1, columns), 4.0)
+    group = torch.zeros(size, dtype=torch.int64)
+    square = torch.randn(2048, 2048)
+    pair = compare(
+        lambda: core_tensor.cd_block(correction, weight, residual, sigma, scale, zero, group, None, 7),
+        lambda: square @ square,
+    )
+    fraction = pair.speedup * (size * size * columns) / (2 * 2048**3)
+    return {"cd_block_gemm_fraction": round(fraction, 3), "cd_block_detail": pair.spread()}
+
+
+def bit_packing(quick: bool) -> dict[str, object]:
+    """Packing and unpacking against the reference in plain torch, 3 bits."""
+    codes = torch.randint(0, 8, (512 if quick else 4096, 4096), dtype=torch.uint8)
+    words = core_tensor.pack_bits(codes, 3)
+    pack = compare(lambda: core_tensor.pack_bits(codes, 3), lambda: reference.pack_bits(codes, 3))
+    unpack = compare(lambda: core_tensor.unpack_bits(words, 3, 4096), lambda: reference.unpack_bits(words, 3, 4096))
+    return {
+        "pack_vs_reference": round(pack.speedup, 1),
+        "pack_detail": pack.spread(),
+        "unpack_vs_reference": round(unpack.speedup, 1),
+        "unpack_detail": unpack.spread(),
+    }
+
+
+if __name__ == "__main__":
+    run_bars("core-tensor", {"cd_block": cd_block, "bit_packing": bit_packing})
