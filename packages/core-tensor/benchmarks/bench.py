@@ -3,7 +3,6 @@
 import core_tensor
 import torch
 from core_tensor.benchmarking import compare, run_bars
-from core_tensor.bit_packing import reference
 
 
 def cd_block(quick: bool) -> dict[str, object]:
@@ -23,15 +22,15 @@ def cd_block(quick: bool) -> dict[str, object]:
 
 
 def bit_packing(quick: bool) -> dict[str, object]:
-    """Packing and unpacking against the reference in plain torch, 3 bits."""
-    codes = torch.randint(0, 8, (512 if quick else 4096, 4096), dtype=torch.uint8)
-    words = core_tensor.pack_bits(codes, 3)
-    pack = compare(lambda: core_tensor.pack_bits(codes, 3), lambda: reference.pack_bits(codes, 3))
-    unpack = compare(lambda: core_tensor.unpack_bits(words, 3, 4096), lambda: reference.unpack_bits(words, 3, 4096))
+    """Codes packed and unpacked per second, 3 bits, over the rate at which this machine copies bytes."""
+    codes = torch.randint(0, 8, (1024 if quick else 8192, 4096), dtype=torch.uint8)
+    words, target = core_tensor.pack_bits(codes, 3), torch.empty_like(codes)
+    pack = compare(lambda: core_tensor.pack_bits(codes, 3), lambda: target.copy_(codes))
+    unpack = compare(lambda: core_tensor.unpack_bits(words, 3, 4096), lambda: target.copy_(codes))
     return {
-        "pack_vs_reference": round(pack.speedup, 1),
+        "pack_copy_fraction": round(pack.speedup, 3),
         "pack_detail": pack.spread(),
-        "unpack_vs_reference": round(unpack.speedup, 1),
+        "unpack_copy_fraction": round(unpack.speedup, 3),
         "unpack_detail": unpack.spread(),
     }
 
