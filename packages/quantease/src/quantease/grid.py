@@ -34,8 +34,19 @@ class Grid:
         Returns:
             Codes, shape (q, p), uint8.
         """
-        scale, zero = self.scale[:, self.group], self.zero[:, self.group]  # (q, p)
-        return (values / scale).round_().add_(zero).clamp_(0, self.max_code).to(torch.uint8)
+        codes = (values / self.spread(self.scale)).round_().add_(self.spread(self.zero))
+        return codes.clamp_(0, self.max_code).to(torch.uint8)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Repeat per-group values for every feature of the group.
+
+        Args:
+            values: Shape (q, G).
+
+        Returns:
+            Shape (q, p), or (q, 1) with a single group, which broadcasts.
+        """
+        return values if values.shape[1] == 1 else values[:, self.group]
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of codes.
@@ -47,8 +58,7 @@ class Grid:
         Returns:
             Shape (q, p).
         """
-        zero = self.zero[:, self.group].to(dtype)
-        return (codes.to(dtype) - zero).mul_(self.scale[:, self.group].to(dtype))
+        return (codes.to(dtype) - self.spread(self.zero).to(dtype)).mul_(self.spread(self.scale).to(dtype))
 
     def rows(self, index: Tensor) -> "Grid":
         """The grid of some rows.

@@ -1,16 +1,22 @@
 """`quantize_layer`: one weight matrix, one Gram matrix, every algorithm by name."""
 
 import time
+from dataclasses import replace
 
 import torch
 from core_tensor.checks import check_tensor
 from torch import Tensor
 
 from quantease.config import LayerConfig
+from quantease.gptq import gptq
 from quantease.gram import GramFolds, Shrinkage
-from quantease.grid import Grid, group_index, minmax_grid
+from quantease.heldout import HeldOut, choose_shrinkage, make_grid
 from quantease.layer import LayerReport, Outliers, QuantizedLayer, bits_per_weight
 from quantease.objective import relative_error
+from quantease.outliers import outlier_descent, outlier_iht
+from quantease.pipeline import quantease
+from quantease.problem import Problem, Solution, Trace
+from quantease.relaxed import relaxed_descent
 from quantease.rtn import rtn
 
 
@@ -47,46 +53,67 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
     if bool((sigma.diagonal() < 0).any()):
         raise ValueError("gram: expected a non-negative diagonal, got a negative entry")
     W = weight.detach().float()
-    group = group_index(features, config.group_size).to(W.device)
-    grid = minmax_grid(W, bits=config.bits, group=group, symmetric=config.symmetric, scale_dtype=config.storage)
-    if config.algorithm != "rtn":
-        raise NotImplementedError(config.algorithm)
-    codes = rtn(W, grid)
-    return _package(W, gram, config, grid, codes, None, Shrinkage(), time.perf_counter() - start)
-
-
-def _package(
-    W: Tensor,
-    gram: Tensor | GramFolds,
-    config: LayerConfig,
-    grid: Grid,
-    codes: Tensor,
-    outliers: Outliers | None,
-    shrinkage: Shrinkage,
-    seconds: float,
-) -> QuantizedLayer:
-    sigma = gram.total if isinstance(gram, GramFolds) else gram
-    approximation = grid.dequantize(codes)
+    heldout = _shrinkage(W, gram, config)
+    problem = Problem.scaled(W, heldout.shrinkage(sigma.to(W.device)))
+    solved = _solve(problem, config)
+    outliers = None
+    if solved.mask is not None and solved.candidate.sparse is not None:
+        outliers = Outliers.from_dense(solved.candidate.sparse, solved.mask, config.storage)
+    grid = solved.candidate.grid
     report = LayerReport(
         algorithm=config.algorithm,
         bits_per_weight=bits_per_weight(grid, config.bits, config.symmetric, config.storage, outliers),
-        calibration_error=relative_error(W, approximation, sigma),
-        heldout_error=None,
-        shrinkage=shrinkage,
-        objective=relative_error(W, approximation, shrinkage(sigma)),
-        trace=(),
-        cw_minimum=None,
-        row_gaps=None,
+        calibration_error=0.0,
+        heldout_error=heldout.error,
+        shrinkage=heldout.shrinkage,
+        objective=solved.candidate.total / problem.scale,
+        trace=solved.trace,
+        cw_minimum=None if solved.certificate is None else solved.certificate.holds,
+        row_gaps=None if solved.certificate is None else solved.certificate.gaps,
+        starts=solved.starts,
         tokens=gram.tokens if isinstance(gram, GramFolds) else None,
-        seconds=seconds,
     )
-    return QuantizedLayer(
-        codes,
-        grid.scale.to(config.storage),
-        grid.zero.to(torch.uint8),
-        grid.group,
-        config.bits,
-        config.symmetric,
-        outliers,
-        report,
+    layer = QuantizedLayer(
+        codes=solved.candidate.codes,
+        scales=grid.scale.to(config.storage),
+        zeros=grid.zero.to(torch.uint8),
+        group=grid.group,
+        bits=config.bits,
+        symmetric=config.symmetric,
+        outliers=outliers,
+        report=report,
     )
+    error = relative_error(W, layer.dequantize(), sigma)
+    return replace(layer, report=replace(report, calibration_error=error, seconds=time.perf_counter() - start))
+
+
+def _shrinkage(W: Tensor, gram: Tensor | GramFolds, config: LayerConfig) -> HeldOut:
+    if isinstance(config.shrinkage, Shrinkage):
+        return HeldOut(config.shrinkage, None)
+    folds = isinstance(gram, GramFolds)
+    if config.shrinkage == "none" or (config.shrinkage == "auto" and not (folds and config.algorithm == "quantease")):
+        return HeldOut(Shrinkage(), None)
+    if not isinstance(gram, GramFolds):
+        raise TypeError(f"gram: expected GramFolds with shrinkage 'heldout', got {type(gram).__name__}")
+    return choose_shrinkage(W, gram, config)
+
+
+def _solve(problem: Problem, config: LayerConfig) -> Solution:
+    if config.outliers:
+        return (
+            outlier_iht(problem, config) if config.algorithm == "quantease-paper" else outlier_descent(problem, config)
+        )
+    if config.algorithm == "quantease":
+        return quantease(problem, config)
+    grid = make_grid(problem.weight, problem.energy, config, clip=config.clips)
+    trace: Trace = ()
+    if config.algorithm == "rtn":
+        codes = rtn(problem.weight, grid)
+    elif config.algorithm == "gptq":
+        codes = gptq(problem, grid, damping=config.damping, act_order=config.act_order)
+    else:
+        sweeps = 30 if config.sweeps is None else config.sweeps
+        codes, trace = relaxed_descent(
+            problem, grid, problem.weight, sweeps=sweeps, relax=config.relax, block=config.block
+        )
+    return Solution(problem.candidate(codes, grid), trace=trace)
