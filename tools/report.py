@@ -1,4 +1,4 @@
-"""Write the figures of the docs from the JSON that `reproduce/` wrote, so that nobody types a number.
+"""Write the figures and the code of the docs from where they come from, so that nobody types a number twice.
 
 A page marks the place; what stands between the marks is replaced, `--check` only compares:
 
@@ -7,12 +7,17 @@ A page marks the place; what stands between the marks is replaced, `--check` onl
 
     SAM reaches <!-- value packages/msam/reproduce/results/digits.json#best.accuracy:.1% -->97.3%<!-- end -->.
 
-After `#` comes a path of keys and indices into the JSON. A table is a list of objects, or an object of objects whose
-keys become the first column, `name`. `columns` chooses and orders keys (dots go deeper), with a format after a colon
-and a heading after `as`; without it every key of the first row is a column.
+    <!-- code packages/core-tensor/src/core_tensor/bit_packing/reference.py#pack_bits -->
+    <!-- end -->
+
+After the `#` of code stands the name of a definition (Python or C++), else a path of keys and indices into the JSON. A
+table is a list of objects, or an object of objects whose keys become the first column, `name`. `columns` chooses and
+orders keys (dots go deeper), with a format after a colon and a heading after `as`; without it every key of the first
+row is a column.
 """
 
 import argparse
+import ast
 import functools
 import json
 import re
@@ -24,8 +29,8 @@ from typing import Any
 from workspace import ROOT
 
 _BLOCK = re.compile(
-    r"""(<!--\ (?P<kind>table|value)\ (?P<file>[^#\s]+)(?:\#(?P<path>[^\s:]*))?(?::(?P<format>\S+))?
-        (?:\ columns="(?P<columns>[^"]*)")?\ -->).*?(<!--\ end\ -->)""",
+    r"""(?P<begin><!--\ (?P<kind>table|value|code)\ (?P<file>[^#\s]+)(?:\#(?P<path>[^\s:]*))?(?::(?P<format>\S+))?
+        (?:\ columns="(?P<columns>[^"]*)")?\ -->).*?(?P<end><!--\ end\ -->)""",
     re.DOTALL | re.VERBOSE,
 )
 _COLUMN = re.compile(r"^(?P<key>[^:]+?)(?::(?P<format>\S+))?(?: as (?P<title>.+))?$")
@@ -97,6 +102,30 @@ def table(rows: Any, columns: str | None, where: str) -> str:
     return "\n".join(lines)
 
 
+def definition(path: Path, name: str, where: str) -> str:
+    """The source of one definition as a fenced block.
+
+    Args:
+        path: A Python or C++ file.
+        name: A function, class or assigned name at the top level; in C++ a function.
+        where: What to name in an error.
+
+    Raises:
+        ValueError: If the file has no such definition.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        for node in ast.parse(text).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            if name in (getattr(target, "name", getattr(target, "id", None)) for target in targets):
+                first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", ()))])
+                lines = text.splitlines()[first - 1 : node.end_lineno]
+                return "```python\n" + "\n".join(lines) + "\n```"
+    elif match := re.search(rf"^\S.*\b{re.escape(name)}\((?:.|\n)*?^}}$", text, re.MULTILINE):
+        return f"```cpp\n{match[0]}\n```"
+    raise ValueError(f"{where}: no definition of {name!r}")
+
+
 def rendered(text: str, root: Path, page: str) -> str:
     """The page with every marked figure made anew.
 
@@ -117,11 +146,14 @@ def rendered(text: str, root: Path, page: str) -> str:
             raise ValueError(f"{page}: expected JSON in {file} ({error})") from error
 
     def block(match: re.Match[str]) -> str:
-        where = f"{page}: {match['file']}"
-        value = look_up(results(match["file"]), match["path"] or "", where)
-        is_table = match["kind"] == "table"
-        body = f"\n{table(value, match['columns'], where)}\n" if is_table else show(value, match["format"])
-        return f"{match[1]}{body}{match[match.lastindex or 0]}"
+        file, path, where = match["file"], match["path"] or "", f"{page}: {match['file']}"
+        if match["kind"] == "code":
+            body = f"\n{definition(root / file, path, where)}\n"
+        elif match["kind"] == "table":
+            body = f"\n{table(look_up(results(file), path, where), match['columns'], where)}\n"
+        else:
+            body = show(look_up(results(file), path, where), match["format"])
+        return f"{match['begin']}{body}{match['end']}"
 
     return _BLOCK.sub(block, text)
 

@@ -1,5 +1,6 @@
 """The tools are scripts, not a package: their tests import them as the scripts import one another."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ class Repository:
         self.commit("chore: begin")
 
     def package(self, name: str, dependencies: list[str], version: str = "0.1.0") -> None:
-        text = PROJECT.format(name=name, version=version, dependencies=str(dependencies).replace("'", '"'))
+        text = PROJECT.format(name=name, version=version, dependencies=json.dumps(dependencies))
         self.write(f"packages/{name}/pyproject.toml", text)
         self.write(f"packages/{name}/CHANGELOG.md", f"# Changelog of {name}\n")
         self.write(f"packages/{name}/src/{name}/__init__.py", "")

@@ -43,6 +43,30 @@ def test_all_columns_of_an_object_of_objects():
     assert text == "| name | x |\n| --- | --: |\n| a | 1 |\n| b | yes |"
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "source"),
+    [
+        ("a.py", "f", "@cache\ndef f(x):\n    return x"),
+        ("a.py", "F", "class F:\n    y = 1"),
+        ("a.py", "g", "g = f(\n    1\n)"),
+        ("a.cpp", "row", "CLONES void row(int x,\n    int y) {\n  if (x) {\n    y = 1;\n  }\n}"),
+    ],
+)
+def test_code_is_the_definition(tmp_path, file, name, source):
+    before = "import f" if file == "a.py" else "// row: a comment"
+    (tmp_path / file).write_text(f"{before}\n\n{source}\n\nlast = 1;\n")
+    text = f"<!-- code {file}#{name} -->old<!-- end -->"
+    language = "python" if file == "a.py" else "cpp"
+    expected = f"<!-- code {file}#{name} -->\n```{language}\n{source}\n```\n<!-- end -->"
+    assert rendered(text, tmp_path, "page.md") == expected
+
+
+def test_code_that_is_gone_is_named(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"page.md: a.py: no definition of 'y'"):
+        rendered("<!-- code a.py#y --><!-- end -->", tmp_path, "page.md")
+
+
 def test_text_without_marks_is_left_alone(root):
     assert rendered("no <!-- comment --> here", root, "page.md") == "no <!-- comment --> here"
 

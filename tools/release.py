@@ -1,0 +1,192 @@
+"""Release every package that has something to release: version, change log, commit, annotated tag, wheel.
+
+Packages go in topological order, one commit and one tag `<name>-vX.Y.Z` each. git-cliff reads the conventional commits
+under a package's folder since its last tag; their types decide the version. When a release leaves a dependant's window,
+such as `core-tensor>=0.1,<0.2`, the window is rewritten and the dependant released too, as a patch at least.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+from version_windows import window
+from workspace import ROOT, Package, packages, requirement_name
+
+
+@dataclass(frozen=True)
+class Release:
+    """What happens to one package.
+
+    Attributes:
+        name: Name of the distribution.
+        previous: Version of the last tag, or None for the first release.
+        version: The new version.
+        notes: Markdown section for the change log, its heading included.
+        windows: Requirements to rewrite, old text to new text.
+    """
+
+    name: str
+    previous: str | None
+    version: str
+    notes: str
+    windows: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tag(self) -> str:
+        """Name of the tag."""
+        return f"{self.name}-v{self.version}"
+
+
+def run(root: Path, *command: str) -> str:
+    """Output of a command at the root.
+
+    Raises:
+        ValueError: If it fails, with what it said.
+    """
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def cliff(root: Path, name: str, *arguments: str) -> str:
+    """Ask git-cliff about one package."""
+    program = shutil.which("git-cliff", path=f"{Path(sys.executable).parent}:") or "git-cliff"
+    selection = ("--include-path", f"packages/{name}/**", "--tag-pattern", f"^{re.escape(name)}-v[0-9]")
+    return run(root, program, "--config", "pyproject.toml", *selection, *arguments)
+
+
+def last_version(root: Path, name: str) -> str | None:
+    """Version of a package's last tag that HEAD descends from, or None before its first release."""
+    tags = run(root, "git", "tag", "--merged", "HEAD", "--list", f"{name}-v[0-9]*").split()
+    versions = [tag.removeprefix(f"{name}-v") for tag in tags]
+    return max(versions, key=Version, default=None)
+
+
+def bumped(previous: str, commits: Sequence[Mapping[str, Any]], *, patch: bool = False) -> str:
+    """The version after some commits: semantic versioning, where before 1.0 what breaks bumps the minor version.
+
+    git-cliff's own bump overlooks the tag of a release that only rewrote a window.
+
+    Args:
+        previous: Version of the last release.
+        commits: git-cliff's commits, with `group` and `breaking`; the uninteresting ones are not among them.
+        patch: Whether there is a reason for a release besides the commits.
+    """
+    major, minor, micro = Version(previous).release
+    breaking = any(commit["breaking"] for commit in commits)
+    if breaking and major:
+        return f"{major + 1}.0.0"
+    if breaking or any(commit["group"].endswith("Added") for commit in commits):
+        return f"{major}.{minor + 1}.0"
+    return f"{major}.{minor}.{micro + 1}" if commits or patch else previous
+
+
+def new_windows(package: Package, versions: Mapping[str, str]) -> dict[str, str]:
+    """Requirements whose window does not hold the version that the workspace will have, with their successors.
+
+    Args:
+        package: The dependant.
+        versions: Version of every package after the releases planned so far.
+    """
+    rewritten = {}
+    for text in package.requirements:
+        name = requirement_name(text)
+        if name in versions and name != package.name and versions[name] not in Requirement(text).specifier:
+            rewritten[text] = re.sub(r"[<>=!~][^;]*", window(versions[name]), text, count=1)
+    return rewritten
+
+
+def plan(root: Path = ROOT) -> list[Release]:
+    """The releases that the commits since the last tags ask for, dependencies first.
+
+    Args:
+        root: A git work tree with the workspace.
+    """
+    releases = []
+    versions = {name: package.version for name, package in packages(root).items()}
+    for name, package in packages(root).items():
+        previous = last_version(root, name)
+        windows = new_windows(package, versions)
+        since = () if previous is None else (f"{name}-v{previous}..HEAD",)
+        commits = [commit for part in json.loads(cliff(root, name, "--context", *since)) for commit in part["commits"]]
+        version = package.version if previous is None else bumped(previous, commits, patch=bool(windows))
+        if version == previous:
+            continue
+        versions[name] = version
+        sections = [f"## {version} ({datetime.now(tz=UTC):%Y-%m-%d})", cliff(root, name, *since)]
+        if windows:
+            sections.append("Requires:\n\n" + "\n".join(f"- {new}" for new in windows.values()))
+        notes = "\n\n".join(filter(None, sections))
+        releases.append(Release(name, previous, version, notes, windows))
+    return releases
+
+
+def apply(release: Release, root: Path = ROOT) -> None:
+    """Write the version, the windows and the change log of one package, commit and tag.
+
+    Args:
+        release: What was planned.
+        root: A git work tree without changes.
+
+    Raises:
+        ValueError: If a file does not look as expected, or git refuses.
+    """
+    folder = root / "packages" / release.name
+    project, log = folder / "pyproject.toml", folder / "CHANGELOG.md"
+    text = project.read_text(encoding="utf-8")
+    text, found = re.subn(r'(?m)^version = "[^"]+"$', f'version = "{release.version}"', text, count=1)
+    if not found:
+        raise ValueError(f'{project}: expected a line version = "X.Y.Z"')
+    for old, new in release.windows.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    heading, _, rest = log.read_text(encoding="utf-8").partition("\n")
+    older = f"\n{rest.strip()}\n" if rest.strip() else ""
+    project.write_text(text, encoding="utf-8")
+    log.write_text(f"{heading}\n\n{release.notes.strip()}\n{older}", encoding="utf-8")
+    run(root, "git", "add", str(project), str(log))
+    title = f"chore(release): {release.name} {release.version}"
+    run(root, "git", "commit", "--quiet", "--allow-empty", "--message", title)
+    run(root, "git", "tag", "--annotate", release.tag, "--message", f"{release.name} {release.version}")
+
+
+def build(names: Sequence[str], root: Path = ROOT) -> None:
+    """Wheel and sdist of each package into `dist/`."""
+    for name in names:
+        run(root, "uv", "build", "--quiet", "--package", name, "--out-dir", "dist")
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Print the plan; carry it out unless asked not to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be released")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.dry_run and (dirty := run(root, "git", "status", "--porcelain")):
+            raise ValueError(f"work tree: expected no changes, got\n{dirty}")
+        releases = plan(root)
+        for release in releases:
+            print(f"{release.name}: {release.previous or 'unreleased'} -> {release.version}\n\n{release.notes}\n")
+            if not options.dry_run:
+                apply(release, root)
+        if not options.dry_run:
+            build([release.name for release in releases], root)
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print("; ".join(f"git push origin {release.tag}" for release in releases) or "nothing to release")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
