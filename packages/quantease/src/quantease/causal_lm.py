@@ -1,0 +1,220 @@
+"""A transformers causal language model of which one decoder block at a time is in memory."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from core_tensor.extras import require
+from torch import Tensor, nn
+
+from quantease.weights import ModuleWeights, SafetensorsWeights, WeightSource, assign
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A model whose decoder blocks are loaded one at a time.
+
+    Attributes:
+        skeleton: The model with everything but its blocks in memory; the blocks' parameters are on the meta device.
+        blocks: Names of the decoder blocks, such as `model.layers.0`, in order.
+        weights: Where the blocks' tensors come from.
+        tokenizer: The tokenizer, or None.
+        name: What was opened, for reports.
+        device: Where blocks are run.
+        lazy: Whether blocks are read from safetensors; else the whole model is in memory as well.
+        overlay: Called with a block's number and the block after its tensors were loaded, to change them.
+    """
+
+    skeleton: Any
+    blocks: tuple[str, ...]
+    weights: WeightSource
+    tokenizer: Any
+    name: str
+    device: torch.device
+    lazy: bool
+    overlay: Callable[[int, nn.Module], None] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the blocks."""
+        dtype: torch.dtype = self.skeleton.dtype
+        return dtype
+
+    def block(self, index: int) -> nn.Module:
+        """A decoder block, which may be on the meta device.
+
+        Args:
+            index: Its number.
+
+        Returns:
+            The module.
+        """
+        module: nn.Module = self.skeleton.get_submodule(self.blocks[index])
+        return module
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """A decoder block with its tensors; they are released when the context ends.
+
+        Args:
+            index: Its number.
+
+        Yields:
+            The block, on `device`.
+        """
+        block, prefix = self.block(index), self.blocks[index]
+        names = list(block.state_dict())
+        try:
+            for name in names:
+                assign(block, name, self._load(f"{prefix}.{name}"))
+            if self.overlay is not None:
+                self.overlay(index, block)
+            yield block
+        finally:
+            for name in names:
+                assign(block, name, None)
+
+    def _load(self, name: str) -> Tensor:
+        value = self.weights.load(name)
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+
+def open_causal_lm(
+    model: Any, *, tokenizer: Any = None, dtype: str = "auto", device: str | torch.device = "cpu"
+) -> CausalLM:
+    """Open a causal language model for streaming.
+
+    A folder of safetensors whose names are the model's own is read lazily. A GGUF file, a model object, or a folder
+    whose tensors transformers must convert while loading (fused experts) is loaded whole first.
+
+    Args:
+        model: A `PreTrainedModel`, a folder, a `.gguf` file or a hub id.
+        tokenizer: Replaces the one that lies beside the model.
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+        device: Where blocks are run.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no model, or it is quantized already.
+    """
+    transformers = require("transformers", "quantease[hf]")
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if isinstance(model, nn.Module):
+        return _from_module(model, tokenizer, str(getattr(model, "name_or_path", "") or "model"), device)
+    path = Path(model)
+    if path.suffix == ".gguf":
+        place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, found none at {path}")
+        loaded = _pretrained(transformers, dtype=torch.float32 if wanted == "auto" else wanted, **place)
+        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(**place)
+        return _from_module(loaded, tokenizer, path.name, device)
+    folder = path if path.is_dir() else _download(str(model))
+    if not (folder / "config.json").exists():
+        raise ValueError(f"model: expected a folder with config.json, a .gguf file or a hub id, got {model}")
+    tokenizer = tokenizer or _tokenizer(transformers, folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model: expected one that is not quantized, but {model} has a quantization_config")
+    stored = (getattr(config, "dtype", None) or torch.float32) if wanted == "auto" else wanted
+    skeleton = _skeleton(transformers, config, stored)
+    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        weights = SafetensorsWeights(folder, skeleton.base_model_prefix)
+        if all(weights.has(name) for name in _stored_names(skeleton)):
+            return _assemble(skeleton, weights, tokenizer, str(model), device, lazy=True)
+    loaded = _pretrained(transformers, pretrained_model_name_or_path=str(folder), dtype=wanted)
+    return _from_module(loaded, tokenizer, str(model), device)
+
+
+def _from_module(model: Any, tokenizer: Any, name: str, device: str | torch.device) -> CausalLM:
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        if dict(config.quantization_config).get("quant_method") != "gguf" and not _is_gguf(config):
+            raise ValueError(f"model: expected one that is not quantized, but {name} has a quantization_config")
+        del config.quantization_config
+    skeleton = _skeleton(require("transformers", "quantease[hf]"), config, model.dtype)
+    return _assemble(skeleton, ModuleWeights(model), tokenizer, name, device, lazy=False)
+
+
+def _is_gguf(config: Any) -> bool:
+    return str(getattr(config.quantization_config, "quant_method", "")).lower().endswith("gguf")
+
+
+def _pretrained(transformers: Any, **arguments: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(**arguments).eval()
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Any:
+    present = any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    return transformers.AutoTokenizer.from_pretrained(folder) if present else None
+
+
+def _download(name: str) -> Path:
+    if name.count("/") != 1:
+        raise ValueError(f"model: expected a folder, a .gguf file or a hub id (owner/name), got {name}")
+    hub = require("huggingface_hub", "quantease[hf]")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (OSError, hub.errors.HfHubHTTPError) as error:
+        raise ValueError(f"model: {name} is neither a folder here nor could it be downloaded ({error})") from error
+
+
+def _skeleton(transformers: Any, config: Any, dtype: torch.dtype) -> Any:
+    with _meta_parameters():
+        skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    skeleton.config._experts_implementation = "eager"  # the form in which every expert's input can be observed
+    return skeleton
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Modules built inside have parameters without memory, but real buffers (rotary frequencies are never stored)."""
+    register = nn.Module.register_parameter
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = to_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _stored_names(skeleton: Any) -> list[str]:
+    """Names of the state dict, a tied tensor once (under the name that checkpoints use for it)."""
+    tied = set(skeleton.all_tied_weights_keys)
+    return [name for name in skeleton.state_dict() if name not in tied]
+
+
+def _assemble(
+    skeleton: Any, weights: WeightSource, tokenizer: Any, name: str, device: str | torch.device, *, lazy: bool
+) -> CausalLM:
+    blocks = _find_blocks(skeleton)
+    lm = CausalLM(skeleton, blocks, weights, tokenizer, name, torch.device(device), lazy)
+    prefixes = tuple(f"{block}." for block in blocks)
+    for key in _stored_names(skeleton):
+        if not key.startswith(prefixes):
+            assign(skeleton, key, lm._load(key))
+    skeleton.tie_weights()
+    for module in skeleton.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(lm.device)
+    return lm
+
+
+def _find_blocks(skeleton: Any) -> tuple[str, ...]:
+    count = skeleton.config.get_text_config().num_hidden_layers
+    for name, module in skeleton.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters()):
+            return tuple(f"{name}.{i}" for i in range(count))
+    raise ValueError(f"model: expected a list of {count} decoder blocks in {type(skeleton).__name__}, found none")

@@ -1,0 +1,178 @@
+"""The weight matrices of a decoder block: which there are, their values as (out, in), and the inputs they see.
+
+Three kinds occur in transformers: `nn.Linear` and its subclasses, GPT-2's `Conv1D` (which stores the transpose), and
+mixture-of-experts parameters of shape (experts, out, in) whose slices are applied with `nn.functional.linear`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+DEFAULT_SKIP = (r"(^|\.)(gate|router|shared_expert_gate|lm_head)$",)
+"""Matrices left alone unless asked for: routers, which are tiny and decide everything."""
+
+Observer = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a block.
+
+    Attributes:
+        name: Name within the block, such as `self_attn.q_proj`; an expert's is `mlp.experts.gate_up_proj.3`.
+        parameter: Name of the parameter that holds it within the block.
+        expert: Index into the parameter's first dimension, or None.
+        transposed: Whether the parameter stores (in, out).
+    """
+
+    name: str
+    parameter: str
+    expert: int | None = None
+    transposed: bool = False
+
+    def weight(self, block: nn.Module) -> Tensor:
+        """The matrix itself, a view of the parameter.
+
+        Args:
+            block: The decoder block.
+
+        Returns:
+            W, shape (q, p) = (out, in).
+        """
+        values = block.get_parameter(self.parameter).detach()
+        values = values if self.expert is None else values[self.expert]
+        return values.T if self.transposed else values
+
+    def assign(self, block: nn.Module, weight: Tensor) -> None:
+        """Write new values into the parameter.
+
+        Args:
+            block: The decoder block.
+            weight: Shape (q, p).
+        """
+        self.weight(block).copy_(weight)
+
+
+def find_matrices(block: nn.Module, skip: Sequence[str] = DEFAULT_SKIP) -> list[Matrix]:
+    """All weight matrices of a block, in the order of its parameters.
+
+    Args:
+        block: A decoder block; it may be on the meta device.
+        skip: Regular expressions; a matrix whose name one of them finds is left alone.
+
+    Returns:
+        The matrices.
+    """
+    found: list[Matrix] = []
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            found.append(Matrix(name, f"{name}.weight"))
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            found.append(Matrix(name, f"{name}.weight", transposed=True))
+        elif _applies_slices(module):
+            for key, value in module.named_parameters(recurse=False):
+                if value.ndim == 3:
+                    found += [Matrix(f"{name}.{key}.{e}", f"{name}.{key}", expert=e) for e in range(value.shape[0])]
+    return [m for m in found if not any(re.search(pattern, m.name) for pattern in skip)]
+
+
+def _applies_slices(module: nn.Module) -> bool:
+    """Whether transformers' eager forward of a fused-experts module calls `linear(x, parameter[expert])`."""
+    return getattr(module, "is_transposed", None) is False and hasattr(module, "is_concatenated")
+
+
+@contextmanager
+def observe(block: nn.Module, matrices: Sequence[Matrix], observer: Observer) -> Iterator[None]:
+    """Call `observer(name, x)` with the input x, shape (..., p), of every product with one of the matrices.
+
+    Args:
+        block: The block that is run inside the context.
+        matrices: What to watch.
+        observer: Gets the matrix's name and its input.
+
+    Yields:
+        Nothing.
+    """
+    modules = {m.name: m for m in matrices if m.expert is None}
+    slices = {m.weight(block).data_ptr(): m.name for m in matrices if m.expert is not None}
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: observer(name, args[0]))
+        for name in modules
+    ]
+    try:
+        if slices:
+            with _LinearCalls(slices, observer):
+                yield
+        else:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _LinearCalls(TorchFunctionMode):
+    """Reports `nn.functional.linear(x, weight)` for weights at known addresses."""
+
+    def __init__(self, names: Mapping[int, str], observer: Observer) -> None:
+        super().__init__()
+        self.names, self.observer = names, observer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.linear:
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            name = self.names.get(weight.data_ptr())
+            if name is not None:
+                self.observer(name, args[0] if args else (kwargs or {})["input"])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that are quantized from one pass over the calibration tokens.
+
+    Attributes:
+        names: The matrices, in the order in which they are used.
+        leader: For every one of them the matrix whose Gram matrix it shares, because both see the same input.
+    """
+
+    names: tuple[str, ...]
+    leader: Mapping[str, str]
+
+
+def group_by_input(calls: Sequence[tuple[str, Tensor]], matrices: Sequence[Matrix], merged: bool) -> list[Group]:
+    """Put matrices that read the same tensor, and the experts of one kind, into groups in order of use.
+
+    Args:
+        calls: Names and inputs in the order in which one run of the block used them.
+        matrices: All matrices of the block; those that were never called (experts without tokens) join their kind.
+        merged: Put everything into one group, so that a block takes a single pass.
+
+    Returns:
+        The groups.
+    """
+    leader: dict[str, str] = {}
+    kind_of: dict[str, str] = {}  # kind -> kind it was merged with
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, x in calls:
+        reader = first.setdefault((x.data_ptr(), tuple(x.shape)), name)
+        leader.setdefault(name, reader)
+        kind_of.setdefault(_kind(name), kind_of.get(_kind(reader), _kind(reader)))
+    members: dict[str, list[str]] = {}
+    called = list(leader)
+    for name in called + [m.name for m in matrices if m.name not in leader]:
+        kind = "" if merged else kind_of.get(_kind(name), _kind(name))
+        members.setdefault(kind, []).append(name)
+        leader.setdefault(name, name)
+    return [Group(tuple(names), {n: leader[n] for n in names}) for names in members.values()]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
