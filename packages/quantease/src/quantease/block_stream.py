@@ -137,7 +137,7 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 
 
 def _tuple_size(lm: CausalLM, window: Tensor) -> int | None:
-    """Length of the tuple that blocks return, or None when they return a tensor: found by running the first one."""
+    # Length of the tuple that blocks return, or None when they return a tensor: found by running the first one.
     seen: list[tuple[Tensor, BlockCall]] = []
 
     def stop(_: int, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -155,7 +155,7 @@ def _tuple_size(lm: CausalLM, window: Tensor) -> int | None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two call arguments are equal, so that one copy can serve all windows."""
+    # Whether two call arguments are equal, so that one copy can serve all windows.
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, BlockCall):
@@ -165,5 +165,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Sequence) and not isinstance(a, str):
         return isinstance(b, Sequence) and len(a) == len(b) and all(map(_same, a, b))
     return a is b or bool(a == b)
-
-

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import torch.distributed
 from torch import Tensor, nn
 
@@ -59,9 +58,7 @@ def collect_grams(
     by_name = {m.name: m for m in matrices}
     leaders = list(dict.fromkeys(group.leader[name] for name in group.names))
     grams = {
-        name: GramFolds(
-            by_name[name].weight(block).shape[1], folds=folds, segment=segment, device=stream.lm.device
-        )
+        name: GramFolds(by_name[name].weight(block).shape[1], folds=folds, segment=segment, device=stream.lm.device)
         for name in leaders
     }
     # With experts nobody knows which call is the last; without, the run can end at the last leader's input.

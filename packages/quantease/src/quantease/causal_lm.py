@@ -122,7 +122,9 @@ def open_causal_lm(
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"model: expected one that is not quantized, but {model} has a quantization_config")
-    stored = (getattr(config, "dtype", None) or torch.float32) if wanted == "auto" else wanted
+    stored: torch.dtype = (
+        (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    )
     skeleton = _skeleton(transformers, config, stored)
     if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         weights = SafetensorsWeights(folder, skeleton.base_model_prefix)
@@ -182,7 +184,7 @@ def _meta_parameters() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = to_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = to_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -190,7 +192,7 @@ def _meta_parameters() -> Iterator[None]:
 
 
 def _stored_names(skeleton: Any) -> list[str]:
-    """Names of the state dict, a tied tensor once (under the name that checkpoints use for it)."""
+    # Names of the state dict, a tied tensor once (under the name that checkpoints use for it).
     tied = set(skeleton.all_tied_weights_keys)
     return [name for name in skeleton.state_dict() if name not in tied]
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -83,7 +82,7 @@ def find_matrices(block: nn.Module, skip: Sequence[str] = DEFAULT_SKIP) -> list[
 
 
 def _applies_slices(module: nn.Module) -> bool:
-    """Whether transformers' eager forward of a fused-experts module calls `linear(x, parameter[expert])`."""
+    # Whether transformers' eager forward of a fused-experts module calls `linear(x, parameter[expert])`.
     return getattr(module, "is_transposed", None) is False and hasattr(module, "is_concatenated")
 
 

@@ -1,0 +1,48 @@
+"""Ordinary weights that lie on the grids: loads wherever the original model does."""
+
+from typing import Any
+
+from core_tensor.extras import require
+from torch import Tensor
+
+from quantease.quantize_model import QuantizedCausalLM
+
+
+def check(quantized: QuantizedCausalLM) -> None:
+    """Every model can be stored so.
+
+    Args:
+        quantized: The model.
+    """
+    del quantized
+
+
+def config(quantized: QuantizedCausalLM) -> dict[str, Any] | None:
+    """No `quantization_config`: nothing about the files is special.
+
+    Args:
+        quantized: The model.
+
+    Returns:
+        None.
+    """
+    del quantized
+    return None
+
+
+def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
+    """Tensors of a block as transformers stores them (fused experts one by one).
+
+    Args:
+        quantized: The model.
+        index: Number of the block.
+
+    Returns:
+        Tensors by name.
+    """
+    loading = require("transformers.core_model_loading", "quantease[hf]")
+    prefix = quantized.lm.blocks[index]
+    with quantized.lm.loaded(index) as module:
+        tensors = {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        reverted: dict[str, Tensor] = loading.revert_weight_conversion(quantized.lm.skeleton, tensors)
+        return reverted
