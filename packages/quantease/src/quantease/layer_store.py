@@ -131,7 +131,7 @@ def digest(weight: Tensor) -> str:
         Hexadecimal digest.
     """
     raw = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(raw)).hexdigest()
+    return hashlib.sha256(raw.tobytes()).hexdigest()
 
 
 def _report(values: dict[str, Any], row_gaps: Tensor | None, seconds: float) -> LayerReport:
