@@ -5,6 +5,7 @@ from core_tensor.bit_packing import pack_bits, unpack_bits
 from core_tensor.cd_block import cd_block
 from core_tensor.cd_sparse import cd_sparse
 from core_tensor.gptq_block import gptq_block
+from core_tensor.quantized_linear import quantized_linear
 
 __all__ = [
     "backends",
@@ -12,5 +13,6 @@ __all__ = [
     "cd_sparse",
     "gptq_block",
     "pack_bits",
+    "quantized_linear",
     "unpack_bits",
 ]

@@ -1,14 +1,16 @@
 """Shared by the tests of every package: error measures, awkward shapes, several gloo processes, shared data."""
 
-import importlib
 import importlib.util
+import inspect
 import os
+import pickle
 import socket
 import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,7 +54,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """Run `function(rank, world_size, *args)` in several processes joined by gloo and collect what each returns.
 
     Args:
-        function: A module-level function of an importable module or of a test file.
+        function: A module-level function. Its file is loaded by path in every process, because pytest's importlib mode
+            gives test modules names that other processes cannot import.
         world_size: Number of processes.
         args: Further arguments, picklable.
 
@@ -62,35 +65,31 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    target = (inspect.getfile(function), function.__module__, function.__qualname__, pickle.dumps(args))
     with tempfile.TemporaryDirectory() as folder:
-        source = (function.__module__, function.__code__.co_filename, function.__name__)
-        torch.multiprocessing.spawn(_rank, args=(world_size, port, folder, source, args), nprocs=world_size)
+        torch.multiprocessing.spawn(_rank, args=(world_size, port, folder, *target), nprocs=world_size)
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
-def _rank(
-    rank: int, world_size: int, port: int, folder: str, source: tuple[str, str, str], args: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, world_size: int, port: int, folder: str, file: str, module: str, name: str, args: bytes) -> None:
     torch.set_num_threads(1)
-    function = _load(*source)
+    function = getattr(_load(file, module), name)
     store = torch.distributed.TCPStore("127.0.0.1", port, world_size, rank == 0, timeout=timedelta(seconds=120))
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
-        torch.save(function(rank, world_size, *args), Path(folder) / str(rank))
+        torch.save(function(rank, world_size, *pickle.loads(args)), Path(folder) / str(rank))
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _load(module: str, file: str, name: str) -> Callable[..., Any]:
-    # pytest's importlib mode names test files by modules that another process cannot import: load those by path
-    if module not in sys.modules and importlib.util.find_spec(module.partition(".")[0]) is None:
-        spec = importlib.util.spec_from_file_location(module, file)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"function: cannot load {name} from {file}")
-        sys.modules[module] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[module])
-    found: Callable[..., Any] = getattr(sys.modules.get(module) or importlib.import_module(module), name)
-    return found
+def _load(file: str, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file}: not a Python module")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that arguments of the module's own types unpickle
+    spec.loader.exec_module(module)
+    return module
 
 
 def shared_data(*parts: str) -> Path:

@@ -1,0 +1,56 @@
+"""Benchmarks of core-tensor's operators against torch and against the machine; CPU time of one thread."""
+
+import core_tensor
+import torch
+from core_tensor.benchmarking import compare, run_bars
+
+
+def cd_block(quick: bool) -> dict[str, object]:
+    """Rate of the in-block sweep (B^2 q flops) over torch.matmul's rate at 2048 x 2048."""
+    size, columns = 512, 2048 if quick else 4096
+    weight, correction = torch.randn(size, columns), torch.randn(size, columns)
+    residual, sigma = torch.zeros(size, columns), 0.01 * torch.randn(size, size)
+    scale, zero = torch.full((1, columns), 0.5), torch.full((1, columns), 4.0)
+    group = torch.zeros(size, dtype=torch.int64)
+    square = torch.randn(2048, 2048)
+    pair = compare(
+        lambda: core_tensor.cd_block(correction, weight, residual, sigma, scale, zero, group, None, 7),
+        lambda: square @ square,
+    )
+    fraction = pair.speedup * (size * size * columns) / (2 * 2048**3)
+    return {"cd_block_gemm_fraction": round(fraction, 3), "cd_block_detail": pair.spread()}
+
+
+def bit_packing(quick: bool) -> dict[str, object]:
+    """Codes packed and unpacked per second, 3 bits, over the rate at which this machine copies bytes."""
+    codes = torch.randint(0, 8, (1024 if quick else 8192, 4096), dtype=torch.uint8)
+    words, target = core_tensor.pack_bits(codes, 3), torch.empty_like(codes)
+    pack = compare(lambda: core_tensor.pack_bits(codes, 3), lambda: target.copy_(codes))
+    unpack = compare(lambda: core_tensor.unpack_bits(words, 3, 4096), lambda: target.copy_(codes))
+    return {
+        "pack_copy_fraction": round(pack.speedup, 3),
+        "pack_detail": pack.spread(),
+        "unpack_copy_fraction": round(unpack.speedup, 3),
+        "unpack_detail": unpack.spread(),
+    }
+
+
+def quantized_linear(quick: bool) -> dict[str, object]:
+    """One token and eight through a 3-bit layer, against torch's float32 product (memory-bound: 32 / 3 the bytes)."""
+    size = 2048 if quick else 4096
+    weight = torch.randn(size, size)
+    words = core_tensor.pack_bits(torch.randint(0, 8, (size, size), dtype=torch.uint8), 3)
+    scale, zero = torch.rand(size, 1), torch.full((size, 1), 4, dtype=torch.uint8)
+    results: dict[str, object] = {}
+    for tokens in (1, 8):
+        x = torch.randn(tokens, size)
+        pair = compare(
+            lambda x=x: core_tensor.quantized_linear(x, words, scale, zero, 3), lambda x=x: x @ weight.T, pairs=11
+        )
+        results |= {f"quantized_linear_{tokens}_vs_float32": round(pair.speedup, 2)}
+        results |= {f"quantized_linear_{tokens}_detail": pair.spread()}
+    return results
+
+
+if __name__ == "__main__":
+    run_bars("core-tensor", {"cd_block": cd_block, "bit_packing": bit_packing, "quantized_linear": quantized_linear})
