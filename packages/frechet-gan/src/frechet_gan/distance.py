@@ -90,6 +90,22 @@ def check_sample(name: str, sample: Tensor) -> None:
         raise ValueError(f"{name}: expected at least two samples of width one, got shape {tuple(sample.shape)}")
 
 
+def check_pair(x: Tensor, y: Tensor) -> None:
+    """Refuse two samples that cannot be compared.
+
+    Args:
+        x: Sample, shape (n, d).
+        y: Sample, shape (m, d).
+
+    Raises:
+        ValueError: If one is no sample, or the widths differ.
+    """
+    check_sample("x", x)
+    check_sample("y", y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"y: expected features of width {x.shape[1]} as x has, got {y.shape[1]}")
+
+
 class _Frechet(torch.autograd.Function):
     """Value forward, closed-form gradient backward; a second derivative is refused by torch."""
 
