@@ -4,15 +4,20 @@ from core_tensor._operator import backends
 from core_tensor.bit_packing import pack_bits, unpack_bits
 from core_tensor.cd_block import cd_block
 from core_tensor.cd_sparse import cd_sparse
+from core_tensor.dual_pass import BlockData, dual_pass
 from core_tensor.gptq_block import gptq_block
+from core_tensor.project_blocks import project_blocks
 from core_tensor.quantized_linear import quantized_linear
 
 __all__ = [
+    "BlockData",
     "backends",
     "cd_block",
     "cd_sparse",
+    "dual_pass",
     "gptq_block",
     "pack_bits",
+    "project_blocks",
     "quantized_linear",
     "unpack_bits",
 ]
