@@ -1,0 +1,189 @@
+"""Checkpoints: the whole state of a run as one npz file, so that a killed run continues bit by bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from core_tensor.files import atomic_path
+from torch import Tensor
+
+from polytope_lp import accelerated, lbfgs
+from polytope_lp.continuation import Stage
+from polytope_lp.evaluation import Evaluation
+from polytope_lp.options import Options
+from polytope_lp.problem import MatchingProblem
+from polytope_lp.search import Incumbent, Search
+
+_VECTORS = ("point", "gradient", "extrapolated")
+_NUMBERS = ("value", "decrement", "momentum", "lipschitz")
+
+
+class Saver:
+    """Writes a checkpoint every few iterations; callable as the `save` of `continuation.run`.
+
+    Args:
+        options: Where and how often.
+        search: The run.
+        problem: The problem, whose fingerprint guards against resuming another one.
+    """
+
+    def __init__(self, options: Options, search: Search, problem: MatchingProblem) -> None:
+        self.options, self.search, self.count = options, search, 0
+        self.mark = fingerprint(problem) if options.checkpoint else ""
+
+    def __call__(self, stage: Stage) -> None:
+        """Count an iteration, and write if it is time.
+
+        Args:
+            stage: State of the outer loop.
+        """
+        self.count += 1
+        if self.options.checkpoint and self.count % self.options.checkpoint_every == 0:
+            save(rank_path(self.options.checkpoint, self.search), self.search, stage, self.mark)
+
+
+def fingerprint(problem: MatchingProblem) -> str:
+    """A short description that two different problems are unlikely to share.
+
+    Args:
+        problem: The problem or shard.
+
+    Returns:
+        Sizes and a few sums.
+    """
+    d = problem.data
+    head = slice(0, 1 << 16)
+    return (
+        f"{d.blocks}/{d.variables}/{problem.rows}/{problem.first_block}/{float(problem.budgets.sum())!r}/"
+        f"{float(d.cost[head].double().sum())!r}/{int(d.index[head].sum())}"
+    )
+
+
+def rank_path(path: Path, search: Search) -> Path:
+    """The file of this rank.
+
+    Args:
+        path: What the user gave.
+        search: The run.
+
+    Returns:
+        The path itself in a run of one process, else with the rank in its name.
+    """
+    group = getattr(search.dual, "group", None)
+    if group is None:
+        return Path(path)
+    return Path(path).with_suffix(f".{torch.distributed.get_rank(group)}{Path(path).suffix}")
+
+
+def save(path: Path, search: Search, stage: Stage, mark: str) -> None:
+    """Write the state of a run.
+
+    Args:
+        path: File to write, npz.
+        search: The run.
+        stage: State of the outer loop.
+        mark: Fingerprint of the problem.
+    """
+    state = stage.state
+    arrays: dict[str, Tensor] = {name: getattr(state, name) for name in _VECTORS if hasattr(state, name)}
+    if isinstance(state, lbfgs.LbfgsState) and state.steps:
+        arrays["steps"], arrays["changes"] = torch.stack(state.steps), torch.stack(state.changes)
+    if search.anchor is not None:
+        arrays["anchor"] = search.anchor
+    if search.price is not None:
+        arrays["price"] = search.price
+    meta: dict[str, Any] = {
+        "mark": mark,
+        "kind": type(state).__name__,
+        "numbers": {name: repr(getattr(state, name)) for name in _NUMBERS if hasattr(state, name)},
+        "stalled": state.stalled,
+        "gamma": repr(search.gamma),
+        "lower": repr(search.lower),
+        "history": search.history,
+        "proximal": stage.proximal,
+        "iterations": stage.iterations,
+        "previous": repr(stage.previous),
+        "share": repr(stage.share),
+    }
+    if search.last is not None:
+        _put("last", search.last, arrays, meta)
+    best = search.incumbent
+    if best is not None:
+        _put("best", best.evaluation, arrays, meta)
+        if best.anchor is not None and best.anchor is not search.anchor:
+            arrays["best_anchor"] = best.anchor
+    meta["best_anchored"] = best is not None and best.anchor is not None
+    plain: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+    plain["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **plain)
+
+
+def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage | None:
+    """Take up a run where its checkpoint left it.
+
+    Args:
+        path: What the user gave; None or a file that does not exist means a new run.
+        search: The new run, which is brought to the old one's state.
+        problem: The problem.
+
+    Returns:
+        State of the outer loop, or None for a new run.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or one of another problem.
+    """
+    if path is None or not rank_path(path, search).exists():
+        return None
+    mine = rank_path(path, search)
+    try:
+        with np.load(mine, allow_pickle=False) as file:
+            meta = json.loads(bytes(file["meta"]))
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
+    except Exception as error:
+        raise ValueError(f"checkpoint: {mine} cannot be read ({error})") from error
+    if meta["mark"] != fingerprint(problem):
+        raise ValueError(f"checkpoint: {mine} belongs to another problem")
+    numbers = {name: float(text) for name, text in meta["numbers"].items()}
+    vectors = {name: arrays[name] for name in _VECTORS if name in arrays}
+    state: lbfgs.LbfgsState | accelerated.AcceleratedState
+    if meta["kind"] == "LbfgsState":
+        steps = tuple(arrays["steps"]) if "steps" in arrays else ()
+        changes = tuple(arrays["changes"]) if "changes" in arrays else ()
+        state = lbfgs.LbfgsState(**vectors, **numbers, steps=steps, changes=changes, stalled=meta["stalled"])  # type: ignore[arg-type]
+    else:
+        state = accelerated.AcceleratedState(**vectors, **numbers, stalled=meta["stalled"])  # type: ignore[arg-type]
+    search.gamma, search.lower = float(meta["gamma"]), float(meta["lower"])
+    search.anchor, search.price = arrays.get("anchor"), arrays.get("price")
+    search.history = meta["history"]
+    search.before = search.history[-1]["seconds"] if search.history else 0.0
+    search.last = _get("last", arrays, meta)
+    best = _get("best", arrays, meta)
+    if best is not None:
+        search.incumbent = Incumbent(best, arrays.get("best_anchor", search.anchor) if meta["best_anchored"] else None)
+    return Stage(state, meta["proximal"], meta["iterations"], float(meta["previous"]), float(meta["share"]))
+
+
+def _put(name: str, found: Evaluation, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta[name] = {
+        key: repr(getattr(found, key)) for key in ("gamma", "value", "lower", "upper", "cost", "violation")
+    } | {"fractional": found.fractional, "nonzero": found.nonzero}
+    arrays[f"{name}_lam"], arrays[f"{name}_gradient"] = found.lam, found.gradient
+    if found.shrink is not None:
+        arrays[f"{name}_shrink"] = found.shrink
+
+
+def _get(name: str, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Evaluation | None:
+    if name not in meta:
+        return None
+    numbers: dict[str, Any] = {
+        key: int(value) if key in {"fractional", "nonzero"} else float(value) for key, value in meta[name].items()
+    }
+    return Evaluation(
+        lam=arrays[f"{name}_lam"],
+        gradient=arrays[f"{name}_gradient"],
+        shrink=arrays.get(f"{name}_shrink"),
+        **numbers,
+    )

@@ -1,0 +1,153 @@
+r"""The outer loop: which ridge, when to lower it, and when to hold it and move the proximal centre instead.
+
+The gap at a point has two parts that one evaluation measures exactly: what the ridge costs,
+$\sum_i r_i'x_i - \min_{v \in C_i} r_i'v$, and the rest, infeasibility and its repair. A stage ends when the rest is
+small beside the first; then $\gamma$ falls in proportion to what `tol` allows.
+
+Source: arXiv 2103.05277, the stage-wise choice of gamma. Departure: the paper bounds the cost of the ridge by
+$\gamma \psi$ with $\psi = \frac12 (1 - 1/J)$ times the number of blocks that are not at a vertex; here it is measured.
+Departure: the proximal outer loop ($c \leftarrow c - \gamma x$) reaches an exact LP optimum with a fixed ridge.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polytope_lp import accelerated, lbfgs
+from polytope_lp.search import FinishedError, Search, zeros
+
+TIED = 0.5
+"""Share of blocks away from a vertex above which a problem may be tied."""
+SHARE_OF_TOL = 0.5
+"""Part of the tolerance that the ridge may use."""
+LEAVE = 1.0
+"""A stage ends when what optimisation has left is below this multiple of what the ridge costs."""
+STEEPEST, MILDEST = 0.1, 0.5
+"""Factors by which gamma may fall at once."""
+SMALLEST_RIDGE = 1e-9
+"""Least gamma relative to the size of the costs: below it projections lose their digits."""
+FIRST_RIDGE = 0.3
+"""First gamma relative to the size of the costs over that of the variables."""
+
+
+@dataclass
+class Stage:
+    """Where the outer loop stands: enough to resume it.
+
+    Attributes:
+        state: State of the inner optimiser.
+        proximal: Whether the proximal loop has begun.
+        iterations: Inner iterations in this stage.
+        previous: Ridge weight of the stage before.
+        share: Share of blocks away from a vertex at the end of the stage before.
+    """
+
+    state: lbfgs.LbfgsState | accelerated.AcceleratedState
+    proximal: bool = False
+    iterations: int = 0
+    previous: float = math.nan
+    share: float = math.inf
+
+
+def run(search: Search, stage: Stage | None, save: Callable[[Stage], None]) -> str:
+    """Minimise until the search is finished.
+
+    Args:
+        search: The run, with the options.
+        stage: Where to resume, or None to start at zero.
+        save: Called after every inner iteration with the state to resume from.
+
+    Returns:
+        The status.
+    """
+    try:
+        if stage is None:
+            search.gamma = search.options.gamma or FIRST_RIDGE * search.dual.gamma_start
+            stage = Stage(_start(search, zeros(search.dual)))
+        while True:
+            stage.state = _step(search, stage.state)
+            stage.iterations += 1
+            if stage.state.stalled or stage.iterations % 2 == 0:
+                _advance(search, stage)
+            save(stage)
+    except FinishedError as finished:
+        return str(finished.args[0])
+
+
+def _start(search: Search, mu: Tensor) -> lbfgs.LbfgsState | accelerated.AcceleratedState:
+    if search.options.method == "accelerated":
+        return accelerated.start(search.objective, mu, 1.0 / search.gamma)
+    return lbfgs.start(search.objective, mu)
+
+
+def _step(
+    search: Search, state: lbfgs.LbfgsState | accelerated.AcceleratedState
+) -> lbfgs.LbfgsState | accelerated.AcceleratedState:
+    if isinstance(state, accelerated.AcceleratedState):
+        return accelerated.step(search.objective, state, search.dual.free)
+    return lbfgs.step(search.objective, state, search.dual.free, search.gamma, search.options.memory)
+
+
+def _advance(search: Search, stage: Stage) -> None:
+    # End the stage if it has done its work: lower the ridge, or recentre.
+    smoothing, rest = search.measured()
+    allowed = SHARE_OF_TOL * search.options.tol
+    fixed = search.options.gamma is not None
+    if stage.proximal:
+        decrement = stage.state.decrement / search.size
+        if stage.state.stalled or decrement <= 0.01 * max(smoothing, 0.0) or decrement <= 1e-3 * allowed:
+            _recentre(search, stage)
+        return
+    if not stage.state.stalled and (smoothing <= allowed or rest > LEAVE * smoothing):
+        return
+    share = search.history[-1]["fractional"]
+    tied = share > TIED and share > 0.7 * stage.share  # lowering the ridge no longer brings vertices
+    exhausted = search.gamma <= SMALLEST_RIDGE * search.dual.gamma_start or (
+        stage.state.stalled and smoothing <= allowed
+    )
+    if search.options.proximal or (search.options.proximal is None and (tied or exhausted)):
+        if tied and not fixed:
+            search.gamma = stage.previous
+        stage.proximal = True
+        _recentre(search, stage)
+        return
+    if fixed or exhausted:
+        if stage.state.stalled:
+            raise FinishedError("stalled")
+        return
+    factor = min(max(allowed / max(smoothing, 1e-300), STEEPEST), MILDEST)
+    stage.previous, stage.share = search.gamma, share
+    search.gamma = max(search.gamma * factor, SMALLEST_RIDGE * search.dual.gamma_start)
+    _restart(search, stage, factor)
+
+
+def _recentre(search: Search, stage: Stage) -> None:
+    search.recentre()
+    _restart(search, stage, 1.0)
+
+
+def _restart(search: Search, stage: Stage, factor: float) -> None:
+    """Evaluate the changed objective; the memory stays, since curvature moves only in proportion to 1 / gamma."""
+    stage.iterations = 0
+    old, fresh = stage.state, _start(search, stage.state.point)
+    if isinstance(old, lbfgs.LbfgsState) and isinstance(fresh, lbfgs.LbfgsState):
+        fresh = replace(fresh, steps=old.steps, changes=tuple(y / factor for y in old.changes))
+    stage.state = fresh
+
+
+def warm(search: Search, lam: Tensor) -> Stage:
+    """Start at the multipliers of an earlier solution, with the ridge that its gap allows.
+
+    Args:
+        search: The run.
+        lam: Multipliers, shape (rows,), float64.
+
+    Returns:
+        The first stage.
+    """
+    mu = torch.as_tensor(lam, dtype=torch.float64) / search.dual.scale
+    search.gamma = search.options.gamma or FIRST_RIDGE * STEEPEST * search.dual.gamma_start
+    return Stage(_start(search, torch.where(search.dual.free, mu, mu.clamp_min(0))))

@@ -1,0 +1,259 @@
+"""The smoothed dual as the optimisers see it: value, gradient and certified bounds at one point."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from core_tensor import dual_pass
+from core_tensor.dual_pass import TOTALS
+from torch import Tensor
+
+from polytope_lp.problem import MatchingProblem
+
+KEEP = 1.0 - 1e-12
+"""Budgets are met up to this factor, so that no order of summation finds them exceeded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    r"""One evaluation of $\min_{x_i \in C_i} c'x + \gamma/2 \lVert x - p \rVert^2 + \lambda'(Ax - b)$.
+
+    Attributes:
+        lam: Multipliers, shape (rows,), float64.
+        gamma: Weight of the ridge.
+        value: $g_\gamma(\lambda)$.
+        gradient: $A x - b$, shape (rows,), float64.
+        lower: $g_0(\lambda)$ with the original costs: a lower bound of the LP's optimum.
+        upper: Cost of the repaired primal, an upper bound; infinite where shrinking does not repair.
+        cost: $c'x$ of the primal as projected.
+        shrink: Factors per row that repair the primal, shape (rows,), float64, or None.
+        violation: Greatest violation of a row over $1 + |b|$, before repair.
+        fractional: Blocks away from a vertex of their polytope.
+        nonzero: Variables above zero.
+    """
+
+    lam: Tensor
+    gamma: float
+    value: float
+    gradient: Tensor
+    lower: float
+    upper: float
+    cost: float
+    shrink: Tensor | None
+    violation: float
+    fractional: int
+    nonzero: int
+
+    @property
+    def smoothing(self) -> float:
+        r"""What the ridge costs: $\sum_i r_i'x_i - \min_{v \in C_i} r_i'v \ge 0$, zero when every x_i is LP-optimal."""
+        return self.cost + float(self.lam @ self.gradient) - self.lower
+
+
+class Dual(Protocol):
+    """What an optimiser needs of a problem.
+
+    Attributes:
+        scale: Power of two by row, so that rows of `scale * A` have norms near one, shape (rows,), float64.
+        free: Rows whose multiplier has no sign (equations), shape (rows,), bool.
+        budgets: Right-hand sides b, shape (rows,), float64.
+        blocks: Number of blocks of the whole problem.
+        ceiling: Greatest value that c'x takes on the blocks: a lower bound above it proves infeasibility.
+        gamma_start: Ridge weight at which smoothing is comparable to the costs themselves.
+    """
+
+    scale: Tensor
+    free: Tensor
+    budgets: Tensor
+    blocks: int
+    ceiling: float
+    gamma_start: float
+
+    def evaluate(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Evaluation:
+        """Evaluate at one point.
+
+        Args:
+            lam: Multipliers, shape (rows,), float64.
+            gamma: Weight of the ridge.
+            anchor: Proximal centre, or None for the origin.
+        """
+        ...
+
+    def primal(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
+        """The projected primal (of this rank's blocks), before repair.
+
+        Args:
+            lam: Multipliers, shape (rows,), float64.
+            gamma: Weight of the ridge.
+            anchor: Proximal centre, or None for the origin.
+        """
+        ...
+
+    def elapsed(self) -> float:
+        """Seconds since the start, the same on every rank."""
+        ...
+
+
+class FusedDual:
+    """`Dual` of a `MatchingProblem` by the native fused pass; with a process group, of the shards of all ranks.
+
+    Args:
+        problem: The problem, or this rank's shard of it.
+        group: Process group over which sums are taken, or None.
+    """
+
+    def __init__(self, problem: MatchingProblem, group: Any = None) -> None:
+        self.problem, self.group = problem, group
+        self.budgets, self.free = problem.budgets, problem.equality
+        self._start = time.monotonic()
+        self._mean_elapsed = 0.0
+        m = problem.rows
+        statistics = torch.zeros(3 * m + 5, dtype=torch.float64)
+        square, load, spent, totals = statistics.split([m, m, m, 5])
+        for begin, end in problem.pieces():
+            part = problem.slice(begin, end)
+            u = problem.limits(begin, end)
+            rows = part.index.reshape(part.variables, -1)
+            c = part.cost.double().abs()
+            a = torch.ones(rows.shape, dtype=torch.float64) if part.coefficient is None else part.coefficient.double()
+            a = a.reshape(rows.shape)
+            square.index_add_(0, rows.ravel(), a.square().ravel())
+            load.index_add_(0, rows.ravel(), (a.abs() * u[:, None]).ravel())
+            if rows.shape[1] == 1:
+                spent.index_add_(0, rows[:, 0], c * u)
+            lengths = part.offsets[1:] - part.offsets[:-1]
+            totals += torch.stack([(c * u).sum(), u.square().sum(), lengths.sum(), c.sum(), u.sum()])
+        nonnegative = torch.tensor([int(problem.nonnegative), problem.data.blocks, problem.skipped])
+        if group is not None:
+            torch.distributed.all_reduce(statistics, group=group)
+            each = torch.tensor([1, 0, 0]) * nonnegative
+            torch.distributed.all_reduce(each, op=torch.distributed.ReduceOp.MIN, group=group)
+            torch.distributed.all_reduce(nonnegative, group=group)
+            nonnegative[0] = each[0]
+        self.repairable = bool(nonnegative[0]) and not problem.data.equality
+        self.blocks = int(nonnegative[1])
+        self.scale = torch.exp2(-torch.round(torch.log2(torch.where(square > 0, square, 1.0)) / 2))
+        self.load_bound, self.spent_bound, self.total_bound = load, spent, totals
+        self.ceiling = float(totals[0]) * (1 + 1e-9)
+        self.gamma_start = float(totals[3] / totals[2].clamp_min(1)) / max(
+            float(totals[4] / totals[2].clamp_min(1)), 1e-300
+        )
+        self._fixed = 2.0 * torch.stack([load, spent], 1).ravel()
+
+    def _scale(self, lam: Tensor) -> Tensor:
+        # Power-of-two factors of the fixed-point sums: bounds of every sum are known before it is taken.
+        cost, square, variables, _, _ = self.total_bound.tolist()
+        least = cost + float(lam.abs() @ self.load_bound)
+        bounds = torch.tensor([cost, 2.0 * square, least, variables, variables], dtype=torch.float64) * 2.0
+        every = torch.cat([self._fixed, bounds])
+        return torch.exp2(torch.floor(61.0 - torch.log2(torch.where(every > 0, every, 1.0))).clamp(-900, 900))
+
+    def _sums(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor | None) -> Tensor:
+        scale = self._scale(lam)
+        sums, _ = dual_pass(
+            self.problem.data, lam, gamma, scale, self.problem.bounds, anchor=anchor, shrink=shrink, check=False
+        )
+        if self.group is not None:
+            clock = torch.tensor([int(1e6 * (time.monotonic() - self._start))])
+            packed = torch.cat([sums, clock])
+            torch.distributed.all_reduce(packed, group=self.group)  # the one collective of an evaluation
+            sums = packed[:-1]
+            self._mean_elapsed = float(packed[-1]) / 1e6 / torch.distributed.get_world_size(self.group)
+        return sums.double() / scale
+
+    def evaluate(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Evaluation:
+        """See `Dual.evaluate`.
+
+        Args:
+            lam: Multipliers, shape (rows,), float64.
+            gamma: Weight of the ridge.
+            anchor: Proximal centre, shape (variables,), or None for the origin.
+
+        Returns:
+            Value, gradient and bounds.
+        """
+        m = self.budgets.shape[0]
+        sums = self._sums(lam, gamma, anchor, None)
+        load, spent = sums[: 2 * m : 2], sums[1 : 2 * m : 2]
+        totals = dict(zip(TOTALS, sums[2 * m :].tolist(), strict=True))
+        gradient = load - self.budgets
+        shrink, upper = None, math.inf
+        if self.repairable:
+            shrink = (self.budgets * KEEP / torch.where(load > 0, load, 1.0)).clamp_max(1.0)
+            shrink = torch.where(load > self.budgets * KEEP, shrink, 1.0)
+            if self.problem.data.index.ndim == 1 or self.problem.data.index.shape[1] == 1:
+                upper = float(spent @ shrink)
+            else:
+                upper = float(self._sums(lam, gamma, anchor, shrink)[2 * m])
+        excess = torch.where(self.free, gradient.abs(), gradient) / (1.0 + self.budgets.abs())
+        return Evaluation(
+            lam=lam,
+            gamma=gamma,
+            value=totals["cost"] + gamma / 2 * totals["square"] + float(lam @ gradient),
+            gradient=gradient,
+            lower=totals["least"] - float(lam @ self.budgets),
+            upper=upper,
+            cost=totals["cost"],
+            shrink=shrink,
+            violation=max(float(excess.max()), 0.0) if m else 0.0,
+            fractional=round(totals["fractional"]),
+            nonzero=round(totals["nonzero"]),
+        )
+
+    def primal(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
+        """See `Dual.primal`.
+
+        Args:
+            lam: Multipliers, shape (rows,), float64.
+            gamma: Weight of the ridge.
+            anchor: Proximal centre, shape (variables,), or None for the origin.
+
+        Returns:
+            The primal in the dtype of the costs, shape (variables,).
+        """
+        problem, data = self.problem, self.problem.data
+        x = torch.empty(data.variables, dtype=data.cost.dtype)
+        for begin, end in problem.pieces():
+            at = slice(int(data.offsets[begin] - data.offsets[0]), int(data.offsets[end] - data.offsets[0]))
+            x[at] = primal_piece(problem, begin, end, lam, gamma, None if anchor is None else anchor[at], None)
+        return x
+
+    def elapsed(self) -> float:
+        """See `Dual.elapsed`.
+
+        Returns:
+            Seconds.
+        """
+        return self._mean_elapsed if self.group is not None else time.monotonic() - self._start
+
+
+def primal_piece(
+    problem: MatchingProblem,
+    begin: int,
+    end: int,
+    lam: Tensor,
+    gamma: float,
+    anchor: Tensor | None,
+    shrink: Tensor | None,
+) -> Tensor:
+    """The primal of a run of blocks.
+
+    Args:
+        problem: The problem.
+        begin: First block.
+        end: Block after the last.
+        lam: Multipliers, shape (rows,), float64.
+        gamma: Weight of the ridge.
+        anchor: Proximal centre of the run, shape (variables of the run,), or None.
+        shrink: Repair factors per row, shape (rows,), or None.
+
+    Returns:
+        The primal, shape (variables of the run,), float64.
+    """
+    part = problem.slice(begin, end)
+    scale = torch.ones(2 * lam.shape[0] + len(TOTALS), dtype=torch.float64)
+    bounds = torch.tensor([0, part.blocks])
+    _, x = dual_pass(part, lam, gamma, scale, bounds, anchor=anchor, shrink=shrink, primal=True, check=False)
+    return x

@@ -1,0 +1,75 @@
+"""What a solver needs to know about a family of block polytopes."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Polytope(ABC):
+    r"""A family of compact polytopes $C_i$, one per block of a ragged vector.
+
+    Attributes:
+        down_closed: Whether $0 \le y \le x \in C_i$ implies $y \in C_i$, so that shrinking
+            repairs a primal.
+    """
+
+    down_closed: bool
+
+    @abstractmethod
+    def check(self, offsets: Tensor) -> None:
+        """Refuse blocks that the polytope does not fit.
+
+        Args:
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Raises:
+            ValueError: If a block is too short, too long, or empty of points.
+        """
+
+    @abstractmethod
+    def project(self, values: Tensor, offsets: Tensor) -> Tensor:
+        r"""Euclidean projection of every block, $\min_{x_i \in C_i} \lVert x_i - v_i \rVert^2$.
+
+        Args:
+            values: Points, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            Projections, shape (variables,), float64.
+        """
+
+    @abstractmethod
+    def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
+        r"""A vertex of least cost in every block, $\arg\min_{x_i \in C_i} r_i'x_i$.
+
+        Args:
+            costs: Costs r, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            Vertices, shape (variables,), float64.
+        """
+
+    @abstractmethod
+    def limits(self, offsets: Tensor) -> Tensor:
+        """Greatest absolute value that each variable can take.
+
+        Args:
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            Limits, shape (variables,), float64.
+        """
+
+    @abstractmethod
+    def tangent(self, direction: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+        """An element of the generalised Jacobian of the projection at its value x, times a direction.
+
+        Args:
+            direction: Direction, shape (variables,), float64.
+            x: A value of `project`, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            The product, shape (variables,), float64.
+        """
