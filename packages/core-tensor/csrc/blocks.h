@@ -130,8 +130,9 @@ inline double cut_multiplier(const Block<T>& block, const double* r, int64_t n, 
     (excess > 0.0 ? low : high) = theta;
     if (excess == 0.0) break;
     double next = slope > 0.0 ? theta + excess * gamma / slope : kInfinity;
-    if (!(next >= low && next <= high)) next = 0.5 * (low + high);
-    if (next == theta || std::abs(next - theta) <= 1e-16 * std::abs(theta)) break;
+    if (std::abs(next - theta) <= 1e-16 * std::abs(theta)) break;
+    if (!(next > low && next < high)) next = 0.5 * (low + high);  // also when Newton jumps between the two ends
+    if (next == theta) break;
     theta = next;
   }
   return theta;

@@ -157,6 +157,7 @@ def test_bad_input_names_the_argument(change, error, message):
         core_tensor.project_blocks(**given)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at the gradient of its own copies
 def test_opcheck():
     v, offsets, cap, upper, weight = _family("knapsack", [5, 3], 3)
     torch.library.opcheck(
