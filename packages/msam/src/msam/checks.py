@@ -1,0 +1,44 @@
+"""Checks of what a user's loss function returned, and of the gradients it left."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_loss(loss: Any, finite: bool) -> Tensor:
+    """Refuse a loss that cannot be differentiated.
+
+    Args:
+        loss: What the loss function or closure returned.
+        finite: Whether NaN and infinities are refused too.
+
+    Returns:
+        The loss, shape ().
+
+    Raises:
+        TypeError: If it is not a tensor.
+        ValueError: If it is not a scalar, has no graph, or is not finite where that is asked for.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected the loss function to return a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)} (take its mean)")
+    if not loss.requires_grad:
+        raise ValueError("loss: expected a tensor with a graph, got one without gradients (no_grad, or detached?)")
+    if finite:
+        check_finite_loss(loss)
+    return loss.reshape(())
+
+
+def check_finite_loss(loss: Tensor) -> None:
+    """Refuse a NaN or infinite loss.
+
+    Args:
+        loss: Scalar tensor.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"loss: expected a finite value, got {float(loss.detach())}")

@@ -1,0 +1,205 @@
+"""The ghost engine: prove a model's path once, then run both passes over whole batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from msam.batches import Shards, narrow, pick
+from msam.checks import check_loss
+from msam.ghost.directions import Plan
+from msam.ghost.proof import Path, prove
+from msam.ghost.tape import ChangedError, Table, Tape, UnsupportedError
+from msam.options import Options
+from msam.passes import Generators, statistics, unsynchronised
+from msam.perturbation import Tracked
+from msam.record import StepRecord
+from msam.sequential import Scale, backward, poison, shard_shares
+
+LossFunction = Callable[[Any], Tensor]
+
+
+class Ghost:
+    """The ghost engine of one model.
+
+    Args:
+        model: The model whose buffers and wrappers the passes respect.
+        options: mSAM's options.
+        trainable: All parameters with gradients.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
+        self._model = model
+        self._options = options
+        self._devices = {p.device for p in trainable}
+        self._paths: dict[bool, list[Path]] = {False: [], True: []}
+        self._table: Table | None = None
+
+    def accumulate(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
+    ) -> StepRecord:
+        """Add the weighted mSAM gradient of a batch to `.grad`; the parameters are never written.
+
+        Args:
+            loss_fn: Mean loss of a (micro-)batch.
+            batch: Tree of tensors, examples first.
+            shards: How it is cut.
+            tracked: What is perturbed, and how far.
+            scale: GradScaler's scaling of a loss, or None.
+            weight: Factor of this batch's gradient.
+
+        Returns:
+            The step's record.
+
+        Raises:
+            UnsupportedError: If ghost mode cannot follow the model exactly; nothing has been accumulated then.
+            ValueError: If a gradient is not finite and no GradScaler would notice.
+        """
+        if self._table is None:
+            self._table = Table(self._model, tracked.parameters)
+        generators = Generators(self._devices)
+        try:
+            plan, loss = self._ascend(loss_fn, batch, shards, tracked, scale)
+        except ChangedError:
+            generators.rewind()
+            self._prove(loss_fn, batch, shards, tracked, self._options.check_finite and scale is None)
+            generators.rewind()
+            try:
+                plan, loss = self._ascend(loss_fn, batch, shards, tracked, scale)
+            except ChangedError as error:
+                raise UnsupportedError(f"the model takes another path at every call: {error}") from error
+        norms = self._own_norms(plan.norms, batch, shards, scale)
+        if scale is not None and not bool(torch.isfinite(norms).all()):
+            poison(tracked.parameters)
+            return StepRecord("ghost", tracked.radii[0], loss, loss, norms, skipped=True)
+        if self._options.check_finite and not bool(torch.isfinite(norms).all()):
+            raise ValueError(f"loss: expected a finite gradient, got norms {norms.tolist()}")
+        if self._options.rng == "same":
+            generators.rewind()
+        late = self._descend(loss_fn, batch, shards, plan, scale, weight)
+        return StepRecord("ghost", tracked.radii[0], loss, late, norms)
+
+    def _own_norms(self, norms: Tensor, batch: Any, shards: Shards, scale: Scale | None) -> Tensor:
+        """Norms of the micro-batches' own gradients: without their share in the whole loss and the loss scale.
+
+        Returns:
+            Norms, shape (m,).
+        """
+        if self._options.shard_weight is None:
+            shares = [size / shards.total for size in shards.sizes]
+        else:
+            parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+            shares = shard_shares(parts, shards, self._options)
+        one = norms.new_ones(())
+        return norms / norms.new_tensor(shares).clamp_min(1e-30) / (one if scale is None else scale(one))
+
+    def _ascend(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None
+    ) -> tuple[Plan, Tensor]:
+        if self._options.ascent == "half":
+            batch, shards = pick(batch, shards.half_index()), shards.halved()
+        assert self._table is not None
+        with (
+            unsynchronised(self._model),
+            statistics(self._model, self._options.bn, first=True),
+            counted(self._model, shards.count),
+        ):
+            return capture(
+                loss_fn, batch, shards, tracked, self._table, self._paths[shards.count > 1],
+                scale=scale, finite=self._options.check_finite and scale is None,
+            )  # fmt: skip
+
+    def _descend(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, plan: Plan, scale: Scale | None, weight: float
+    ) -> Tensor:
+        assert self._table is not None
+        tape = Tape(self._table, shards, "apply", self._paths[shards.count > 1], plan)
+        with statistics(self._model, self._options.bn, first=False), counted(self._model, shards.count):
+            with tape:
+                loss = check_loss(loss_fn(batch), finite=False)
+            tape.finish()
+            backward(loss * weight, scale)
+        return loss.detach()
+
+    def _prove(self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, finite: bool) -> None:
+        if shards.count > 1:
+            for module in self._model.modules():
+                if isinstance(module, _NormBase) and module.training and module.momentum is None:
+                    raise UnsupportedError("batch norm with a cumulative average (momentum=None)")
+        if self._options.ascent == "half":
+            batch, shards = pick(batch, shards.half_index()), shards.halved()
+        assert self._table is not None
+        path = prove(self._model, loss_fn, batch, shards, tracked, self._table, self._options, finite)
+        self._paths[shards.count > 1].append(path)
+
+
+def capture(
+    loss_fn: LossFunction,
+    batch: Any,
+    shards: Shards,
+    tracked: Tracked,
+    table: Table,
+    paths: Sequence[Path],
+    *,
+    scale: Scale | None = None,
+    finite: bool = False,
+) -> tuple[Plan, Tensor]:
+    """Pass 1: forward, backward to activations only, and the directions that follow.
+
+    Args:
+        loss_fn: Mean loss of a batch.
+        batch: Tree of tensors, examples first.
+        shards: How it is cut.
+        tracked: What is perturbed, and how far.
+        table: Finds tracked parameters.
+        paths: Proved paths.
+        scale: GradScaler's scaling of a loss, or None.
+        finite: Whether a NaN loss raises.
+
+    Returns:
+        The finished plan and the detached loss.
+
+    Raises:
+        UnsupportedError: If no use was recorded.
+    """
+    tape = Tape(table, shards, "capture", paths)
+    with tape:
+        loss = check_loss(loss_fn(batch), finite)
+        tape.finish()
+        if not tape.uses:
+            raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
+    targets: Any = [use.target for use in tape.uses]
+    gradients = torch.autograd.grad(loss if scale is None else scale(loss), targets, allow_unused=True)
+    plan = Plan(tracked, shards)
+    with torch.no_grad():
+        for use, gradient in zip(tape.uses, gradients, strict=True):
+            if gradient is not None:
+                use.contribute(plan, gradient)
+        tape.uses.clear()
+        plan.finish()
+    return plan, loss.detach()
+
+
+@contextmanager
+def counted(model: nn.Module, micro_batches: int) -> Iterator[None]:
+    """Let batch norms count every micro-batch, as they do when these come one by one.
+
+    Args:
+        model: The model.
+        micro_batches: Their number m.
+
+    Yields:
+        Nothing.
+    """
+    counters = [
+        m.num_batches_tracked
+        for m in model.modules()
+        if isinstance(m, _NormBase) and m.training and m.num_batches_tracked is not None and micro_batches > 1
+    ]
+    before = [c.clone() for c in counters]
+    yield
+    for counter, value in zip(counters, before, strict=True):
+        counter += (counter - value) * (micro_batches - 1)

@@ -1,0 +1,109 @@
+"""Perturbed matrix products: the low-rank correction, and the materialised form."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Block = tuple[int, int, Tensor, Tensor, Tensor, Tensor | None]
+"""First and last leading row of a stretch, factors on the input's and the result's side (n, r, d), c and bias c."""
+
+
+class LowRankCorrection(torch.autograd.Function):
+    r"""$y_j \mathrel{+}= (c\, x_j R_j^\top + c_b)\, L_j$, in place; the factors are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, blocks: list[Block]) -> Tensor:
+        """Add the correction.
+
+        Args:
+            ctx: Autograd's context.
+            y: Unperturbed result, shape (rows, ..., d_out), contiguous; overwritten.
+            x: Input, shape (rows, ..., d_in).
+            blocks: Stretches of equal micro-batches.
+
+        Returns:
+            y.
+        """
+        ctx.mark_dirty(y)
+        ctx.blocks, ctx.shape = blocks, x.shape
+        for start, stop, inner, outer, c, bias in blocks:
+            n = inner.shape[0]
+            s = torch.bmm(x[start:stop].reshape(n, -1, x.shape[-1]), inner.mT).mul_(c)  # (n, rows, r)
+            if bias is not None:
+                s.add_(bias)
+            y[start:stop].view(n, -1, y.shape[-1]).baddbmm_(s, outer)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        r"""The gradient passes y unchanged, and x gets $c\, (dy_j L_j^\\top) R_j$ on top.
+
+        Args:
+            ctx: Autograd's context.
+            gradients: dy.
+
+        Returns:
+            Gradients of y, x and the blocks.
+        """
+        (dy,) = gradients
+        if not ctx.needs_input_grad[1]:
+            return dy, None, None
+        dx = dy.new_empty(ctx.shape)
+        for start, stop, inner, outer, c, _ in ctx.blocks:
+            n = inner.shape[0]
+            s = torch.bmm(dy[start:stop].reshape(n, -1, dy.shape[-1]), outer.mT).mul_(c)
+            torch.bmm(s, inner, out=dx[start:stop].view(n, -1, dx.shape[-1]))
+        return dy, dx, None
+
+
+class ShardedLinear(torch.autograd.Function):
+    r"""$y_j = x_j (W + E_j)^\top$ by stretches, with one whole-batch product for the gradient of the shared W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, step: Tensor, stretches: list[tuple[int, int, int, int]]
+    ) -> Tensor:
+        """Multiply every micro-batch by its own weights.
+
+        Args:
+            ctx: Autograd's context.
+            x: Input, shape (rows, ..., d_in), contiguous.
+            weight: W, shape (d_out, d_in).
+            step: E, shape (m, d_out, d_in).
+            stretches: First and last leading row, first micro-batch and number of micro-batches of each.
+
+        Returns:
+            y, shape (rows, ..., d_out).
+        """
+        ctx.save_for_backward(x, weight)
+        ctx.step, ctx.stretches = step, stretches
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for start, stop, first, n in stretches:
+            own = (weight + step[first : first + n]).mT  # (n, d_in, d_out)
+            torch.bmm(x[start:stop].view(n, -1, x.shape[-1]), own, out=y[start:stop].view(n, -1, y.shape[-1]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of x and W.
+
+        Args:
+            ctx: Autograd's context.
+            gradients: dy.
+
+        Returns:
+            Gradients of x, W, the steps and the stretches.
+        """
+        dy = gradients[0].contiguous()
+        x, weight = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            for start, stop, first, n in ctx.stretches:
+                own = weight + ctx.step[first : first + n]
+                rows = dy[start:stop].view(n, -1, dy.shape[-1])
+                torch.bmm(rows, own, out=dx[start:stop].view(n, -1, x.shape[-1]))
+        if ctx.needs_input_grad[1]:
+            dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
+        return dx, dw, None, None

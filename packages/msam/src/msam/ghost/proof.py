@@ -1,0 +1,208 @@
+"""Proof, by measurement, that ghost mode follows a model exactly; run once per path through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from msam.batches import Shards, narrow, tree_map
+from msam.checks import check_loss
+from msam.ghost.tape import Call, Layout, Table, Tape, UnsupportedError
+from msam.options import Options
+from msam.passes import kept_statistics, unsynchronised
+from msam.perturbation import Tracked
+from msam.sequential import shard_shares
+
+Path = list[tuple[Call, Layout]]
+LossFunction = Callable[[Any], Tensor]
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest relative difference that rounding explains; a wrong layout or a missed use shows as one of order 1."""
+
+_HOOKS = "activation checkpointing or offloading runs parts of the model again, out of sight"
+
+
+class Deterministic(TorchFunctionMode):
+    """Switches dropout off and replaces random draws by constants, so that passes can be compared."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.multi_head_attention_forward:
+            kwargs["training"] = False
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, kwargs
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        if name in {"bernoulli_", "bernoulli"}:
+            return args[0].fill_(1) if name == "bernoulli_" else torch.ones_like(args[0])
+        result = func(*args, **kwargs)
+        return torch.full_like(result, 0.5) if func in {torch.rand, torch.rand_like} else result
+
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+}  # fmt: skip
+
+
+def prove(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Any,
+    shards: Shards,
+    tracked: Tracked,
+    table: Table,
+    options: Options,
+    finite: bool,
+) -> Path:
+    """Find the layout of every use, and check loss and gradients against micro-batches that run alone.
+
+    Args:
+        model: The model; its statistics and wrappers are left as they are.
+        loss_fn: Mean loss of a (micro-)batch.
+        batch: Tree of tensors, examples first.
+        shards: How it is cut.
+        tracked: What is perturbed.
+        table: Finds tracked parameters.
+        options: Whose `shard_weight` weighs micro-batches.
+        finite: Whether a NaN loss raises.
+
+    Returns:
+        The calls of the path with their layouts.
+
+    Raises:
+        UnsupportedError: If ghost mode would not give the gradient of sequential mode.
+    """
+    from msam.ghost.engine import capture
+
+    with kept_statistics(model), unsynchronised(model), Deterministic():
+        calls, shapes, gradients = _probe(loss_fn, batch, shards, table, finite)
+        if shards.count == 1:
+            path = [(call, Layout()) for call in calls]
+        else:
+            shifted = tree_map(lambda t: t.roll(1, 0) if t.ndim else t, batch)
+            again, _, rolled = _probe(loss_fn, shifted, shards, table, finite)
+            if again != calls:
+                raise UnsupportedError("the model's path depends on the order of the examples")
+            found = zip(calls, shapes, gradients, rolled, strict=True)
+            path = [(call, find_layout(shape, g, r, shards.total)) for call, shape, g, r in found]
+        plain = Tracked(tracked.parameters, tracked.radii)
+        try:
+            plan, loss = capture(loss_fn, batch, shards, plain, table, [path])
+        except UnsupportedError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise UnsupportedError(f"the model cannot run with one replica per micro-batch: {error}") from error
+        sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+        _compare(loss_fn, batch, shards, plain, options, loss, plan.squares, sharded=sharded)
+    return path
+
+
+def _probe(
+    loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, finite: bool
+) -> tuple[list[Call], list[torch.Size], list[Tensor | None]]:
+    tape = Tape(table, shards, "probe")
+    try:
+        with tape, disable_saved_tensors_hooks(_HOOKS):
+            loss = check_loss(loss_fn(batch), finite)
+    except RuntimeError as error:
+        raise (UnsupportedError(_HOOKS) if _HOOKS in str(error) else error) from error
+    if not tape.uses:
+        raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
+    targets: Any = [use.target for use in tape.uses]
+    gradients = torch.autograd.grad(loss, targets, allow_unused=True)
+    return tape.calls, tape.shapes, list(gradients)
+
+
+def find_layout(shape: torch.Size, gradient: Tensor | None, rolled: Tensor | None, examples: int) -> Layout:
+    """The dimension along which rolling the batch by one example rolls a gradient.
+
+    Args:
+        shape: Shape of the use's result.
+        gradient: Its gradient for the batch, or None.
+        rolled: Its gradient for the batch rolled by one example.
+        examples: Number B of examples.
+
+    Returns:
+        The layout; a use that no example influences gets the first dimension.
+
+    Raises:
+        UnsupportedError: If no dimension fits: the model mixes examples.
+    """
+    if gradient is None or rolled is None or not bool(gradient.any()):
+        return Layout()
+    size = float(torch.linalg.vector_norm(gradient))
+    errors = {Layout(0, shared=True): float(torch.linalg.vector_norm(rolled - gradient)) / size}
+    for dim in range(max(len(shape) - 1, 1)):
+        if shape[dim] % examples == 0:
+            moved = gradient.roll(shape[dim] // examples, dim)
+            errors[Layout(dim)] = float(torch.linalg.vector_norm(rolled - moved)) / size
+    best = min(errors, key=lambda layout: errors[layout])
+    if not errors[best] < max(TOLERANCES.get(gradient.dtype, 0.0), 1e-6):
+        raise UnsupportedError(f"a layer's gradients of shape {tuple(shape)} do not follow the examples' order")
+    return best
+
+
+def _compare(
+    loss_fn: LossFunction,
+    batch: Any,
+    shards: Shards,
+    tracked: Tracked,
+    options: Options,
+    whole: Tensor,
+    squares: Mapping[int, Tensor],
+    *,
+    sharded: bool,
+) -> None:
+    """Compare the loss, and the norm of every parameter's gradient, with micro-batches that run alone.
+
+    The recorded gradients are those of the whole loss, so a micro-batch's carries its share as a factor. Under FSDP2
+    whole gradients do not exist, and only the loss is compared.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding.
+    """
+    parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+    losses, norms = [], []
+    for part, share in zip(parts, shard_shares(parts, shards, options), strict=True):
+        loss = check_loss(loss_fn(part), finite=False)
+        losses.append(share * loss.detach())
+        if not sharded:
+            gradients = torch.autograd.grad(loss, list(tracked.parameters), allow_unused=True)
+            norms.append([whole.new_zeros(()) if g is None else share * torch.linalg.vector_norm(g) for g in gradients])
+    tolerance = max(TOLERANCES.get(t.dtype, 2e-3) for t in (whole, next(iter(squares.values()))))
+    if torch.is_autocast_enabled(whole.device.type) or any(p.dtype != whole.dtype for p in tracked.parameters):
+        tolerance = TOLERANCES[torch.bfloat16]
+    loss = torch.stack(losses).sum()
+    if not torch.allclose(loss, whole.to(loss), rtol=tolerance, atol=tolerance):
+        raise UnsupportedError(
+            f"the loss of the batch ({float(whole):.6g}) is not the weighted mean over its micro-batches "
+            f"({float(loss):.6g}); give shard_weight (such as the number of valid tokens) if the loss is masked"
+        )
+    if sharded:
+        return
+    truth = torch.tensor(norms, dtype=torch.float64).T  # (parameters, m)
+    got = torch.stack([
+        squares[i].double().sqrt().cpu() if i in squares else torch.zeros(shards.count, dtype=torch.float64)
+        for i in range(len(tracked.parameters))
+    ])  # fmt: skip
+    # A norm from a Gram matrix is sure to sqrt(eps) of the whole only: a bias before a batch norm has a zero gradient.
+    floor = max(tolerance, 10 * torch.finfo(whole.dtype).eps ** 0.5) * truth.norm(dim=0)
+    off = (truth - got).abs() > tolerance * truth + floor / len(truth) ** 0.5
+    if bool(off.any()):
+        i, j = (int(v) for v in off.nonzero()[0])
+        raise UnsupportedError(
+            f"the gradient of parameter {i} of shape {tuple(tracked.parameters[i].shape)} has norm {got[i, j]:.6g} as "
+            f"recorded and {truth[i, j]:.6g} in truth in micro-batch {j}: part of the model runs out of sight"
+        )

@@ -1,0 +1,242 @@
+"""Which torch function is perturbed by which rule."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msam.ghost import attention as attention_module
+from msam.ghost.affine import broadcast, elementwise, normalized
+from msam.ghost.conv import Geometry
+from msam.ghost.matrices import convolution, embedding, product
+from msam.ghost.tape import Tape, UnsupportedError
+
+Rule = Callable[[Tape, Any, Sequence[Any], Mapping[str, Any]], Any]
+
+_UNSAFE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+_HARMLESS = {
+    "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "data_ptr",
+    "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "is_same_size", "nelement", "ndimension",
+    "__bool__", "register_hook", "untyped_storage", "is_signed",
+}  # fmt: skip
+
+
+def harmless(func: Any) -> bool:
+    """Whether a torch function reads no values of its arguments.
+
+    Args:
+        func: The function.
+
+    Returns:
+        True for shapes, types, devices and their kin.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") not in _UNSAFE_ATTRIBUTES
+    return name in _HARMLESS or name == "__set__"
+
+
+def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """Arguments of a call by name.
+
+    Args:
+        names: Positional names in order.
+        args: Positional arguments.
+        kwargs: The others.
+        defaults: Values of absent ones.
+
+    Returns:
+        A dictionary.
+    """
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _linear(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    a = bind(("input", "weight", "bias"), args, kwargs, {"bias": None})
+    if not tape.touches(a["weight"]) and not tape.touches(a["bias"]):
+        return func(*args, **kwargs)
+    return product(tape, a["input"], a["weight"], a["bias"], flipped=False)
+
+
+def _matmul(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    a = bind(("input", "other"), args, kwargs, {})
+    left, right = a["input"], a.get("other", a.get("mat2"))
+    if tape.touches(left):
+        raise UnsupportedError(f"{func.__name__} with a perturbed parameter on the left")
+    if not tape.touches(right):
+        return func(*args, **kwargs)
+    return product(tape, left, right, None, flipped=True)
+
+
+def _addmm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    a = bind(("input", "mat1", "mat2"), args, kwargs, {})
+    if not any(tape.touches(a[name]) for name in ("input", "mat1", "mat2")):
+        return func(*args, **kwargs)
+    if len(a) > 3 or a["input"].ndim != 1 or tape.touches(a["mat1"]):
+        raise UnsupportedError("addmm other than bias + x @ weight")
+    return product(tape, a["mat1"], a["mat2"], a["input"], flipped=True)
+
+
+def _embedding(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    a = bind(names, args, kwargs, {"padding_idx": None})
+    if not tape.touches(a["weight"]):
+        return func(*args, **kwargs)
+    if a.get("max_norm") is not None or a.get("scale_grad_by_freq") or a.get("sparse"):
+        raise UnsupportedError("an embedding with max_norm, scale_grad_by_freq or sparse gradients")
+    return embedding(tape, a["input"], a["weight"], a["padding_idx"])
+
+
+def _convolution(dims: int, transposed: bool) -> Rule:
+    names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    if transposed:
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+    def wide(value: Any) -> tuple[int, ...]:
+        found = (value,) * dims if isinstance(value, int) else tuple(value)
+        return found * dims if len(found) == 1 else found
+
+    def rule(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        a = bind(
+            names,
+            args,
+            kwargs,
+            {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0},
+        )
+        if not tape.touches(a["weight"]) and not tape.touches(a["bias"]):
+            return func(*args, **kwargs)
+        padding = a["padding"]
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(wide(a["dilation"]), a["weight"].shape[2:], strict=True)]
+            if padding == "same" and any(r % 2 for r in reach):
+                raise UnsupportedError("a convolution padded 'same' by an uneven amount")
+            padding = [r // 2 for r in reach] if padding == "same" else 0
+        if a["input"].ndim != dims + 2:
+            raise UnsupportedError("a convolution without a batch dimension")
+        shape = Geometry(
+            wide(a["stride"]), wide(padding), wide(a["dilation"]), transposed, wide(a["output_padding"]), a["groups"]
+        )
+        return convolution(tape, a["input"], a["weight"], a["bias"], shape)
+
+    return rule
+
+
+def _layer_norm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    a = bind(
+        ("input", "normalized_shape", "weight", "bias", "eps"),
+        args,
+        kwargs,
+        {"weight": None, "bias": None, "eps": 1e-5},
+    )
+    return normalized(
+        tape, lambda: func(*args, **kwargs), lambda x: F.layer_norm(x, a["normalized_shape"], None, None, a["eps"]),
+        a["input"], a["weight"], a["bias"], channels=False,
+    )  # fmt: skip
+
+
+def _rms_norm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    a = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs, {"weight": None, "eps": None})
+    return normalized(
+        tape, lambda: func(*args, **kwargs), lambda x: F.rms_norm(x, a["normalized_shape"], None, a["eps"]),
+        a["input"], a["weight"], None, channels=False,
+    )  # fmt: skip
+
+
+def _group_norm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    a = bind(
+        ("input", "num_groups", "weight", "bias", "eps"), args, kwargs, {"weight": None, "bias": None, "eps": 1e-5}
+    )
+    return normalized(
+        tape, lambda: func(*args, **kwargs), lambda x: F.group_norm(x, a["num_groups"], None, None, a["eps"]),
+        a["input"], a["weight"], a["bias"], channels=True,
+    )  # fmt: skip
+
+
+def _instance_norm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    a = bind(
+        names,
+        args,
+        kwargs,
+        {
+            "running_mean": None,
+            "running_var": None,
+            "weight": None,
+            "bias": None,
+            "use_input_stats": True,
+            "momentum": 0.1,
+            "eps": 1e-5,
+        },
+    )
+    if a["running_mean"] is not None and a["use_input_stats"] and tape.shards.count > 1:
+        raise UnsupportedError("an instance norm that averages statistics over the batch")
+    return normalized(
+        tape, lambda: func(*args, **kwargs),
+        lambda x: F.instance_norm(
+            x, a["running_mean"], a["running_var"], None, None, a["use_input_stats"], a["momentum"], a["eps"]
+        ),
+        a["input"], a["weight"], a["bias"], channels=True,
+    )  # fmt: skip
+
+
+def _batch_norm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    a = bind(names, args, kwargs, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
+
+    def statistics(x: Tensor) -> Tensor:
+        tail = (None, None, a["training"], a["momentum"], a["eps"])
+        if not a["training"]:
+            return F.batch_norm(x, a["running_mean"], a["running_var"], *tail)
+        # Each micro-batch has its own statistics, as in sequential mode ("ghost batch norm").
+        starts, sizes = tape.shards.starts, tape.shards.sizes
+        parts = zip(starts, sizes, strict=True) if tape.shards.count > 1 else [(0, x.shape[0])]
+        return torch.cat([F.batch_norm(x[s : s + n], a["running_mean"], a["running_var"], *tail) for s, n in parts])
+
+    plain = lambda: func(*args, **kwargs)  # noqa: E731
+    return normalized(tape, plain, statistics, a["input"], a["weight"], a["bias"], channels=True, coupled=a["training"])
+
+
+def _attention(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    a = bound.arguments
+    if not any(tape.touches(value) for value in a.values()):
+        return func(*args, **kwargs)
+    reason = attention_module.unsupported(a)
+    if reason is not None:
+        raise UnsupportedError(reason)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not tape.touches(weight) and not tape.touches(bias):
+            return F.linear(x, weight, bias)
+        return product(tape, x, weight, bias, flipped=False)
+
+    return attention_module.attention(a, linear)
+
+
+_TENSOR = torch.Tensor
+RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    torch.matmul: _matmul, _TENSOR.matmul: _matmul, _TENSOR.__matmul__: _matmul, torch.mm: _matmul, _TENSOR.mm: _matmul,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    torch.conv1d: _convolution(1, False), torch.conv2d: _convolution(2, False), torch.conv3d: _convolution(3, False),
+    torch.conv_transpose1d: _convolution(1, True), torch.conv_transpose2d: _convolution(2, True),
+    torch.conv_transpose3d: _convolution(3, True),
+    F.layer_norm: _layer_norm, F.group_norm: _group_norm, F.instance_norm: _instance_norm, F.batch_norm: _batch_norm,
+    F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
+    F.multi_head_attention_forward: _attention,
+    **dict.fromkeys(
+        (torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__, _TENSOR.add_, _TENSOR.__iadd__,
+         torch.sub, _TENSOR.sub, _TENSOR.__sub__, _TENSOR.__isub__, torch.mul, _TENSOR.mul, _TENSOR.__mul__,
+         _TENSOR.__rmul__, _TENSOR.mul_, _TENSOR.__imul__, torch.div, _TENSOR.div, _TENSOR.__truediv__),
+        elementwise,
+    ),
+    **dict.fromkeys(
+        (_TENSOR.__getitem__, _TENSOR.expand, _TENSOR.expand_as, _TENSOR.unsqueeze, torch.unsqueeze, _TENSOR.repeat),
+        broadcast,
+    ),
+}  # fmt: skip

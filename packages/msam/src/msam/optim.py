@@ -1,0 +1,505 @@
+"""`MSAM`: any torch optimizer, fed with mSAM's gradient."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from core_tensor.checks import check_number
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from msam.batches import Shards, batch_size, cut
+from msam.checks import check_finite_loss, check_loss
+from msam.ghost import Ghost, UnsupportedError
+from msam.options import Options, Rho
+from msam.passes import Generators, statistics, unsynchronised, world_size
+from msam.perturbation import Moved, Tracked, perturbation
+from msam.record import StepRecord
+from msam.sequential import GradientDrawer, LossFunction, Sequential, take_gradients
+from msam.telemetry import Check, Explanation, check, explain
+from msam.vectorised import vectorised_gradient
+
+_MISSING: Any = object()
+
+
+class MSAM(Optimizer):
+    r"""Micro-batch-averaged sharpness-aware minimization around any base optimizer.
+
+    The base optimizer is fed with $\sum_j \frac{n_j}{n} \nabla L_{S_j}(w + \rho\, g_j / \|g_j\|)$ over the disjoint
+    micro-batches S_j of a batch; one micro-batch is SAM. `state_dict()` is the base optimizer's own (surrogates,
+    `every` and schedules add the key `"msam"`), schedulers and GradScalers take this object as they take any optimizer.
+
+        opt = MSAM(model, torch.optim.AdamW, lr=1e-3, rho=0.05, num_micro_batches=8)
+        loss = opt.step(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), (x, y))
+
+    Not Momentum-SAM (arXiv 2401.12033), a different method that other packages list as MSAM.
+
+    Args:
+        model: The model that the loss function calls; DDP and FSDP2 models as wrapped.
+        optimizer: Base optimizer: a class (or function) called as `optimizer(params, **base)`, or an instance.
+        params: Parameters or parameter groups; all of the model's if None. A group may hold `perturb=False` (it is
+            trained, not perturbed) and `rho` (a radius of its own).
+        rho: See `Options`, as are all options below.
+        num_micro_batches: Micro-batches per batch and process.
+        micro_batch_size: Examples per micro-batch (exactly one of the two).
+        mode: `"auto"`, `"ghost"`, `"sequential"` or `"vmap"`.
+        ascent: `"full"`, `"half"`, `"norm"` or `"chained"`.
+        adaptive: ASAM's scaling.
+        every: Perturb on each `every`-th step only.
+        bn: Which pass moves running statistics.
+        rng: Whether both passes draw the same dropout masks.
+        clip_norm: Largest norm of the averaged gradient.
+        shard_weight: Weight of a micro-batch.
+        check_finite: Whether a NaN loss raises.
+        base: Arguments of the base optimizer, such as `lr`.
+
+    Raises:
+        ValueError: If an option is out of range, or a sharded (FSDP2) model is to be perturbed in weight space.
+        TypeError: If `model` is no module or `optimizer` makes no optimizer.
+
+    Source: arXiv 2302.09693 and 2212.04343.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[..., Optimizer] | Optimizer,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
+        *,
+        rho: Rho = 0.05,
+        num_micro_batches: int | None = None,
+        micro_batch_size: int | None = None,
+        mode: Literal["auto", "ghost", "sequential", "vmap"] = "auto",
+        ascent: Literal["full", "half", "norm", "chained"] = "full",
+        adaptive: bool | Literal["element", "filter", "layer"] = False,
+        every: int = 1,
+        bn: Literal["first", "both", "frozen"] = "first",
+        rng: Literal["same", "independent"] = "same",
+        clip_norm: float | None = None,
+        shard_weight: Callable[[Any], float] | None = None,
+        check_finite: bool = True,
+        **base: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        self.options = Options(
+            rho, num_micro_batches, micro_batch_size, mode, ascent, adaptive, every, bn, rng, clip_norm, shard_weight,
+            check_finite,
+        )  # fmt: skip
+        self.model = model
+        self._own: list[dict[str, Any]] = []
+        self.base = self._make_base(optimizer, params, base)
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self._alias()
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self._sequential = Sequential(model, self.options, trainable)
+        self._ghost: Ghost | None = Ghost(model, self.options, trainable) if self._wants_ghost() else None
+        self.record: StepRecord | None = None
+        self._steps = 0
+        self._ready = False  # a gradient waits for step()
+        self._moved: Moved | None = None
+        self._ascent: tuple[list[Tensor | None], Generators] | None = None
+        self._share = 0.0
+        if ascent == "norm" and not self.tracked(0.0).parameters:
+            raise ValueError("ascent: 'norm' expects a model with trainable normalization layers, got none")
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _make_base(self, optimizer: Any, params: Any, base: Mapping[str, Any]) -> Optimizer:
+        if isinstance(optimizer, Optimizer):
+            if params is not None or base:
+                raise ValueError("optimizer: an instance brings its own params and arguments; give neither beside it")
+            self._own = [self._take_own(group) for group in optimizer.param_groups]
+            return optimizer
+        groups = list(self.model.parameters() if params is None else params)
+        if not groups:
+            raise ValueError("params: expected at least one parameter, got none")
+        if isinstance(groups[0], dict):
+            groups = [dict(group) for group in groups]
+            self._own = [self._take_own(group) for group in groups]
+        else:
+            self._own = [{"perturb": True, "rho": None}]
+        made = optimizer(groups, **base)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(made).__name__}")
+        return made
+
+    def _take_own(self, group: dict[str, Any]) -> dict[str, Any]:
+        own = {"perturb": group.pop("perturb", True), "rho": group.pop("rho", None)}
+        if not isinstance(own["perturb"], bool):
+            raise TypeError(f"perturb: expected True or False, got {own['perturb']!r}")
+        if own["rho"] is not None:
+            check_number("rho", own["rho"], low=0.0, high=float("inf"), open_high=True)
+        return own
+
+    def _alias(self) -> None:
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def _wants_ghost(self) -> bool:
+        sharded = isinstance(self.model, FSDPModule)
+        possible = self.options.ascent != "chained" and self.options.scaling != "element"
+        if sharded and (self.options.mode in {"sequential", "vmap"} or not possible):
+            raise ValueError(
+                "mode: a model sharded by FSDP2 has no whole weights to perturb; expected mode='ghost' with an "
+                f"ascent and scaling it supports, got mode={self.options.mode!r}, ascent={self.options.ascent!r}, "
+                f"adaptive={self.options.adaptive!r}"
+            )
+        return self.options.mode in {"auto", "ghost"} and possible
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, which may hold `perturb` and `rho`.
+
+        Args:
+            param_group: As in any torch optimizer.
+        """
+        if not hasattr(self, "_sequential"):  # torch's constructor: the base holds the groups already
+            super().add_param_group(param_group)
+            return
+        self._own.append(self._take_own(param_group))
+        self.base.add_param_group(param_group)
+        self._alias()
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self._sequential = Sequential(self.model, self.options, trainable)
+        self._ghost = Ghost(self.model, self.options, trainable) if self._wants_ghost() else None
+
+    def tracked(self, rho: float) -> Tracked:
+        """The parameters that are perturbed, with the radius of each one's group.
+
+        Args:
+            rho: Radius of groups without one of their own.
+
+        Returns:
+            Parameters, radii and scaling.
+        """
+        norms = norm_parameters(self.model) if self.options.ascent == "norm" else None
+        pairs = [
+            (p, rho if own["rho"] is None else float(own["rho"]))
+            for group, own in zip(self.param_groups, self._own, strict=True)
+            if own["perturb"]
+            for p in group["params"]
+            if p.requires_grad and (norms is None or id(p) in norms)
+        ]
+        return Tracked(tuple(p for p, _ in pairs), tuple(r for _, r in pairs), self.options.scaling)
+
+    # -- one call per batch ---
+
+    def step(self, closure: Any = None, batch: Any = _MISSING, *, scaler: Any = None) -> Any:
+        """Update the weights: from a loss function and a batch, from a standard closure, or from gradients at hand.
+
+        `step(loss_fn, batch)` does everything: zero the gradients, both passes over every micro-batch, clip, update.
+        `step(closure)` takes torch's closure (zero_grad, backward, return the loss) and calls it twice: SAM, so it
+        goes with one micro-batch. `step()` applies what `backward` or `ascent`/`descent` have gathered.
+
+        Args:
+            closure: `loss_fn(batch)` giving a mean loss, or a closure without arguments, or None.
+            batch: Tensor or tree of tensors, examples first, for `loss_fn`.
+            scaler: `torch.amp.GradScaler`; the gradients are unscaled once and its `step` decides about the update
+                (`scaler.update()` stays with the caller).
+
+        Returns:
+            The mean loss at the weights before the update, scalar tensor; None from `step()`.
+
+        Raises:
+            ValueError: If there is neither a closure nor a gathered gradient, or the loss is unusable.
+        """
+        if closure is None:
+            if not self._ready:
+                raise ValueError(
+                    "closure: expected step(loss_fn, batch) or step(closure), or backward()/descent() before step(), "
+                    "got neither"
+                )
+            self._update()
+            return None
+        if batch is _MISSING:
+            return self._closure_step(closure)
+        self.zero_grad()
+        loss = self.backward(closure, batch, scaler=scaler)
+        self._finish(scaler)
+        return loss
+
+    def backward(self, loss_fn: LossFunction, batch: Any, *, weight: float = 1.0, scaler: Any = None) -> Tensor:
+        """Add the mSAM gradient of a batch to `.grad`; call it several times for gradient accumulation.
+
+        Args:
+            loss_fn: Mean loss of a (micro-)batch.
+            batch: Tensor or tree of tensors, examples first.
+            weight: Factor of this batch's gradient, such as its share of the examples of one update.
+            scaler: `torch.amp.GradScaler` whose scale multiplies the losses.
+
+        Returns:
+            The mean loss at the weights, scalar tensor.
+
+        Raises:
+            ValueError: If the batch cannot be cut as asked, or the loss is unusable.
+        """
+        shards = cut(batch_size(batch), self.options.num_micro_batches, self.options.micro_batch_size)
+        rho = self.options.radius(self._steps, shards.count * world_size(self.model))
+        scale = scaler.scale if scaler is not None and scaler.is_enabled() else None
+        if self._steps % self.options.every:
+            self.record = self._plain(loss_fn, batch, shards, scale, weight)
+        else:
+            self.record = self._perturbed(loss_fn, batch, shards, self.tracked(rho), scale, weight)
+        self._ready = True
+        if self.options.check_finite and scale is None:
+            check_finite_loss(self.record.loss)
+            check_finite_loss(self.record.perturbed_loss)
+        return self.record.loss
+
+    def _perturbed(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Any, weight: float
+    ) -> StepRecord:
+        if self._ghost is not None:
+            try:
+                return self._ghost.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
+            except UnsupportedError as error:
+                if isinstance(self.model, FSDPModule):
+                    raise ValueError(
+                        f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {error}"
+                    ) from error
+                self._ghost = None
+                warnings.warn(f"msam: sequential mode instead of ghost: {error}", stacklevel=4)
+        if self.options.mode == "vmap":
+            return vectorised_gradient(self.model, loss_fn, batch, tracked, self.options, scale=scale, weight=weight)
+        return self._sequential.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
+
+    def _plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, scale: Any, weight: float) -> StepRecord:
+        loss = self._sequential.plain(loss_fn, batch, shards, scale=scale, weight=weight)
+        return StepRecord("plain", 0.0, loss, loss, torch.empty(0))
+
+    def _finish(self, scaler: Any) -> None:
+        if scaler is not None:
+            scaler.unscale_(self)
+        if self.options.clip_norm is not None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
+        if scaler is not None:
+            scaler.step(self)
+        else:
+            self._update()
+
+    def _update(self) -> None:
+        self.base.step()
+        self._steps += 1
+        self._ready = False
+        self._share = 0.0
+
+    def _closure_step(self, closure: Callable[[], Any]) -> Tensor:
+        if self.options.num_micro_batches != 1:
+            raise ValueError(
+                "closure: a closure without a batch cannot be cut into micro-batches; use step(loss_fn, batch), or "
+                f"num_micro_batches=1 (SAM), got {self.options.num_micro_batches}"
+            )
+        with torch.enable_grad():
+            first = None
+            if self._steps % self.options.every == 0:
+                with self.ascent():
+                    first = check_loss_value(closure(), self.options)
+            with self.descent() if first is not None else nullcontext():
+                loss = check_loss_value(closure(), self.options)
+        self._finish(None)
+        return loss if first is None else first
+
+    # -- the two passes by hand ---
+
+    @contextmanager
+    def ascent(self) -> Iterator[None]:
+        """Pass 1 of one micro-batch: run forward and `loss.backward()` inside; the gradient gives the perturbation.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError: If the block left no gradient, or a sharded model has no weights to perturb.
+        """
+        if isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "ascent: a model sharded by FSDP2 has no whole weights to perturb; use step(loss_fn, batch)"
+            )
+        rho = self.options.radius(self._steps, (self.options.num_micro_batches or 1) * world_size(self.model))
+        tracked = self.tracked(rho)
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        generators = Generators({p.device for p in trainable})
+        drawer = GradientDrawer(trainable)
+        try:
+            with unsynchronised(self.model), statistics(self.model, self.options.bn, first=True):
+                yield
+            steps, _ = perturbation(tracked, take_gradients(tracked.parameters))
+        finally:
+            drawer.close()
+        self._moved = Moved(tracked.parameters)
+        self._ascent = (steps, generators)
+
+    @contextmanager
+    def descent(self, weight: float = 1.0) -> Iterator[None]:
+        """Pass 2 of the same micro-batch, at the perturbed weights: run forward and `loss.backward()` inside.
+
+        `.grad` is the weighted mean over the micro-batches so far at any time; the weights are put back at the end.
+
+        Args:
+            weight: Weight of this micro-batch in the mean, such as its number of examples.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError: If `ascent` did not come before, or the block left no gradient.
+        """
+        if self._ascent is None or self._moved is None:
+            raise ValueError("descent: expected an ascent() block before it, got none")
+        check_number("weight", weight, low=0.0, open_low=True)
+        (steps, generators), moved = self._ascent, self._moved
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        drawer = GradientDrawer(trainable)
+        if self.options.rng == "same":
+            generators.rewind()
+        try:
+            moved.move(steps)
+            with statistics(self.model, self.options.bn, first=False):
+                yield
+            late = take_gradients(trainable)
+        finally:
+            moved.restore()
+            drawer.close()
+            self._ascent = self._moved = None
+        new = weight / (self._share + weight)
+        with torch.no_grad():
+            for p, g in zip(trainable, late, strict=True):
+                old = p.grad if self._share else None
+                if g is not None:
+                    p.grad = g.mul_(new) if old is None else old.mul_(1 - new).add_(g, alpha=new)
+                elif old is not None:
+                    old.mul_(1 - new)
+        self._share += weight
+        self._ready = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them what `ascent`/`descent` and `backward` have gathered.
+
+        Args:
+            set_to_none: As in torch.
+        """
+        super().zero_grad(set_to_none)
+        self._ready = False
+        self._share = 0.0
+
+    # -- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state; stateful options add the key `"msam"`.
+
+        Returns:
+            State that `load_state_dict` takes.
+        """
+        state = self.base.state_dict()
+        if self.options.stateful:
+            state["msam"] = {"steps": self._steps, "previous": self._sequential.previous}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state, also one of the bare base optimizer.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If a stateful option finds no `"msam"` key.
+        """
+        state = dict(state_dict)
+        own = state.pop("msam", None)
+        if self.options.stateful and own is None:
+            raise ValueError(
+                "state_dict: expected the key 'msam' (every, schedules and chained ascent need it), got none"
+            )
+        self.base.load_state_dict(state)
+        self._alias()
+        if own is not None:
+            self._steps = int(own["steps"])
+            self._sequential.previous = [list(slot) for slot in own["previous"]]
+
+    # -- looking inside ---
+
+    def explain(self, loss_fn: LossFunction, batch: Any) -> Explanation:
+        """See `msam.telemetry.explain`; nothing changes: weights, gradients, statistics, generators.
+
+        Args:
+            loss_fn: Mean loss of a (micro-)batch.
+            batch: Tree of tensors, examples first.
+
+        Returns:
+            Figures of every micro-batch.
+        """
+        return explain(self, loss_fn, batch)
+
+    def check(self, loss_fn: LossFunction, batch: Any) -> Check:
+        """See `msam.telemetry.check`: a dry run that proves that the perturbation happens.
+
+        Args:
+            loss_fn: Mean loss of a (micro-)batch.
+            batch: Tree of tensors, examples first.
+
+        Returns:
+            The figures it compared.
+        """
+        return check(self, loss_fn, batch)
+
+    def with_options(self, **changes: Any) -> Options:
+        """This optimizer's options with some of them changed.
+
+        Args:
+            changes: Fields of `Options`.
+
+        Returns:
+            New options.
+        """
+        return replace(self.options, **changes)
+
+
+def msam_step(optimizer: MSAM, loss_fn: LossFunction, batch: Any) -> Tensor:
+    """`optimizer.step(loss_fn, batch)` as a function.
+
+    Args:
+        optimizer: An `MSAM`.
+        loss_fn: Mean loss of a (micro-)batch.
+        batch: Tree of tensors, examples first.
+
+    Returns:
+        The mean loss at the weights before the update.
+    """
+    return cast(Tensor, optimizer.step(loss_fn, batch))
+
+
+def norm_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that belong to normalization layers.
+
+    Args:
+        model: The model.
+
+    Returns:
+        `id` of each parameter of a module whose class name holds "Norm".
+    """
+    return {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
+
+
+def check_loss_value(loss: Any, options: Options) -> Tensor:
+    """Refuse what a standard closure may not return.
+
+    Args:
+        loss: The closure's value.
+        options: Whose `check_finite` says whether NaN is refused.
+
+    Returns:
+        The detached loss.
+
+    Raises:
+        ValueError: If it is None.
+    """
+    if loss is None:
+        raise ValueError("closure: expected it to return the loss, got None")
+    if isinstance(loss, Tensor) and not loss.requires_grad:
+        loss = loss.clone().requires_grad_()  # closures may return a detached loss: gradients were taken inside
+    return check_loss(loss, options.check_finite).detach()

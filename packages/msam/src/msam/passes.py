@@ -1,0 +1,105 @@
+"""What must hold around the two passes: batch norm statistics, dropout masks, gradient synchronisation."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Put the running statistics of batch and instance norms back when the block ends, whatever happens in it.
+
+    Batch statistics still normalize inside the block; only the running averages do not move.
+
+    Args:
+        model: Model whose buffers are kept.
+
+    Yields:
+        Nothing.
+    """
+    buffers = [b for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def statistics(model: nn.Module, policy: str, first: bool) -> AbstractContextManager[None]:
+    """The context of one pass under a policy for running statistics.
+
+    Args:
+        model: The model.
+        policy: `"first"`, `"both"` or `"frozen"`.
+        first: Whether this is the ascent pass.
+
+    Returns:
+        A context that keeps the running statistics where the policy says so.
+    """
+    frozen = policy == "frozen" or (policy == "first" and not first)
+    return kept_statistics(model) if frozen else nullcontext()
+
+
+class Generators:
+    """States of the random generators that dropout draws from: the CPU's and those of the model's devices.
+
+    Args:
+        devices: Devices of the model's parameters.
+    """
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._modules = [(torch.get_device_module(d), d) for d in devices if d.type not in {"cpu", "meta"}]
+        self._states: list[Tensor] = [torch.get_rng_state()]
+        self._states += [module.get_rng_state(device) for module, device in self._modules]
+
+    def rewind(self) -> None:
+        """Set every generator back to the state it had when this was made."""
+        torch.set_rng_state(self._states[0])
+        for (module, device), state in zip(self._modules, self._states[1:], strict=True):
+            module.set_rng_state(state, device)
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """No gradient reduction across processes inside the block (DDP's `no_sync`, FSDP2's switch).
+
+    Args:
+        model: The model, wrapped or not.
+
+    Yields:
+        Nothing.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def world_size(model: Any) -> int:
+    """Processes that share the mini-batch of one step.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Returns:
+        The size of the process group for DDP and FSDP2 models, otherwise 1.
+    """
+    if isinstance(model, DistributedDataParallel | FSDPModule):
+        group = model.process_group if isinstance(model, DistributedDataParallel) else None
+        return torch.distributed.get_world_size(group)
+    return 1

@@ -1,0 +1,253 @@
+r"""mSAM one micro-batch at a time: perturb the weights, differentiate there, put them back.
+
+$$ g = \sum_j \frac{n_j}{n} \nabla L_{S_j}(w + \epsilon_j),
+\qquad \epsilon_j = \rho \frac{\nabla L_{S_j}(w)}{\|\nabla L_{S_j}(w)\|} $$
+
+Memory is that of one micro-batch: the micro-batches are accumulation steps. Source: arXiv 2302.09693, section 3;
+micro-batches of unequal weight n_j are a Departure (the paper's are equal), which makes m = 1 and a batch that m does
+not divide consistent.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msam.batches import Shards, narrow
+from msam.checks import check_loss
+from msam.options import Options
+from msam.passes import Generators, statistics, unsynchronised
+from msam.perturbation import Moved, Tracked, norm_of, perturbation
+from msam.record import StepRecord
+
+LossFunction = Callable[[Any], Tensor]
+Scale = Callable[[Tensor], Tensor]
+
+
+class GradientDrawer:
+    """Lays the accumulated gradients aside, so that one pass can leave its own in `.grad`.
+
+    Args:
+        parameters: All parameters with gradients.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._aside = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+
+    def close(self) -> None:
+        """Put the gradients back that were laid aside; what the pass left is dropped."""
+        for p, grad in zip(self._parameters, self._aside, strict=True):
+            p.grad = grad
+
+
+def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that a pass left.
+
+    Args:
+        parameters: The parameters.
+
+    Returns:
+        Their gradients, or None.
+
+    Raises:
+        ValueError: If no parameter got a gradient.
+    """
+    gradients = [p.grad for p in parameters]
+    if all(g is None for g in gradients):
+        raise ValueError(
+            "loss: expected gradients for the perturbed parameters, got none (no backward, or no link to them)"
+        )
+    return gradients
+
+
+def poison(parameters: Sequence[Tensor]) -> None:
+    """Make the accumulated gradient infinite, so that a GradScaler skips the update and lowers its scale.
+
+    Args:
+        parameters: The perturbed parameters.
+    """
+    first = parameters[0]
+    first.grad = torch.full_like(first, torch.inf)
+
+
+class Sequential:
+    """The sequential engine of one model.
+
+    Args:
+        model: The model whose buffers and wrappers the passes respect.
+        options: mSAM's options.
+        trainable: All parameters with gradients.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
+        self._model = model
+        self._options = options
+        self._trainable = trainable
+        self._devices = {p.device for p in trainable}
+        self.previous: list[list[Tensor]] = []  # chained ascent: every slot's gradient of the last step
+
+    def accumulate(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
+    ) -> StepRecord:
+        """Add the weighted mSAM gradient of a batch to `.grad`.
+
+        Args:
+            loss_fn: Mean loss of a micro-batch.
+            batch: Tree of tensors, examples first.
+            shards: How it is cut.
+            tracked: What is perturbed, and how far.
+            scale: GradScaler's scaling of a loss, or None.
+            weight: Factor of this batch's gradient.
+
+        Returns:
+            The step's record.
+        """
+        parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+        shares = shard_shares(parts, shards, self._options)
+        weights, norms = Moved(tracked.parameters), []
+        losses, perturbed, skipped = [], [], False
+        for j, (part, share) in enumerate(zip(parts, shares, strict=True)):
+            generators = Generators(self._devices)
+            steps, norm, loss = self._ascend(loss_fn, part, shards.sizes[j], tracked, scale, j)
+            skipped = skipped or (scale is not None and not bool(torch.isfinite(norm)))
+            if skipped:
+                losses.append(share * loss if loss is not None else torch.zeros(()))
+                perturbed.append(losses[-1])
+                norms.append(norm)
+                continue
+            try:
+                weights.move(steps)
+                if loss is not None and self._options.rng == "same":
+                    generators.rewind()
+                late = self._descend(loss_fn, part, share * weight, scale, j, last=j == shards.count - 1)
+            finally:
+                weights.restore()
+            losses.append(share * (late if loss is None else loss))
+            perturbed.append(share * late)
+            norms.append(norm)
+        if skipped:
+            poison(tracked.parameters)
+        own = torch.stack(norms).detach()
+        own = own if scale is None else own / scale(own.new_ones(()))
+        return StepRecord("sequential", tracked.radii[0], sum_of(losses), sum_of(perturbed), own, skipped)
+
+    def plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, *, scale: Scale | None, weight: float) -> Tensor:
+        """Add the weighted plain gradient of a batch to `.grad`, one micro-batch at a time.
+
+        Args:
+            loss_fn: Mean loss of a micro-batch.
+            batch: Tree of tensors, examples first.
+            shards: How it is cut.
+            scale: GradScaler's scaling of a loss, or None.
+            weight: Factor of this batch's gradient.
+
+        Returns:
+            The mean loss, scalar tensor.
+        """
+        parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+        losses = []
+        for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, self._options), strict=True)):
+            with unsynchronised(self._model) if j < shards.count - 1 else nullcontext():
+                loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
+                backward(loss * (share * weight), scale)
+            losses.append(share * loss.detach())
+        return sum_of(losses)
+
+    def _ascend(
+        self, loss_fn: LossFunction, part: Any, size: int, tracked: Tracked, scale: Scale | None, slot: int
+    ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
+        if self._options.ascent == "chained":
+            if slot >= len(self.previous):
+                return [None] * len(tracked.parameters), torch.zeros(()), None
+            steps, norm = perturbation(tracked, [g.clone() for g in self.previous[slot]])
+            return steps, norm, None
+        if self._options.ascent == "half":
+            part = narrow(part, 0, -(-size // 2))
+        drawer = GradientDrawer(self._trainable)
+        try:
+            with unsynchronised(self._model), statistics(self._model, self._options.bn, first=True):
+                loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
+                only = None if len(tracked.parameters) == len(self._trainable) else list(tracked.parameters)
+                backward(loss, scale, only)
+            steps, norm = perturbation(tracked, take_gradients(tracked.parameters))
+        finally:
+            drawer.close()
+        if scale is None and self._options.check_finite and not bool(torch.isfinite(norm)):
+            raise ValueError(f"loss: expected a finite gradient, got norm {float(norm)} in micro-batch {slot}")
+        return steps, norm, loss.detach()
+
+    def _descend(
+        self, loss_fn: LossFunction, part: Any, share: float, scale: Scale | None, slot: int, last: bool
+    ) -> Tensor:
+        chained = self._options.ascent == "chained"
+        drawer = GradientDrawer(self._trainable) if chained else None
+        # A chained step has a single pass, which then moves the statistics.
+        with (
+            nullcontext() if last else unsynchronised(self._model),
+            statistics(self._model, self._options.bn, first=chained),
+        ):
+            loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
+            backward(loss * share, scale)
+        if drawer is not None:
+            self._keep(slot)
+            own = [p.grad for p in self._trainable]
+            drawer.close()
+            for p, g in zip(self._trainable, own, strict=True):
+                p.grad = g if p.grad is None else p.grad if g is None else p.grad + g
+        return loss.detach()
+
+    def _keep(self, slot: int) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self._trainable]
+        if all(bool(torch.isfinite(n)) for n in (norm_of(gradients),)):
+            self.previous[slot : slot + 1] = [gradients]
+
+
+def shard_shares(parts: Sequence[Any], shards: Shards, options: Options) -> list[float]:
+    """Shares n_j / n of the micro-batches in the mean loss.
+
+    Args:
+        parts: The micro-batches.
+        shards: Their sizes.
+        options: Whose `shard_weight` weighs a micro-batch; without it examples count.
+
+    Returns:
+        Non-negative shares that sum to 1.
+
+    Raises:
+        ValueError: If the weights are negative, not finite, or all zero.
+    """
+    weigh = options.shard_weight
+    weights = [float(size) for size in shards.sizes] if weigh is None else [float(weigh(part)) for part in parts]
+    total = sum(weights)
+    if not (min(weights) >= 0 and 0 < total < float("inf")):
+        raise ValueError(f"shard_weight: expected weights >= 0 with a positive sum, got {weights}")
+    return [w / total for w in weights]
+
+
+def backward(loss: Tensor, scale: Scale | None, only: list[Tensor] | None = None) -> None:
+    """Differentiate a loss, scaled as a GradScaler asks.
+
+    Args:
+        loss: Scalar tensor.
+        scale: Scaling, or None.
+        only: Parameters that get gradients; None for all.
+    """
+    scaled = loss if scale is None else scale(loss)
+    torch.autograd.backward(scaled, inputs=only)
+
+
+def sum_of(terms: Sequence[Tensor]) -> Tensor:
+    """Sum of scalar tensors.
+
+    Args:
+        terms: At least one scalar.
+
+    Returns:
+        Scalar tensor.
+    """
+    return torch.stack([t.detach().reshape(()) for t in terms]).sum()

@@ -1,0 +1,162 @@
+"""Every engine gives the gradient of the definition, to rounding in float64."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msam import MSAM, msam_grad
+from msam.batches import cut
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+
+@pytest.mark.parametrize("mode", ["ghost", "sequential"])
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 5])
+def test_whole_models_match_brute_force(double, oracle, case, micro_batches, mode):
+    make_model, make_batch = oracle.CASES[case]
+    model, batch = make_model(), make_batch()
+    sizes = cut(12, micro_batches).sizes
+    truth = oracle.brute_force(copy.deepcopy(model), batch, list(sizes), rho=0.3)
+    before = [p.clone() for p in model.parameters()]
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=micro_batches, mode=mode)
+    opt.backward(oracle.loss_of(model), batch)
+    assert opt.record.mode == mode
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 5])
+def test_vmap_matches_brute_force(double, oracle, micro_batches):
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    model[1] = nn.ReLU()  # in place is beyond vmap
+    truth = oracle.brute_force(model, batch, list(cut(12, micro_batches).sizes), rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=micro_batches, mode="vmap")
+    opt.backward(oracle.loss_of(model), batch)
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["sequential", "vmap"])
+def test_functional_form(double, oracle, mode):
+    model = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 5))
+    batch = (torch.randn(12, 20), torch.randint(5, (12,)))
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss_fn(values, part):
+        return F.cross_entropy(functional_call(model, values, (part[0],)), part[1])
+
+    grads, aux = msam_grad(loss_fn, params, batch, rho=0.3, num_micro_batches=5, mode=mode, chunk_size=2)
+    truth = oracle.brute_force(model, batch, list(cut(12, 5).sizes), rho=0.3)
+    assert oracle.relative_error(list(grads.values()), truth) < 1e-12
+    assert aux.gradient_norms.shape == (5,)
+    assert aux.perturbed_loss > aux.loss
+
+
+@pytest.mark.parametrize("mode", ["ghost", "sequential"])
+def test_half_ascent(double, oracle, case, mode):
+    make_model, make_batch = oracle.CASES[case]
+    model, batch = make_model(), make_batch()
+    size = 4 if case == "batch norm" else 5  # a batch norm cannot take half of the two examples that 5 would leave
+    truth = oracle.brute_force(copy.deepcopy(model), batch, list(cut(12, None, size).sizes), rho=0.3, half=True)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, micro_batch_size=size, mode=mode, ascent="half")
+    opt.backward(oracle.loss_of(model), batch)
+    assert opt.record.mode == mode
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+@pytest.mark.parametrize("adaptive", ["filter", "layer"])
+def test_adaptive_ghost_equals_sequential(double, oracle, case, adaptive):
+    make_model, make_batch = oracle.CASES[case]
+    model, batch = make_model(), make_batch()
+    found = {}
+    for mode in ("sequential", "ghost"):
+        twin = copy.deepcopy(model)
+        opt = MSAM(twin, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode=mode, adaptive=adaptive)
+        opt.backward(oracle.loss_of(twin), batch)
+        assert opt.record.mode == mode
+        found[mode] = (oracle.gradients(twin), opt.record.gradient_norms)
+    assert oracle.relative_error(found["ghost"][0], found["sequential"][0]) < 1e-12
+    torch.testing.assert_close(found["ghost"][1], found["sequential"][1], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("ascent", ["full", "norm"])
+def test_groups_ghost_equals_sequential(double, oracle, ascent):
+    """perturb=False, a radius of a group's own, frozen parameters, norm-layer ascent."""
+    make_model, make_batch = oracle.CASES["transformer"]
+    model, batch = make_model(), make_batch()
+    found = []
+    for mode in ("sequential", "ghost"):
+        twin = copy.deepcopy(model)
+        twin.table.weight.requires_grad_(False)
+        groups = [
+            {"params": [twin.tokens.weight, *twin.head.parameters()], "perturb": False},
+            {"params": [twin.positions, *twin.layer.self_attn.parameters(), twin.layer.norm1.bias], "rho": 0.7},
+            {"params": [p for n, p in twin.layer.named_parameters() if "self_attn" not in n and n != "norm1.bias"]},
+        ]
+        opt = MSAM(twin, torch.optim.SGD, groups, lr=0.1, rho=0.2, num_micro_batches=4, mode=mode, ascent=ascent)
+        opt.backward(oracle.loss_of(twin), batch)
+        assert opt.record.mode == mode
+        found.append(oracle.gradients(twin))
+    assert oracle.relative_error(found[1], found[0]) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    examples=st.integers(1, 17),
+    data=st.data(),
+    rho=st.sampled_from([0.0, 1e-3, 0.5, 10.0]),
+)
+def test_any_perceptron(widths, examples, data, rho):
+    """Low rank and materialised layers, sizes of one, unequal micro-batches, no and huge radii."""
+    micro_batches = data.draw(st.integers(1, examples))
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b, bias=a % 2 == 0) for a, b in itertools.pairwise(widths)]
+    model = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())]).double()
+    batch = (torch.randn(examples, widths[0]).double(), torch.randn(examples, widths[-1]).double())
+    found = []
+    for mode in ("sequential", "ghost"):
+        twin = copy.deepcopy(model)
+        opt = MSAM(twin, torch.optim.SGD, lr=0.1, rho=rho, num_micro_batches=micro_batches, mode=mode)
+        opt.backward(lambda part, twin=twin: F.mse_loss(twin(part[0]), part[1]), batch)
+        assert opt.record.mode == mode
+        found.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    assert (found[0] - found[1]).norm() <= 1e-11 * found[0].norm() + 1e-300
+
+
+def test_recurrent_weights_are_shared_over_steps(double, oracle):
+    """The same linear layer at several times: cross terms of the norm count."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.Linear(40, 40), nn.Linear(40, 5)
+
+        def forward(self, x):
+            h = x[:, 0]
+            for t in range(1, x.shape[1]):
+                h = torch.tanh(self.cell(h) + x[:, t])
+            return self.head(h)
+
+    model, batch = Recurrent(), (torch.randn(12, 4, 40), torch.randint(5, (12,)))
+    for micro_batches in (1, 6):
+        model.zero_grad()
+        truth = oracle.brute_force(model, batch, list(cut(12, micro_batches).sizes), rho=0.3)
+        opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=micro_batches, mode="ghost")
+        opt.backward(oracle.loss_of(model), batch)
+        assert opt.record.mode == "ghost"
+        assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+def test_float32_is_close(oracle):
+    make_model, make_batch = oracle.CASES["mlp"]
+    torch.manual_seed(0)
+    model, batch = make_model(), make_batch()
+    truth = oracle.brute_force(copy.deepcopy(model), batch, [2] * 6, rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode="ghost")
+    opt.backward(oracle.loss_of(model), batch)
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-5
