@@ -231,7 +231,7 @@ def test_clipping_comes_after_averaging(double, oracle):
     opt = MSAM(model, torch.optim.SGD, lr=1.0, num_micro_batches=3, clip_norm=0.01)
     before = [p.clone() for p in model.parameters()]
     opt.step(oracle.loss_of(model), batch)
-    moved = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), before, strict=True)])
+    moved = torch.cat([(p - q).detach().flatten() for p, q in zip(model.parameters(), before, strict=True)])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
 
 
