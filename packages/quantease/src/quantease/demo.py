@@ -1,0 +1,145 @@
+"""`quantease demo`: SmolLM2-135M at 3 bits per channel, by rounding, GPTQ and QuantEase."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core_tensor.cli import table
+from core_tensor.files import write_json, write_text
+
+from quantease.compare import Compared, Stage, compare_methods, default_methods, silent
+from quantease.config import LayerConfig
+from quantease.export import ExportReport, export_model
+from quantease.quantize_model import ModelConfig, open_quantized
+from quantease.smollm2 import open_smollm2
+from quantease.text import TextSplit, python_topics, read_text, split, windows
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Size of the demonstration.
+
+    Attributes:
+        bits: Bits per weight, one scale per output channel.
+        length: Tokens per window.
+        calibration: Windows that calibrate.
+        evaluation: Windows on which perplexity is measured.
+        blocks: Decoder blocks that are quantized, from the first on; None is all 30.
+    """
+
+    bits: int = 3
+    length: int = 512
+    calibration: int = 16
+    evaluation: int = 40
+    blocks: int | None = None
+
+    @classmethod
+    def quick(cls) -> "DemoConfig":
+        """What two cores do in two minutes.
+
+        Returns:
+            Fewer tokens and three blocks.
+        """
+        return cls(calibration=4, evaluation=6, blocks=3)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration found.
+
+    Attributes:
+        config: Its size.
+        text: The text it used.
+        compared: Table and layer errors.
+        picture: PNG of the layer errors.
+        checkpoint: The `quantease` model, for `AutoModelForCausalLM.from_pretrained`.
+        export: How that was saved.
+    """
+
+    config: DemoConfig
+    text: TextSplit
+    compared: Compared
+    picture: Path
+    checkpoint: Path
+    export: ExportReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Headline figures for JSON.
+
+        Returns:
+            Perplexities, bits per weight, layer errors and seconds by method, and where the files are.
+        """
+
+        def column(name: str) -> dict[str, Any]:
+            return {row["method"]: row[name] for row in self.compared.rows if row[name] is not None}
+
+        return {
+            "model": "SmolLM2-135M-Instruct",
+            **asdict(self.config),
+            "text": self.text.source,
+            "text_sha256": self.text.digest,
+            "perplexity": column("perplexity"),
+            "bits_per_weight": column("bits/weight"),
+            "layer_error_unseen": column("layer error (unseen)"),
+            "layer_error_calibration": column("layer error (calibration)"),
+            "seconds": column("seconds"),
+            "picture": str(self.picture),
+            "checkpoint": str(self.checkpoint),
+            "checkpoint_logit_difference": self.export.logit_difference,
+        }
+
+    def render(self) -> str:
+        """The result for people.
+
+        Returns:
+            A table and the places of the files.
+        """
+        config, text = self.config, self.text
+        scope = "all blocks" if config.blocks is None else f"the first {config.blocks} blocks"
+        tokens, others = config.calibration * config.length, config.evaluation * config.length
+        lines = (
+            f"SmolLM2-135M-Instruct, {config.bits} bits per weight, one scale per channel, {scope} quantized;",
+            f"{tokens} tokens of {text.source} ({text.digest}) calibrate, {others} others evaluate",
+            "",
+            table(self.compared.rows),
+            "",
+            f"layer errors: {self.picture}",
+            f"checkpoint:   {self.checkpoint} (for AutoModelForCausalLM.from_pretrained)",
+            f"reloaded, its logits differ by {self.export.logit_difference:.1e} of the greatest",
+        )
+        return "\n".join(lines)
+
+
+def run_demo(config: DemoConfig, folder: Path, text: Sequence[str] = (), stage: Stage | None = None) -> DemoResult:
+    """Quantize SmolLM2 by five methods, evaluate them, draw the layer errors and save the `quantease` model.
+
+    Args:
+        config: Size.
+        folder: Working folder; a demonstration that was killed continues there.
+        text: Files to calibrate (first half) and evaluate on; the Python reference if there are none.
+        stage: Called along the way.
+
+    Returns:
+        The result.
+    """
+    source = split(read_text(text), ", ".join(text)) if text else python_topics()
+    report = stage or silent
+    report("loading SmolLM2", 0, 1)
+    lm = open_smollm2()
+    report("loading SmolLM2", 1, 1)
+    calibration = windows(lm.tokenizer, source.calibration, config.length, config.calibration)
+    evaluation = windows(lm.tokenizer, source.evaluation, config.length, config.evaluation)
+    methods = default_methods(LayerConfig(bits=config.bits))
+    compared = compare_methods(
+        lm, calibration, evaluation, folder, methods, ModelConfig(), blocks=config.blocks, stage=report
+    )
+    picture = folder / "layer_errors.png"
+    compared.draw(picture, f"SmolLM2-135M, {config.bits} bits per channel")
+    report("checkpoint: save, load, compare", 0, 1)
+    export = export_model(open_quantized(lm, folder / "quantease"), folder / "checkpoint")
+    report("checkpoint: save, load, compare", 1, 1)
+    result = DemoResult(config, source, compared, picture, folder / "checkpoint", export)
+    write_json(folder / "demo.json", result.to_dict())
+    write_text(folder / "demo.md", result.render() + "\n")
+    return result
