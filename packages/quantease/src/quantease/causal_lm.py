@@ -108,16 +108,15 @@ def open_causal_lm(
     if isinstance(model, nn.Module):
         return _from_module(model, tokenizer, str(getattr(model, "name_or_path", "") or "model"), device)
     path = Path(model)
+    check_place(path)
     if path.suffix == ".gguf":
         place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        if not path.is_file():
-            raise ValueError(f"model: expected a GGUF file, found none at {path}")
         loaded = _pretrained(transformers, dtype=torch.float32 if wanted == "auto" else wanted, **place)
         tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(**place)
         return _from_module(loaded, tokenizer, path.name, device)
     folder = path if path.is_dir() else _download(str(model))
     if not (folder / "config.json").exists():
-        raise ValueError(f"model: expected a folder with config.json, a .gguf file or a hub id, got {model}")
+        raise ValueError(f"model: expected a config.json in {model}, found none")
     tokenizer = tokenizer or _tokenizer(transformers, folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
@@ -132,6 +131,22 @@ def open_causal_lm(
             return _assemble(skeleton, weights, tokenizer, str(model), device, lazy=True)
     loaded = _pretrained(transformers, pretrained_model_name_or_path=str(folder), dtype=wanted)
     return _from_module(loaded, tokenizer, str(model), device)
+
+
+def check_place(path: Path) -> None:
+    """Refuse what can be no model: neither a folder, nor a `.gguf` file, nor a hub id.
+
+    Args:
+        path: What the user gave.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, found none at {path}")
+    elif not path.is_dir() and (path.is_absolute() or len(path.parts) != 2):
+        raise ValueError(f"model: expected a folder, a .gguf file or a hub id (owner/name), got {path}")
 
 
 def _from_module(model: Any, tokenizer: Any, name: str, device: str | torch.device) -> CausalLM:
@@ -158,8 +173,6 @@ def _tokenizer(transformers: Any, folder: Path) -> Any:
 
 
 def _download(name: str) -> Path:
-    if name.count("/") != 1:
-        raise ValueError(f"model: expected a folder, a .gguf file or a hub id (owner/name), got {name}")
     hub = require("huggingface_hub", "quantease[hf]")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))

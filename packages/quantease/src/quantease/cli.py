@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from core_tensor.cli import command_line, emit, json_option, table
+from core_tensor.extras import require
 from tqdm import tqdm
 
 from quantease.config import ALGORITHMS, LayerConfig
@@ -141,6 +142,7 @@ def evaluate(
     from quantease.perplexity import perplexity
     from quantease.text import python_topics, read_text
 
+    _quiet()
     loaded, tokenizer = load_for_evaluation(model)
     content = read_text(text, column) if text else python_topics().evaluation
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
@@ -216,6 +218,7 @@ def demo(quick: bool, bits: int, text: tuple[str, ...], out: Path | None, as_jso
 
     from quantease.demo import DemoConfig, run_demo
 
+    _quiet()
     config = replace(DemoConfig.quick() if quick else DemoConfig(), bits=bits)
     folder = out or Path("out") / ("quantease-demo-quick" if quick else "quantease-demo")
     with _stages() as stage:
@@ -251,10 +254,18 @@ def _check_choice(option: str, value: str, choices: Any) -> None:
     check_choice(option, value, choices)
 
 
+def _quiet() -> None:
+    """Transformers' own progress bars and notes appear even when nobody sits at a terminal; ours say enough."""
+    logging = require("transformers.utils.logging", "quantease[hf]")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def _open(model: str, options: dict[str, Any]) -> Any:
     from quantease.causal_lm import open_causal_lm
     from quantease.smollm2 import open_smollm2
 
+    _quiet()
     if model == "smollm2":
         return open_smollm2()
     return open_causal_lm(model, dtype=options.get("dtype", "auto"), device=options.get("device", "cpu"))

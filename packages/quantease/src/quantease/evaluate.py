@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from core_tensor.extras import require
 
+from quantease.causal_lm import check_place
 from quantease.smollm2 import smollm2_path
 
 
@@ -20,10 +21,11 @@ def load_for_evaluation(model: str) -> tuple[Any, Any]:
         The model and its tokenizer.
 
     Raises:
-        ValueError: If transformers finds no model there.
+        ValueError: If there is no model.
     """
     transformers = require("transformers", "quantease[hf]")
     path = smollm2_path() if model == "smollm2" else Path(model)
+    check_place(path)
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "dtype": torch.float32}

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+from quantease.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama, tmp_path_factory):
+    """A tiny Llama with a tokenizer of single characters, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama.save_pretrained(path)
+    vocabulary = {chr(32 + i): i for i in range(95)} | {"[UNK]": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
+    (path / "text.txt").write_text("\n\n".join(f"line {i} of a text that says little" for i in range(200)))
+    return path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_quantize_inspect_eval_export(folder, tmp_path):
+    common = ("--text", folder / "text.txt", "--json")
+    arguments = ("quantize", folder, tmp_path / "out", "--bits", 3, "--windows", 6, "--length", 32, *common)
+    report = json.loads(run(*arguments).stdout)
+    assert report["layers"] == 21
+    assert report["certified_layers"] == 21
+    assert report["left_alone"] == []
+    assert report["export"]["logit_difference"] == 0.0
+    assert 3 < report["bits_per_weight"] < 4
+    assert json.loads(run(*arguments).stdout)["export"] == report["export"]  # a finished run is not done again
+    assert (tmp_path / "out" / "quantease" / "report.png").stat().st_size > 10_000
+    assert "1.mlp.down_proj" in (tmp_path / "out" / "quantease" / "report.md").read_text()
+    assert "mlp.down_proj" in run("inspect", tmp_path / "out").stdout
+    assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["summary"]["layers"] == 21
+    exported = run("export", tmp_path / "out", tmp_path / "dense", "--model", folder, "--format", "dense", "--json")
+    assert json.loads(exported.stdout)["logit_difference"] == 0.0
+    measured = [
+        json.loads(run("eval", tmp_path / place, "--length", 32, "--tokens", 640, *common).stdout)
+        for place in ("out", "dense")
+    ]
+    assert measured[0]["perplexity"] == pytest.approx(measured[1]["perplexity"], rel=1e-6)
+
+
+def test_compare_resumes(folder, tmp_path):
+    arguments = ("compare", folder, tmp_path, "--windows", 6, "--evaluation", 4, "--length", 32, "--blocks", 1)
+    arguments += ("--bits", 2, "--outliers", 0.02, "--text", folder / "text.txt", "--json")
+    first = json.loads(run(*arguments).stdout)
+    names = ["fp32", "rtn", "gptq", "gptq-clip", "quantease-paper", "quantease"]
+    assert [row["method"] for row in first["rows"]] == [*names, "quantease-paper+outliers", "quantease+outliers"]
+    error = {row["method"]: row["layer error (calibration)"] for row in first["rows"]}
+    assert error["quantease+outliers"] < error["quantease"] < error["rtn"]
+    (tmp_path / "gptq" / "result.json").unlink()
+    assert json.loads(run(*arguments).stdout) == first
+    assert (tmp_path / "layer_errors.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "nowhere", "out"), "expected a folder, a .gguf file or a hub id (owner/name), got nowhere"),
+        (("quantize", "nowhere", "out", "--format", "zip"), "--format: expected one of"),
+        (("quantize", "nowhere", "out", "--bits", "9"), "9 is not in the range"),
+        (("inspect", "."), "report.json"),
+        (("eval", "nowhere"), "expected a folder, a .gguf file or a hub id (owner/name), got nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments, code=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_that_is_too_short(folder, tmp_path):
+    result = run("quantize", folder, tmp_path / "out", "--text", folder / "text.txt", "--windows", 999, code=2)
+    assert "text: expected at least" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+import transformers
+from quantease.causal_lm import open_causal_lm
+from quantease.config import LayerConfig
+from quantease.export import FORMATS, export_model
+from quantease.perplexity import perplexity, streamed_perplexity
+from quantease.quantize_model import ModelConfig, quantize_model
+
+GRIDS = {
+    "3 bits": {"bits": 3},
+    "2 bits, groups": {"bits": 2, "group_size": 16},
+    "4 bits, symmetric": {"bits": 4, "symmetric": True},
+    "8 bits, symmetric groups": {"bits": 8, "symmetric": True, "group_size": 16},
+    "1 bit": {"bits": 1},
+}
+
+
+def quantized(model, tokens, folder, algorithm="rtn", blocks=None, **layer):
+    config = ModelConfig(LayerConfig(algorithm=algorithm, **layer))
+    return quantize_model(open_causal_lm(model), tokens, folder / "run", config, blocks=blocks)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ["dense", "compressed-tensors"])
+def test_reloaded_model_is_equal(name, grid, tiny_llama, tokens, tmp_path):
+    run = quantized(tiny_llama, tokens, tmp_path, **GRIDS[grid])
+    report = export_model(run, tmp_path / "out", name)
+    assert report.logit_difference == 0.0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = streamed_perplexity(run.lm, tokens)
+    assert perplexity(loaded, tokens.flatten(), length=tokens.shape[1]) == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(streamed_perplexity(run.original, tokens), rel=1e-6)
+
+
+def test_every_architecture_saves_densely(architecture, tokens, tmp_path):
+    run = quantized(architecture, tokens, tmp_path, bits=3)
+    assert export_model(run, tmp_path / "out", "dense").logit_difference == 0.0
+
+
+def test_bfloat16_survives(build, tokens, tmp_path):
+    run = quantized(build("llama").bfloat16(), tokens, tmp_path, bits=4, scale_dtype="bfloat16")
+    for name in ("dense", "compressed-tensors"):
+        assert export_model(run, tmp_path / name, name).logit_difference == 0.0
+
+
+def test_some_blocks_and_shards(tiny_llama, tokens, tmp_path):
+    run = quantized(tiny_llama, tokens, tmp_path, bits=3, blocks=2)
+    report = export_model(run, tmp_path / "out", "compressed-tensors", shard_bytes=20_000)
+    assert "model.safetensors.index.json" in report.files
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.2.mlp.up_proj" in config["ignore"]
+    assert "lm_head" in config["ignore"]
+    # A second export replaces the first one's weights and leaves other files alone.
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    export_model(run, tmp_path / "out", "dense")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*safetensors*")) == ["model.safetensors"]
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_packed_layer_is_what_compressed_tensors_unpacks(tiny_llama, tokens, tmp_path):
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from safetensors.torch import load_file
+
+    run = quantized(tiny_llama, tokens, tmp_path, bits=3)
+    export_model(run, tmp_path / "out", "compressed-tensors")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    layer = run.store.load(1, "mlp.down_proj")
+    name = "model.layers.1.mlp.down_proj"
+    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], 3, layer.codes.shape)
+    zeros = unpack_from_int32(tensors[f"{name}.weight_zero_point"], 3, layer.zeros.shape, packed_dim=0)
+    torch.testing.assert_close(codes.int() + 4, layer.codes.int())  # signed there, unsigned here
+    torch.testing.assert_close(zeros.int() + 4, layer.zeros.int())
+
+
+def test_what_a_format_cannot_hold_is_refused(build, tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"holds nn\.Linear layers, not attn\.c_attn; use dense"):
+        export_model(quantized(build("gpt2"), tokens, tmp_path / "a", bits=3), tmp_path / "a" / "out")
+    run = quantized(build("llama"), tokens, tmp_path / "b", bits=3, group_size=20)
+    with pytest.raises(ValueError, match="divisible by the group size 20"):
+        export_model(run, tmp_path / "b" / "out")
+    with pytest.raises(ValueError, match="format: expected one of"):
+        export_model(run, tmp_path / "b" / "out", "gguf")
+    assert not (tmp_path / "a" / "out").exists()
+
+
+def test_a_save_that_loads_differently_is_not_kept(tiny_llama, tokens, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from quantease.export import dense
+
+    def wrong(run, index):
+        return {k: v * 1.01 if "up_proj" in k else v for k, v in dense.block(run, index).items()}
+
+    monkeypatch.setitem(FORMATS, "dense", replace(FORMATS["dense"], block=wrong))
+    with pytest.raises(ValueError, match="logits differ"):
+        export_model(quantized(tiny_llama, tokens, tmp_path, bits=3), tmp_path / "out", "dense")
+    assert list((tmp_path / "out").iterdir()) == []
