@@ -6,7 +6,9 @@ import transformers
 from quantease.causal_lm import open_causal_lm
 from quantease.config import LayerConfig
 from quantease.export import FORMATS, export_model
+from quantease.nn import QuantizedLinear
 from quantease.perplexity import perplexity, streamed_perplexity
+from quantease.quantize import quantize_layer
 from quantease.quantize_model import ModelConfig, quantize_model
 
 GRIDS = {
@@ -98,3 +100,52 @@ def test_a_save_that_loads_differently_is_not_kept(tiny_llama, tokens, tmp_path,
     with pytest.raises(ValueError, match="logits differ"):
         export_model(quantized(tiny_llama, tokens, tmp_path, bits=3), tmp_path / "out", "dense")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "falcon"])
+@pytest.mark.parametrize("structure", ["unstructured", "structured"])
+def test_native_keeps_outliers(name, structure, build, tokens, tmp_path):
+    run = quantized(build(name), tokens, tmp_path, "quantease", blocks=2, bits=3, outliers=0.05, structure=structure)
+    report = export_model(run, tmp_path / "out", "native")
+    assert report.logit_difference <= 1e-6
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == sum(map(len, run.matrices))
+    for index, matrix, layer in run.layers():
+        assert layer.outliers is not None
+        packed = layers[f"{run.lm.blocks[index]}.{matrix.name}"]
+        assert packed.outliers == len(layer.outliers.values) > 0
+        torch.testing.assert_close(packed.dequantize(), layer.dequantize(), rtol=0, atol=0)
+
+
+def test_native_saves_and_loads_again(tiny_llama, tokens, tmp_path):
+    run = quantized(tiny_llama, tokens, tmp_path, bits=2, group_size=16)
+    export_model(run, tmp_path / "out", "native")
+    first = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    first.save_pretrained(tmp_path / "again")
+    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(first(tokens).logits, second(tokens).logits, rtol=0, atol=0)
+
+
+def test_native_in_bfloat16(build, tokens, tmp_path):
+    run = quantized(build("llama").bfloat16(), tokens, tmp_path, bits=4, scale_dtype="bfloat16")
+    assert export_model(run, tmp_path / "out", "native").logit_difference < 0.03
+
+
+def test_formats_name_what_they_cannot_hold(build, tokens, tmp_path):
+    outliers = quantized(build("llama"), tokens, tmp_path / "a", "quantease", blocks=1, bits=3, outliers=0.01)
+    with pytest.raises(ValueError, match="compressed-tensors has no outliers"):
+        export_model(outliers, tmp_path / "a" / "out")
+    with pytest.raises(ValueError, match="native holds modules, not"):
+        export_model(quantized(build("mixtral"), tokens, tmp_path / "b", bits=3), tmp_path / "b" / "out", "native")
+
+
+def test_quantized_linear_is_differentiable_in_its_input():
+    weight, x = torch.randn(5, 16), torch.randn(3, 16, requires_grad=True)
+    layer = quantize_layer(weight, torch.eye(16), LayerConfig(algorithm="rtn", bits=3))
+    module = QuantizedLinear.from_layer(layer, bias=torch.randn(5))
+    torch.testing.assert_close(module(x), x @ layer.dequantize().T + module.bias)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 16))
+    assert "16, 5, bits=3" in repr(module)

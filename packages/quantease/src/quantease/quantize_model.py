@@ -197,7 +197,7 @@ class _Job:
                     grams = self._grams(stream, index, block, matrices, part)
                     for name in part.names[rank::world]:
                         self.progress(self.done + group.names.index(name), self.total, f"{index}.{name}")
-                        weight = by_name[name].weight(block)
+                        weight = by_name[name].weight(block).contiguous()  # Conv1D's is a transposed view
                         layer = quantize_layer(weight, grams[name], self._layer_config(grams[name]))
                         self.store.save(index, name, layer, weight)
                     _barrier()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantease.block_stream import BlockStream
-from quantease.export import compressed_tensors, dense
+from quantease.export import compressed_tensors, dense, native
 from quantease.quantize_model import QuantizedCausalLM
 
 Tensors = dict[str, Tensor]
@@ -29,7 +29,8 @@ class Format:
         block: Tensors of a block, by their names in the model's state dict.
         config: What `config.json` says under `quantization_config`, or None.
         check: Raises ValueError where the format cannot hold the model.
-        tolerance: Greatest difference of logits after reloading, relative to the greatest logit.
+        tolerance: Greatest difference of logits after reloading, relative to the greatest logit, in units of the
+            model's machine epsilon: 8 is 1e-6 in float32.
     """
 
     block: Callable[[QuantizedCausalLM, int], Tensors]
@@ -40,9 +41,10 @@ class Format:
 
 FORMATS = {
     "compressed-tensors": Format(
-        compressed_tensors.block, compressed_tensors.config, compressed_tensors.check, tolerance=1e-6
+        compressed_tensors.block, compressed_tensors.config, compressed_tensors.check, tolerance=8
     ),
-    "dense": Format(dense.block, dense.config, dense.check, tolerance=1e-6),
+    "dense": Format(dense.block, dense.config, dense.check, tolerance=8),
+    "native": Format(native.block, native.config, native.check, tolerance=8),
 }
 
 
@@ -110,10 +112,11 @@ def export_model(
         if quantized.lm.tokenizer is not None:
             quantized.lm.tokenizer.save_pretrained(unproved)
         difference = reload_difference(quantized, unproved)
-        if not difference <= chosen.tolerance:
+        allowed = chosen.tolerance * torch.finfo(quantized.lm.dtype).eps
+        if not difference <= allowed:
             raise ValueError(
                 f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
-                f"(allowed {chosen.tolerance:.0e}); nothing was saved"
+                f"(allowed {allowed:.1e}); nothing was saved"
             )
         files = sorted(unproved.iterdir())
         for stale in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):

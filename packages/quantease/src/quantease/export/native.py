@@ -1,0 +1,68 @@
+"""quantease's own format: packed codes, scales, zero points and outliers in compressed sparse rows.
+
+`import quantease.hf` teaches transformers to load it; the model then computes from the packed weights.
+"""
+
+from typing import Any
+
+from core_tensor.extras import require
+from torch import Tensor, nn
+
+from quantease.nn import QuantizedLinear
+from quantease.quantize_model import QuantizedCausalLM
+
+
+def check(quantized: QuantizedCausalLM) -> None:
+    """Refuse what the format cannot hold.
+
+    Args:
+        quantized: The model.
+
+    Raises:
+        ValueError: If experts are fused in one parameter, or groups are not multiples of 8.
+    """
+    size = quantized.config.layer.group_size
+    if size > 0 and size % 8:
+        raise ValueError(f"format: native needs a group size that is a multiple of 8, got {size}; use dense")
+    for matrices in quantized.matrices:
+        for matrix in matrices:
+            if matrix.expert is not None:
+                raise ValueError(f"format: native holds modules, not {matrix.name} of a fused parameter; use dense")
+    require("quantease.hf", "quantease[hf]")
+
+
+def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
+    """The `quantization_config` of `config.json`.
+
+    Args:
+        quantized: The model.
+
+    Returns:
+        Its values.
+    """
+    counts = {
+        f"{quantized.lm.blocks[index]}.{matrix.name}": 0 if layer.outliers is None else len(layer.outliers.values)
+        for index, matrix, layer in quantized.layers()
+    }
+    layer = quantized.config.layer
+    return {"quant_method": "quantease", "bits": layer.bits, "group_size": layer.group_size, "layers": counts}
+
+
+def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
+    """Tensors of a block.
+
+    Args:
+        quantized: The model.
+        index: Number of the block.
+
+    Returns:
+        Tensors by name.
+    """
+    matrices = quantized.matrices[index] if index < len(quantized.matrices) else ()
+    with quantized.original.loaded(index) as module:
+        tensors = dict(module.state_dict())
+    for matrix in matrices:
+        packed: nn.Module = QuantizedLinear.from_layer(quantized.store.load(index, matrix.name))
+        del tensors[f"{matrix.name}.weight"]
+        tensors |= {f"{matrix.name}.{name}": value for name, value in packed.state_dict().items()}
+    return {f"{quantized.lm.blocks[index]}.{name}": value for name, value in tensors.items()}
