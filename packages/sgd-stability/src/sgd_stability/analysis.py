@@ -1,0 +1,154 @@
+"""`analyze`: from a model, a loss and data to a stability report."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from core_tensor.checks import check_choice, check_number, check_tensor
+from torch import Tensor, nn
+
+from sgd_stability.data import Data, collect
+from sgd_stability.dynamics import SGD, Update
+from sgd_stability.family import CurvatureFamily
+from sgd_stability.ghost import gradient_norms, gram
+from sgd_stability.jacobian import weighted_jacobian
+from sgd_stability.losses import LossValues, resolve_loss
+from sgd_stability.network import Network, make_network
+from sgd_stability.report import StabilityReport
+from sgd_stability.sampling import SCHEMES, Scheme
+from sgd_stability.truncated import (
+    gauss_newton_operator,
+    loss_hessian_operator,
+    projected_family,
+    projected_hessians,
+    top_eigenvectors,
+)
+
+Method = Literal["auto", "gram", "jacobian", "truncated"]
+_GRAM_ROWS = 6144  # an eigendecomposition of this size takes about a minute on one core
+_DENSE_NUMBERS = 50_000_000
+
+
+def analyze(
+    model: nn.Module,
+    loss: str | nn.Module | LossValues,
+    data: Data,
+    *,
+    curvature: Literal["ggn", "hessian"] = "ggn",
+    sampling: Scheme = "without_replacement",
+    update: Update = SGD,
+    preconditioner: Tensor | None = None,
+    method: Method = "auto",
+    k: int = 40,
+    max_samples: int | None = 512,
+    parameters: Iterable[str] | None = None,
+    interpolation_tolerance: float = 1e-3,
+    seed: int = 0,
+) -> StabilityReport:
+    """Measure the per-sample curvature of a model where it stands.
+
+    Args:
+        model: The model, in the mode it is trained in but without layers that mix samples or draw random numbers.
+        loss: `"squared_error"` (||z - y||^2 / 2), `"mse"` (torch's), `"cross_entropy"`, torch's loss modules, or a
+            function `(outputs, targets) -> per-sample losses (n,)`. Training minimises the mean over the batch.
+        data: Loader, data set, or tensors (inputs, targets): the training data.
+        curvature: `"ggn"` (positive semidefinite, equal to the Hessian at an interpolating minimum) or `"hessian"`.
+        sampling: How minibatches are drawn.
+        update: Update rule, such as `Update(momentum=0.9)`.
+        preconditioner: Diagonal P of an adaptive optimizer (`sgd_stability.optimizers.adam_preconditioner`), shape
+            (d,) in the order of the parameters.
+        method: `"gram"` (exact, ghost route), `"jacobian"` (exact, explicit), `"truncated"` (k eigenvectors: a band
+            instead of a number), or `"auto"`: the Gram route while it is small enough.
+        k: Eigenvectors of the truncated route.
+        max_samples: Most samples to analyse; fewer than all gives estimates, and the report says so.
+        parameters: Names of the parameters to include; all that require a gradient if absent.
+        interpolation_tolerance: Largest relative step at which the point counts as an interpolating minimum.
+        seed: Seed of the subsample and of Lanczos.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If an argument or the data do not fit, the loss is not a finite sum over samples, or the model has
+            no trainable parameters.
+        TypeError: If parameters are not real.
+    """
+    check_choice("curvature", curvature, ("ggn", "hessian"))
+    check_choice("sampling", sampling, SCHEMES)
+    check_choice("method", method, ("auto", "gram", "jacobian", "truncated"))
+    check_number("k", k, low=1, integer=True)
+    device = next((p.device for p in model.parameters()), None)
+    samples = collect(data, max_samples=max_samples, seed=seed, device=device)
+    network = make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters)
+    scale = None
+    if preconditioner is not None:
+        check_tensor("preconditioner", preconditioner, shape=(network.size,), finite=True)
+        if not bool((preconditioner > 0).all()):
+            raise ValueError("preconditioner: expected positive values, got others")
+        scale = preconditioner.rsqrt()
+    family, used, converged = _family(network, curvature, method, k, scale, seed)
+    slopes = gradient_norms(network)
+    rms = float(slopes.square().mean().sqrt())
+    norm = math.sqrt(sum(float(p.detach().square().sum()) for p in network.parameters.values()))
+    L = family.max_sample_curvature
+    relative = rms / (L * norm) if L > 0 and norm > 0 else (0.0 if rms == 0 else math.inf)
+    return StabilityReport(
+        family=family,
+        n=samples.n,
+        ids=samples.ids,
+        targets=samples.targets,
+        sampling=sampling,
+        update=update,
+        curvature=curvature,
+        method=used,
+        mean_loss=float(network.loss.values(network.outputs, network.targets).mean()),
+        gradient_rms=rms,
+        relative_step=relative,
+        interpolating=relative <= interpolation_tolerance,
+        trace=math.nan if family.truncated else family.trace,
+        spectrum_converged=converged,
+    )
+
+
+def _family(
+    network: Network, curvature: str, method: str, k: int, scale: Tensor | None, seed: int
+) -> tuple[CurvatureFamily, str, bool]:
+    # The family by the cheapest exact route that fits, else the truncated one.
+    n, d = network.n, network.size
+    if curvature == "hessian":
+        if method == "gram":
+            raise ValueError("method: expected 'jacobian', 'truncated' or 'auto' with curvature='hessian', got 'gram'")
+        if method == "jacobian" or (method == "auto" and n * d * d <= _DENSE_NUMBERS):
+            first = next(iter(network.parameters.values()))
+            eye = torch.eye(d, dtype=first.dtype, device=first.device)
+            return projected_hessians(network, eye, scale=scale), "jacobian", True
+        pairs = top_eigenvectors(loss_hessian_operator(network, scale=scale), k, seed=seed)
+        return projected_hessians(network, pairs.vectors, scale=scale), "truncated", pairs.converged
+    R = network.factor.rank
+    indefinite = network.factor.signs is not None
+    if method == "auto":
+        explicit = scale is not None or indefinite
+        fits = n * R * d <= _DENSE_NUMBERS and min(n * R, d) <= _GRAM_ROWS if explicit else n * R <= _GRAM_ROWS
+        method = ("jacobian" if explicit else "gram") if fits else "truncated"
+    if method == "gram":
+        if scale is not None or indefinite:
+            raise ValueError("method: expected 'jacobian' or 'truncated' with a preconditioner or a nonconvex loss")
+        return CurvatureFamily.from_gram(gram(network), n), method, True
+    if method == "jacobian":
+        Z = weighted_jacobian(network, chunk=64)
+        Z = Z if scale is None else Z * scale
+        return CurvatureFamily.from_factors(Z.double(), network.factor.signs), method, True
+    pairs = top_eigenvectors(gauss_newton_operator(network, scale=scale), k, seed=seed)
+    curvatures = None if scale is None else _scaled_curvature(network, scale)
+    family = projected_family(network, pairs.vectors, scale=scale, sample_curvature=curvatures)
+    return family, method, pairs.converged
+
+
+def _scaled_curvature(network: Network, scale: Tensor) -> Tensor:
+    # lambda1(P^(-1/2) H_i P^(-1/2)) from explicit Jacobians, a few samples at a time.
+    found = []
+    for start in range(0, network.n, 32):
+        Z = (weighted_jacobian(network.part(start, start + 32)) * scale).double()
+        found.append(torch.linalg.eigvalsh(Z @ Z.mT)[:, -1].clamp_min(0))
+    return torch.cat(found)

@@ -1,0 +1,193 @@
+"""A model, its loss and a set of samples, checked once: what every route to the per-sample curvature starts from."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from core_tensor.spectrum import check_parameters
+from torch import Tensor, nn
+
+from sgd_stability.losses import OutputFactor, SampleLoss, check_additive
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model at its present parameters, on some samples.
+
+    Attributes:
+        model: The model.
+        loss: The loss.
+        inputs: A tensor, or a mapping passed as keyword arguments; n along the first dimension.
+        targets: Targets, n along the first dimension.
+        parameters: The trainable parameters by name; curvature is taken over these.
+    """
+
+    model: nn.Module
+    loss: SampleLoss
+    inputs: Inputs
+    targets: Tensor
+    parameters: dict[str, Tensor]
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """Outputs of all samples, detached, shape (n, ...)."""
+        with torch.no_grad():
+            return call(self.model, self.inputs)
+
+    @cached_property
+    def factor(self) -> OutputFactor:
+        """Factors of the loss's curvature in the outputs."""
+        return self.loss.factor(self.outputs, self.targets)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.targets)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters d."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def output_gradient(self) -> Tensor:
+        """Gradient of every sample's loss in its outputs.
+
+        Returns:
+            Shape (n, O).
+        """
+        z = self.outputs.clone().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.loss.values(z, self.targets).sum(), z)
+        return gradient.reshape(self.n, -1)
+
+    def part(self, start: int, stop: int) -> "Network":
+        """The same model on a range of the samples.
+
+        Args:
+            start: First sample.
+            stop: One past the last.
+
+        Returns:
+            The smaller network.
+        """
+        inputs = take(self.inputs, slice(start, stop))
+        return Network(self.model, self.loss, inputs, self.targets[start:stop], self.parameters)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Evaluate a model.
+
+    Args:
+        model: The model; must return a tensor.
+        inputs: A tensor, or keyword arguments.
+
+    Returns:
+        Outputs, shape (n, ...).
+
+    Raises:
+        TypeError: If the model does not return a tensor.
+    """
+    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"model: expected a tensor of outputs, got {type(outputs).__name__}; wrap the model so that it returns one"
+        )
+    return outputs
+
+
+def take(inputs: Inputs, which: slice | Tensor) -> Inputs:
+    """Select samples.
+
+    Args:
+        inputs: A tensor, or a mapping of tensors.
+        which: Slice or indices.
+
+    Returns:
+        The same structure with fewer samples.
+    """
+    if isinstance(inputs, Mapping):
+        return {name: value[which] for name, value in inputs.items()}
+    return inputs[which]
+
+
+def single(sample: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """One sample, without its batch dimension, as arguments of the model.
+
+    Args:
+        sample: A tensor, or a mapping of tensors.
+
+    Returns:
+        Positional and keyword arguments, a batch of one.
+    """
+    if isinstance(sample, Mapping):
+        return (), {name: value[None] for name, value in sample.items()}
+    return (sample[None],), {}
+
+
+def make_network(
+    model: nn.Module, loss: SampleLoss, inputs: Inputs, targets: Tensor, parameters: Iterable[str] | None = None
+) -> Network:
+    """Check that the loss is a sum over samples, and everything else that later routes rely on.
+
+    Args:
+        model: The model, as it is trained, but without layers that mix samples or draw random numbers.
+        loss: The loss.
+        inputs: Inputs of the samples.
+        targets: Targets of the samples.
+        parameters: Names of the parameters to include; all that require a gradient if absent.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the model has no (real) parameters, mixes samples, or the loss is not a finite sum over samples.
+        TypeError: If parameters or outputs are not real floating tensors.
+    """
+    names = None if parameters is None else set(parameters)
+    chosen: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad and (names is None or name in names)
+    }
+    if not chosen:
+        raise ValueError("model: expected at least one parameter that requires a gradient, got none")
+    if names is not None and names - chosen.keys():
+        raise ValueError(f"parameters: expected names of trainable parameters, got {sorted(names - chosen.keys())}")
+    check_parameters(chosen.values())
+    network = Network(model, loss, inputs, targets, chosen)
+    if network.n == 0:
+        raise ValueError("data: expected at least one sample, got none")
+    check_independent(network)
+    check_additive(loss, network.outputs, targets)
+    return network
+
+
+def check_independent(network: Network) -> None:
+    """Refuse a model whose output for one sample depends on the others, or changes from call to call.
+
+    Args:
+        network: The network.
+
+    Raises:
+        ValueError: If it does.
+    """
+    for name, module in network.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"model: expected a loss that is a sum over samples, but {name or type(module).__name__} normalises "
+                "over the batch; call model.eval() or freeze its statistics"
+            )
+    outputs = network.outputs
+    if not bool(outputs.isfinite().all()):
+        raise ValueError("model: expected finite outputs, got NaN or infinite ones")
+    half = (network.n + 1) // 2
+    with torch.no_grad():
+        alone = call(network.model, take(network.inputs, slice(0, half)))
+    if len(outputs) != network.n:
+        raise ValueError(f"model: expected {network.n} outputs, one per sample, got {len(outputs)}")
+    if bool(((outputs[:half] - alone).abs() > 1e-3 * (outputs.abs().max() + 1e-6)).any()):
+        raise ValueError(
+            "model: expected outputs that depend on their own sample only and repeat from call to call; "
+            "switch off dropout and layers that mix the batch (model.eval())"
+        )
