@@ -7,6 +7,7 @@ from sgd_stability.bounds import Bound, all_bounds
 from sgd_stability.dynamics import SGD, Update, update_threshold
 from sgd_stability.family import CurvatureFamily
 from sgd_stability.maps import StabilityMap
+from sgd_stability.monitor import Check, InstabilityWarning, StabilityMonitor
 from sgd_stability.report import Culprit, StabilityReport, Threshold, Verdict
 from sgd_stability.sampling import SCHEMES, Sampling
 from sgd_stability.second_moment import Extreme, lr_threshold, second_moment_radius
@@ -15,12 +16,15 @@ __all__ = [
     "SCHEMES",
     "SGD",
     "Bound",
+    "Check",
     "Culprit",
     "CurvatureFamily",
     "Extreme",
+    "InstabilityWarning",
     "LyapunovExponent",
     "Sampling",
     "StabilityMap",
+    "StabilityMonitor",
     "StabilityReport",
     "Threshold",
     "Update",

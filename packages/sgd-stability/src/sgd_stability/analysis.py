@@ -18,10 +18,13 @@ from sgd_stability.network import Network, make_network
 from sgd_stability.report import StabilityReport
 from sgd_stability.sampling import SCHEMES, Scheme
 from sgd_stability.truncated import (
+    block_curvature,
     gauss_newton_operator,
     loss_hessian_operator,
     projected_family,
     projected_hessians,
+    sample_directions,
+    scaled_curvature,
     top_eigenvectors,
 )
 
@@ -60,7 +63,7 @@ def analyze(
             (d,) in the order of the parameters.
         method: `"gram"` (exact, ghost route), `"jacobian"` (exact, explicit), `"truncated"` (k eigenvectors: a band
             instead of a number), or `"auto"`: the Gram route while it is small enough.
-        k: Eigenvectors of the truncated route.
+        k: Dimension of the truncated route: three quarters eigenvectors of H, a quarter directions of single samples.
         max_samples: Most samples to analyse; fewer than all gives estimates, and the report says so.
         parameters: Names of the parameters to include; all that require a gradient if absent.
         interpolation_tolerance: Largest relative step at which the point counts as an interpolating minimum.
@@ -139,16 +142,11 @@ def _family(
         Z = weighted_jacobian(network, chunk=64)
         Z = Z if scale is None else Z * scale
         return CurvatureFamily.from_factors(Z.double(), network.factor.signs), method, True
-    pairs = top_eigenvectors(gauss_newton_operator(network, scale=scale), k, seed=seed)
-    curvatures = None if scale is None else _scaled_curvature(network, scale)
-    family = projected_family(network, pairs.vectors, scale=scale, sample_curvature=curvatures)
-    return family, method, pairs.converged
-
-
-def _scaled_curvature(network: Network, scale: Tensor) -> Tensor:
-    # lambda1(P^(-1/2) H_i P^(-1/2)) from explicit Jacobians, a few samples at a time.
-    found = []
-    for start in range(0, network.n, 32):
-        Z = (weighted_jacobian(network.part(start, start + 32)) * scale).double()
-        found.append(torch.linalg.eigvalsh(Z @ Z.mT)[:, -1].clamp_min(0))
-    return torch.cat(found)
+    k = min(k, d)
+    pairs = top_eigenvectors(gauss_newton_operator(network, scale=scale), k - k // 4, seed=seed)
+    curvatures = block_curvature(network) if scale is None else scaled_curvature(network, scale)
+    basis = [pairs.vectors]
+    if k // 4 and not indefinite:
+        basis.append(sample_directions(network, curvatures, k // 4, scale=scale))
+    V, _ = torch.linalg.qr(torch.cat(basis, 1))
+    return projected_family(network, V, scale=scale, sample_curvature=curvatures), method, pairs.converged

@@ -237,6 +237,8 @@ def check_additive(loss: SampleLoss, outputs: Tensor, targets: Tensor) -> None:
     Raises:
         ValueError: If it is not a sum over samples or not finite.
     """
+    if loss.name == "cross_entropy" and not targets.is_floating_point() and bool((targets < 0).any()):
+        raise ValueError("targets: expected class indices without ignored ones (negative), got some")
     together = loss.values(outputs, targets)
     if not bool(together.isfinite().all()):
         raise ValueError(f"loss: expected finite losses, got {int((~together.isfinite()).sum())} NaN or infinite")
@@ -271,8 +273,6 @@ def _cross_entropy(smoothing: float) -> LossValues:
         check_tensor("outputs", z)
         if z.ndim < 2:
             raise ValueError(f"outputs: expected shape (n, classes, ...) for cross-entropy, got {tuple(z.shape)}")
-        if not y.is_floating_point() and bool((y < 0).any()):
-            raise ValueError("targets: expected class indices without ignored ones (negative), got some")
         losses = F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing)
         return losses.reshape(len(z), -1).mean(1)
 
@@ -293,13 +293,21 @@ def _checked(loss: LossValues, z: Tensor, y: Tensor) -> Tensor:
 
 
 def _dense_factor(loss: LossValues, z: Tensor, y: Tensor) -> DenseFactor:
-    def single(flat: Tensor, target: Tensor) -> Tensor:
-        return loss(flat.reshape(1, *z.shape[1:]), target[None])[0]
-
-    flat = z.detach().reshape(len(z), -1)
-    hessian = torch.func.vmap(torch.func.hessian(single))(flat, y)  # (n, O, O)
+    # The loss is a sum over samples, so O double backward passes give the output Hessians of all samples at once.
+    flat = z.detach().reshape(len(z), -1).requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(loss(flat.reshape(z.shape), y).sum(), flat, create_graph=True)
+        rows = [_gradient(slope[:, o].sum(), flat) for o in range(flat.shape[1])]
+    hessian = torch.stack(rows, 1)  # (n, O, O)
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     noise = 10 * torch.finfo(z.dtype).eps * values.abs().amax(1, keepdim=True)
     values = torch.where(values.abs() <= noise, 0.0, values)
     signs = None if bool((values >= 0).all()) else torch.sign(values)
     return DenseFactor(vectors * values.abs().sqrt()[:, None, :], signs)
+
+
+def _gradient(value: Tensor, by: Tensor) -> Tensor:
+    if not value.requires_grad:  # a loss linear in this output
+        return torch.zeros_like(by)
+    (found,) = torch.autograd.grad(value, by, retain_graph=True, materialize_grads=True)
+    return found.detach()

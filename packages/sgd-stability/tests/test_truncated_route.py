@@ -1,0 +1,103 @@
+import pytest
+import torch
+from core_tensor.spectrum import SymmetricOperator, hutchinson_trace
+from sgd_stability import Sampling, analyze, lr_threshold
+from sgd_stability.demo import digits, digits_network
+from sgd_stability.losses import resolve_loss
+from sgd_stability.network import make_network
+from sgd_stability.spectra import (
+    exact_gauss_newton_trace,
+    gauss_newton_operator,
+    hutch_plus_plus,
+    network_of,
+    spectral_density,
+)
+from torch.nn import functional as F
+
+
+@pytest.fixture(scope="module")
+def trained():
+    pytest.importorskip("sklearn")
+    model = digits_network(0, hidden=24)
+    x, y = digits(40)
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        adam.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        adam.step()
+    return model, x, y
+
+
+def test_sample_directions_beat_eigenvectors_of_the_mean_alone(trained):
+    model, x, y = trained
+    exact = analyze(model, "cross_entropy", (x, y), method="gram")
+    truncated = analyze(model, "cross_entropy", (x, y), method="truncated", k=40)
+    star = exact.lr_threshold(1).exact
+    ours = truncated.lr_threshold(1).upper / star - 1
+    eigenvectors = lr_threshold(exact.family.truncate(40), Sampling(40, 1)).value / star - 1
+    assert -1e-6 < ours < 0.01
+    assert ours < eigenvectors
+    assert truncated.lr_threshold(1).lower <= star
+    assert truncated.lambda_max == pytest.approx(exact.lambda_max, rel=1e-3)
+    assert torch.allclose(truncated.family.sample_curvature, exact.family.sample_curvature)
+
+
+def test_trace_estimators_agree_with_the_exact_trace(trained):
+    model, x, y = trained
+    network = network_of(model, "cross_entropy", (x, y))
+    exact = exact_gauss_newton_trace(network)
+    assert exact == pytest.approx(analyze(model, "cross_entropy", (x, y)).trace, rel=1e-10)
+    operator = gauss_newton_operator(network)
+    plus = hutch_plus_plus(operator, 60, generator=torch.Generator().manual_seed(0))
+    plain = hutchinson_trace(operator, 60, generator=torch.Generator().manual_seed(0))
+    assert plus.products == plain.products == 60
+    assert abs(plus.value - exact) < 5 * plus.standard_error
+    assert plus.standard_error < plain.standard_error
+
+
+def test_spectral_density_has_the_moments_of_the_operator():
+    values = torch.linspace(-1, 3, 50, dtype=torch.float64)
+    operator = SymmetricOperator(lambda v: values * v, 50, torch.float64)
+    found = spectral_density(operator, probes=6, steps=50, generator=torch.Generator().manual_seed(0))
+    for power in range(4):  # a diagonal operator and sign probes: no variance at all
+        assert found.moment(power) == pytest.approx(float((values**power).mean()), rel=1e-9, abs=1e-9)
+    grid = torch.linspace(-3, 5, 2000, dtype=torch.float64)
+    density = found.density(grid, 0.1)
+    assert float(torch.trapezoid(density, grid)) == pytest.approx(1, rel=1e-6)
+    short = spectral_density(operator, probes=2, steps=3)
+    assert short.moment(5) == pytest.approx(float((values**5).mean()), rel=1e-9)  # exact up to degree 2 steps - 1
+    low_rank = spectral_density(SymmetricOperator(lambda v: 0 * v, 9, torch.float64), probes=1, steps=5)
+    assert low_rank.nodes.tolist() == [0.0]
+
+
+def test_a_large_problem_goes_the_truncated_way_by_itself():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 20))
+    data = (torch.randn(400, 5), torch.randint(0, 20, (400,)))
+    report = analyze(model, "cross_entropy", data, k=16)
+    assert report.method == "truncated"
+    assert report.complete
+    threshold = report.lr_threshold(16)
+    assert 0 < threshold.lower < threshold.upper
+    verdicts = {report.verdict(f, 16).state for f in (0.5 * threshold.lower, 2 * threshold.upper)}
+    assert verdicts == {"stable", "unstable"}
+    middle = (threshold.lower * threshold.upper) ** 0.5
+    assert report.verdict(middle, 16).state == "undecided"
+
+
+def test_nonconvex_losses_take_the_signed_route():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+
+    def tanh_error(z, t):
+        return (z.tanh() - t).square().sum(1)
+
+    report = analyze(model, tanh_error, (x, y))
+    network = make_network(model, resolve_loss(tanh_error), x, y)
+    assert network.factor.signs is not None
+    hessian = analyze(model, tanh_error, (x, y), curvature="hessian")  # a linear model: Gauss-Newton is the Hessian
+    assert report.lambda_max == pytest.approx(hessian.lambda_max, rel=1e-9)
+    assert float(report.family.h.min()) == pytest.approx(float(hessian.family.h.min()), rel=1e-9)
+    truncated = analyze(model, tanh_error, (x, y), method="truncated", k=8)
+    assert truncated.max_sample_curvature == pytest.approx(report.max_sample_curvature, rel=1e-8)
