@@ -1,4 +1,4 @@
-"""Small causal language models and real tokens, shared by the tests of the model part."""
+"""Random layers, small causal language models and real tokens, shared by the tests."""
 
 import struct
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from core_tensor.testing import shared_data
+from quantease.grid import group_index, minmax_grid
+from quantease.problem import Problem
 from torch import Tensor
 
 SMALL = {
@@ -134,3 +136,28 @@ def _stories(path: Path) -> torch.nn.Module:
     model = transformers.LlamaForCausalLM(config).eval()
     model.load_state_dict(state)
     return model
+
+
+@pytest.fixture
+def make_problem():
+    """Random layers whose inputs are correlated; `rank` below p makes the Gram matrix singular."""
+
+    def make(q=9, p=20, *, seed=0, rank=None, dtype=torch.float32, dead=()):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(q, p, generator=generator)
+        factor = torch.randn(p, rank or 3 * p, generator=generator, dtype=torch.float64)
+        factor *= torch.linspace(2.0, 0.2, p)[:, None]
+        factor[list(dead)] = 0.0
+        sigma = (factor @ factor.T + 0.3 * factor.sum(1)[:, None] * factor.sum(1) / p).to(dtype)
+        return Problem.scaled(weight.to(dtype), sigma)
+
+    return make
+
+
+@pytest.fixture
+def make_minmax():
+    def make(problem, *, bits=3, group_size=-1, symmetric=False, mask=None):
+        group = group_index(problem.weight.shape[1], group_size)
+        return minmax_grid(problem.weight, bits=bits, group=group, symmetric=symmetric, mask=mask)
+
+    return make

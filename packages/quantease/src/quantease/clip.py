@@ -40,6 +40,7 @@ def clip_grid(
         The grid; in no row and group is its error above that of the min/max grid.
     """
     parts = []
+    energy = energy.float()
     rows = max(1, (1 << 16) // weight.shape[1])  # a chunk that stays in the cache while all factors are tried
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
@@ -61,11 +62,12 @@ def _search(
     empty = hi - lo <= 0
     lo, hi = lo.masked_fill(empty, -1.0), hi.masked_fill(empty, 1.0)
     best = torch.full_like(lo, torch.inf)
+    unit = 1 / max(float(hi.max() - lo.min()), 1e-38)  # squares of very large and very small weights stay in range
     ends = (lo, hi)
 
     def attempt(low: Tensor, high: Tensor) -> None:
         nonlocal best, ends
-        error = _weighted_error(W, energy, make(low, high))
+        error = _weighted_error(W, energy, make(low, high), unit)
         better = error < best
         best = torch.where(better, error, best)
         ends = (torch.where(better, low, ends[0]), torch.where(better, high, ends[1]))
@@ -87,10 +89,10 @@ def _search(
     return make(*ends)
 
 
-def _weighted_error(W: Tensor, energy: Tensor, grid: Grid) -> Tensor:
+def _weighted_error(W: Tensor, energy: Tensor, grid: Grid, unit: float) -> Tensor:
     scale, zero = grid.spread(grid.scale), grid.spread(grid.zero)
     nearest = (W / scale).round_().add_(zero).clamp_(0, grid.max_code).sub_(zero)
-    error = nearest.mul_(scale).sub_(W).square_()
+    error = nearest.mul_(scale).sub_(W).mul_(unit).square_()
     if energy.ndim == 1 and grid.scale.shape[1] == 1:
         return (error @ energy)[:, None]  # (rows, 1)
     return torch.zeros_like(grid.scale).index_add_(1, grid.group, error.mul_(energy))  # (rows, G)

@@ -23,8 +23,8 @@ class LayerConfig:
         bits: Bits per code, 1 to 8; symmetric grids need 2 or more.
         group_size: Consecutive inputs that share a scale; -1 is one scale per row (per channel).
         symmetric: Zero point fixed in the middle of the codes.
-        grid: `minmax`, `clip` (ends pulled in, weighted by the inputs' energy), or `auto`: `clip` for `quantease`,
-            `minmax` for the others.
+        grid: `minmax`, `clip` (ends pulled in, weighted by the inputs' energy), or `auto`: `minmax`, but for
+            `quantease` the better of the two on held-out tokens, `clip` where nothing is held out.
         act_order: GPTQ visits inputs by falling energy.
         damping: GPTQ adds this fraction of the Gram matrix's mean diagonal to its diagonal.
         shrinkage: A fixed `Shrinkage`; `heldout` (chosen on held-out folds, by `oas` where no two folds have tokens);
@@ -35,7 +35,7 @@ class LayerConfig:
         outliers: Fraction of the weights kept at full precision, 0 to 0.5.
         structure: `unstructured` (single weights) or `structured` (whole input columns).
         scale_dtype: Storage of scales and outliers, `float16`, `bfloat16` or `float32`.
-        block: Features per block of a dense sweep.
+        block: Features per block of a dense sweep, at most 1024.
     """
 
     algorithm: Literal["rtn", "gptq", "quantease-paper", "quantease"] = "quantease"
@@ -65,7 +65,7 @@ class LayerConfig:
         check_number("outliers", self.outliers, low=0.0, high=0.5)
         check_choice("structure", self.structure, ("unstructured", "structured"))
         check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        check_number("block", self.block, low=1, integer=True)
+        check_number("block", self.block, low=1, high=1024, integer=True)
         if self.group_size == 0:
             raise ValueError("group_size: expected -1 or a positive number, got 0")
         if self.relax == 1:

@@ -185,5 +185,5 @@ def grid_between(
     """
     max_code = 2**bits - 1
     scale = store_scale((hi - lo) / max_code, scale_dtype)
-    zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-lo / scale).round().clamp(0, max_code)
+    zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else ((0.0 - lo) / scale).round().clamp(0, max_code)
     return Grid(scale, zero, group, max_code)

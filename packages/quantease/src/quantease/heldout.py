@@ -29,13 +29,15 @@ class HeldOut:
 
     Attributes:
         shrinkage: The best.
+        clip: Whether the clip grid was better than the min/max grid at that shrinkage (or was asked for).
         error: Its relative error on held-out tokens, over all folds; None where nothing was held out.
         errors: The relative error of everything that was tried.
     """
 
     shrinkage: Shrinkage
+    clip: bool
     error: float | None = None
-    errors: dict[Shrinkage, float] = field(default_factory=dict)
+    errors: dict[tuple[Shrinkage, bool], float] = field(default_factory=dict)
 
 
 def make_grid(weight: Tensor, energy: Tensor, config: LayerConfig, *, clip: bool, mask: Tensor | None = None) -> Grid:
@@ -74,25 +76,28 @@ def choose_shrinkage(weight: Tensor, gram: GramFolds, config: LayerConfig) -> He
     """
     folds = [f for f, count in enumerate(gram.counts.tolist()) if count]
     if len(folds) < 2:
-        return HeldOut(oas(gram))
+        return HeldOut(oas(gram), config.clips)
     index = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], _ROWS)).round().long().unique()
     W, total = weight[index], gram.total
     size = float(row_objective(W, total).sum()) or 1.0
-    grid = make_grid(W, total.diagonal(), config, clip=config.clips)
+    grids = {clip: make_grid(W, total.diagonal(), config, clip=clip) for clip in (False, True)}
 
     @functools.cache
-    def error(shrinkage: Shrinkage) -> float:
+    def error(shrinkage: Shrinkage, clip: bool) -> float:
+        grid = grids[clip]
         trials = (_trial(W, shrinkage(total - gram.folds[f]), gram.folds[f], grid, config) for f in folds)
-        tried[shrinkage] = sum(trials) / size
-        return tried[shrinkage]
+        tried[shrinkage, clip] = sum(trials) / size
+        return tried[shrinkage, clip]
 
-    tried: dict[Shrinkage, float] = {}
-    error(Shrinkage(0.0))
+    tried: dict[tuple[Shrinkage, bool], float] = {}
+    error(Shrinkage(0.0), config.clips)
     targets: tuple[Target, ...] = ("diagonal", "identity")
     for target in targets:
-        _climb(lambda rung, target=target: error(Shrinkage(STRENGTHS[rung], target)))  # type: ignore[misc]
+        _climb(lambda rung, target=target: error(Shrinkage(STRENGTHS[rung], target), config.clips))  # type: ignore[misc]
+    if config.grid == "auto":
+        error(min(tried, key=tried.__getitem__)[0], not config.clips)
     best = min(tried, key=tried.__getitem__)
-    return HeldOut(best, tried[best], tried)
+    return HeldOut(*best, tried[best], tried)
 
 
 def _climb(error: Callable[[int], float]) -> None:
@@ -111,4 +116,4 @@ def _trial(W: Tensor, train: Tensor, heldout: Tensor, grid: Grid, config: LayerC
     start = Candidate(codes, grid, torch.empty(0))
     codes = sparse_sweeps(W, problem.sigma, start, None, max_sweeps=8)
     residual = W - grid.dequantize(codes)
-    return float(((residual @ heldout.to(W.dtype)) * residual).sum())
+    return float(((residual @ heldout.to(W.dtype)).double() * residual).sum())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantease.config import LayerConfig
 from quantease.descent import certify, descend
+from quantease.gptq import gptq
 from quantease.grid import Grid
 from quantease.heldout import make_grid
 from quantease.problem import Candidate, Problem, Solution
@@ -34,22 +35,22 @@ def outlier_iht(problem: Problem, config: LayerConfig) -> Solution:
     Source: arXiv 2309.01885, Alg. 3 and section 4.
     """
     W = problem.weight
-    score = W.abs() if config.structure == "unstructured" else W.square()
+    score = W.abs() if config.structure == "unstructured" else W.double().square()
     H = W * top_mask(score, config)
     grid = make_grid(W, problem.energy, config, clip=config.clips, mask=_outside(W, config))
     sweeper = Sweeper(problem, grid, block=config.block)
     D, step = sweeper.residual(W), 1 / (1.05 * largest_eigenvalue(problem.sigma))  # D = (W - H - W_hat)'; starts at 0
     trace = []
     for t, quantize in enumerate(schedule(30 if config.sweeps is None else config.sweeps, config.relax)):
-        sweeper.weight = (W - H).T.contiguous()
+        sweeper.weight = (W - H).T.contiguous() * sweeper.unit
         sweeper.sweep(D, quantize=quantize)
-        moved = H + (problem.sigma @ D).T * step
-        new = moved * top_mask(moved.abs() if config.structure == "unstructured" else moved.square(), config)
-        D -= (new - H).T
+        moved = H + (problem.sigma @ D).T * (step / sweeper.unit)
+        new = moved * top_mask(moved.abs() if config.structure == "unstructured" else moved.double().square(), config)
+        D -= (new - H).T * sweeper.unit
         H = new
-        objective = float(((problem.sigma @ D) * D).sum())
-        trace.append((f"sweep {t}{'' if quantize else ' relaxed'}", objective / problem.scale))
-    codes = grid.quantize(W - H - D.T)
+        objective = float(((problem.sigma @ D).double() * D).sum())
+        trace.append((f"sweep {t}{'' if quantize else ' relaxed'}", objective / sweeper.unit**2 / problem.scale))
+    codes = grid.quantize(W - H - D.T / sweeper.unit)
     H = H.to(config.storage).to(W.dtype)
     return Solution(problem.candidate(codes, grid, H), trace=tuple(trace), mask=H != 0)
 
@@ -58,8 +59,9 @@ def outlier_descent(problem: Problem, config: LayerConfig) -> Solution:
     r"""Mixed descent: for a fixed support, the same sweeps with the outliers' coordinates left continuous.
 
     The support holds the weights that the clip grid serves worst, by $|w - q(w)| \sqrt{\Sigma_{jj}}$ (or the columns
-    with the largest $\|W_j\|^2 \Sigma_{jj}$); the grid is then made for the others. A sweep minimises exactly in every
-    coordinate, continuous or not: no step size, no largest eigenvalue, and the objective never rises.
+    with the largest $\|W_j\|^2 \Sigma_{jj}$); the grid is then made for the others. GPTQ of what the outliers leave is
+    the start. A quantised sweep minimises exactly in every coordinate, continuous or not: no step size, no largest
+    eigenvalue, and the objective never rises.
 
     Departure: the paper moves the support by hard thresholding; `outlier_iht` is its method.
 
@@ -72,13 +74,16 @@ def outlier_descent(problem: Problem, config: LayerConfig) -> Solution:
     """
     W = problem.weight
     mask, grid = _support(problem, config)
+    start = torch.where(mask, W, 0.0)
+    codes = gptq(Problem(W - start, problem.sigma), grid, damping=config.damping, act_order=config.act_order)
+    start = start + grid.dequantize(codes, W.dtype)
     sweeps = 15 if config.sweeps is None else config.sweeps
-    best = _mixed(problem, grid, mask, W, sweeps, config)
+    best = _mixed(problem, grid, mask, start, schedule(sweeps, config.relax), config)
     trace = [("mixed descent", best.total / problem.scale)]
     for round_ in range(config.refits):
         refitted = refit_scales(problem, best, storage=config.storage)
         values = best.grid.dequantize(best.codes, W.dtype) + (0.0 if best.sparse is None else best.sparse)
-        best = best.best_rows(_mixed(problem, refitted, mask, values, 3, config))
+        best = best.best_rows(_mixed(problem, refitted, mask, values, schedule(3, 0), config))
         trace.append((f"refit {round_}", best.total / problem.scale))
     best = descend(problem, best, frozen=mask)
     trace.append(("descent", best.total / problem.scale))
@@ -90,19 +95,21 @@ def _support(problem: Problem, config: LayerConfig) -> tuple[Tensor, Grid]:
     mask = torch.zeros_like(W, dtype=torch.bool)
     grid = make_grid(W, energy, config, clip=config.clips)
     if config.structure == "structured":
-        mask = top_mask(W.square() * energy, config)
+        mask = top_mask(W.double().square() * energy, config)
         return mask, make_grid(W, energy, config, clip=config.clips, mask=mask)
     for _ in range(3):  # grid and support each for the other
         error = W - grid.dequantize(grid.quantize(W), W.dtype)
-        mask = top_mask(error.square() * energy, config)
+        mask = top_mask(error.double().square() * energy, config)
         grid = make_grid(W, energy, config, clip=config.clips, mask=mask)
     return mask, grid
 
 
-def _mixed(problem: Problem, grid: Grid, mask: Tensor, start: Tensor, sweeps: int, config: LayerConfig) -> Candidate:
+def _mixed(
+    problem: Problem, grid: Grid, mask: Tensor, start: Tensor, plan: list[bool], config: LayerConfig
+) -> Candidate:
     sweeper = Sweeper(problem, grid, mask=mask, block=config.block)
     D = sweeper.residual(start)
-    for quantize in schedule(sweeps, config.relax):
+    for quantize in plan:
         sweeper.sweep(D, quantize=quantize)
     values = sweeper.values(D)
     H = torch.where(mask, values, 0.0).to(config.storage).to(values.dtype)
@@ -112,7 +119,7 @@ def _mixed(problem: Problem, grid: Grid, mask: Tensor, start: Tensor, sweeps: in
 def _outside(W: Tensor, config: LayerConfig) -> Tensor:
     # Positions that the paper's grid ignores: per row the extremes (unstructured), or the first outlier columns.
     if config.structure == "structured":
-        return top_mask(W.square(), config)
+        return top_mask(W.double().square(), config)
     count = round(W.shape[1] * config.outliers / 2)
     rank = W.argsort(1).argsort(1)
     return (rank < count) | (rank >= W.shape[1] - count)

@@ -54,6 +54,7 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
         raise ValueError("gram: expected a non-negative diagonal, got a negative entry")
     W = weight.detach().float()
     heldout = _shrinkage(W, gram, config)
+    config = replace(config, grid="clip" if heldout.clip else "minmax")
     problem = Problem.scaled(W, heldout.shrinkage(sigma.to(W.device)))
     solved = _solve(problem, config)
     outliers = None
@@ -89,10 +90,10 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
 
 def _shrinkage(W: Tensor, gram: Tensor | GramFolds, config: LayerConfig) -> HeldOut:
     if isinstance(config.shrinkage, Shrinkage):
-        return HeldOut(config.shrinkage, None)
+        return HeldOut(config.shrinkage, config.clips)
     folds = isinstance(gram, GramFolds)
     if config.shrinkage == "none" or (config.shrinkage == "auto" and not (folds and config.algorithm == "quantease")):
-        return HeldOut(Shrinkage(), None)
+        return HeldOut(Shrinkage(), config.clips)
     if not isinstance(gram, GramFolds):
         raise TypeError(f"gram: expected GramFolds with shrinkage 'heldout', got {type(gram).__name__}")
     return choose_shrinkage(W, gram, config)

@@ -46,7 +46,9 @@ def relaxed_descent(
     plan = schedule(sweeps, relax)
     for t, quantize in enumerate(plan):
         sweeper.sweep(residual, quantize=quantize, objective=objective)
-        trace.append((f"sweep {t}{'' if quantize else ' relaxed'}", float(objective.sum()) / problem.scale))
+        trace.append(
+            (f"sweep {t}{'' if quantize else ' relaxed'}", float(objective.sum()) / sweeper.unit**2 / problem.scale)
+        )
         if quantize and (keep_best or t == sweeps - 1):
             better = objective < best if keep_best else torch.ones_like(best, dtype=torch.bool)
             codes[better] = sweeper.codes(residual)[better]

@@ -1,5 +1,7 @@
 """Dense cyclic coordinate descent over all features, in blocks: matrix products outside, a kernel inside."""
 
+import math
+
 import core_tensor
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ class Sweeper:
     \hat w_j \leftarrow q(\beta_j) \;\text{(quantised)} \quad\text{or}\quad \beta_j \;\text{(relaxed, masked)} . $$
 
     The sum over all blocks at the block's start is one matrix product; what changes inside the block is corrected
-    by `core_tensor.cd_block`. In exact arithmetic the result is that of the column loop, for any block size.
+    by `core_tensor.cd_block`. In exact arithmetic the result is that of the column loop, for any block size. Weights
+    and scales are multiplied by a power of two, `unit`, so that no square leaves the range of float32.
 
     Args:
         problem: Weights and Gram matrix.
@@ -30,8 +33,9 @@ class Sweeper:
 
     def __init__(self, problem: Problem, grid: Grid, *, mask: Tensor | None = None, block: int = 512) -> None:
         self.problem, self.grid, self.block = problem, grid, block
-        self.weight = problem.weight.T.contiguous()  # (p, q)
-        self.scale = grid.scale.T.contiguous().to(self.weight)  # (G, q)
+        self.unit = 2.0 ** -math.frexp(float(problem.weight.abs().max()))[1]
+        self.weight = problem.weight.T.contiguous() * self.unit  # (p, q)
+        self.scale = grid.scale.T.contiguous().to(self.weight) * self.unit  # (G, q)
         self.zero = grid.zero.T.contiguous().to(self.weight)
         self.mask = None if mask is None else mask.T.contiguous()
 
@@ -39,9 +43,9 @@ class Sweeper:
         r"""Visit every feature once, in their natural order.
 
         Args:
-            residual: $D = (W - \hat W)^\top$, shape (p, q); changed in place.
+            residual: $D = (W - \hat W)^\top$ times `unit`, shape (p, q); changed in place.
             quantize: False leaves the grid (a relaxed sweep).
-            objective: $f$ of every row of W, shape (q,); brought up to date in place if given.
+            objective: $f$ of every row of W times `unit` squared, shape (q,); brought up to date in place if given.
         """
         D, tilde = residual, self.problem.normalized
         for start in range(0, D.shape[0], self.block):
@@ -73,26 +77,26 @@ class Sweeper:
             values: $\hat W$, on the grid or not, shape (q, p).
 
         Returns:
-            D, shape (p, q).
+            D times `unit`, shape (p, q).
         """
-        return self.weight - values.T
+        return self.weight - values.T * self.unit
 
     def values(self, residual: Tensor) -> Tensor:
         r"""The values of a state.
 
         Args:
-            residual: D, shape (p, q).
+            residual: D times `unit`, shape (p, q).
 
         Returns:
             $\hat W$, shape (q, p).
         """
-        return (self.weight - residual).T
+        return (self.weight - residual).T / self.unit
 
     def codes(self, residual: Tensor) -> Tensor:
         """Codes of a state on the grid (the nearest ones of a state off it).
 
         Args:
-            residual: D, shape (p, q).
+            residual: D times `unit`, shape (p, q).
 
         Returns:
             Codes, shape (q, p), uint8.
