@@ -19,14 +19,18 @@ from torch import Tensor
 from polytope_lp import accelerated, lbfgs
 from polytope_lp.search import FinishedError, Search, zeros
 
-TIED = 0.5
-"""Share of blocks away from a vertex above which a problem may be tied."""
+TIED, MOSTLY_TIED = 0.5, 0.8
+"""Share of blocks away from a vertex above which a problem may be tied, and above which one stage is proof enough."""
+TIED_RIDGE = 30.
+"""Factor on the first ridge with which the proximal loop starts on a tied problem."""
 SHARE_OF_TOL = 0.5
 """Part of the tolerance that the ridge may use."""
 LEAVE = 1.0
 """A stage ends when what optimisation has left is below this multiple of what the ridge costs."""
 STEEPEST, MILDEST = 0.1, 0.5
 """Factors by which gamma may fall at once."""
+INEXACT = 0.1
+"""A proximal step is good enough when its promised improvement is below this part of gamma/2 ||x - p||^2."""
 SMALLEST_RIDGE = 1e-9
 """Least gamma relative to the size of the costs: below it projections lose their digits."""
 FIRST_RIDGE = 0.3
@@ -97,20 +101,21 @@ def _advance(search: Search, stage: Stage) -> None:
     allowed = SHARE_OF_TOL * search.options.tol
     fixed = search.options.gamma is not None
     if stage.proximal:
-        decrement = stage.state.decrement / search.size
-        if stage.state.stalled or decrement <= 0.01 * max(smoothing, 0.0) or decrement <= 1e-3 * allowed:
+        moved = search.moved()
+        if stage.state.stalled or stage.state.decrement <= INEXACT * moved or moved <= 1e-3 * allowed * search.size:
             _recentre(search, stage)
         return
     if not stage.state.stalled and (smoothing <= allowed or rest > LEAVE * smoothing):
         return
     share = search.history[-1]["fractional"]
-    tied = share > TIED and share > 0.7 * stage.share  # lowering the ridge no longer brings vertices
+    # Lowering the ridge no longer brings vertices, or the first one found hardly any.
+    tied = share > (TIED if math.isfinite(stage.share) else MOSTLY_TIED) and share > 0.7 * min(stage.share, 1.0)
     exhausted = search.gamma <= SMALLEST_RIDGE * search.dual.gamma_start or (
         stage.state.stalled and smoothing <= allowed
     )
     if search.options.proximal or (search.options.proximal is None and (tied or exhausted)):
         if tied and not fixed:
-            search.gamma = stage.previous
+            search.gamma = TIED_RIDGE * (search.gamma if math.isnan(stage.previous) else stage.previous)
         stage.proximal = True
         _recentre(search, stage)
         return
@@ -125,8 +130,14 @@ def _advance(search: Search, stage: Stage) -> None:
 
 
 def _recentre(search: Search, stage: Stage) -> None:
+    # Move the centre, and balance the ridge: infeasibility asks for a larger one, distance from vertices a smaller.
+    smoothing, rest = search.measured()
     search.recentre()
-    _restart(search, stage, 1.0)
+    factor = 1.0
+    if search.options.gamma is None:
+        factor = 3.0 if rest > 2.0 * smoothing else 0.5 if smoothing > 50.0 * rest else 1.0
+    search.gamma *= factor
+    _restart(search, stage, factor)
 
 
 def _restart(search: Search, stage: Stage, factor: float) -> None:

@@ -131,6 +131,15 @@ class Search:
         if self.last is not None:
             self.anchor = self.dual.primal(self.last.lam, self.gamma, self.anchor)
 
+    def moved(self) -> float:
+        r"""The proximal term $\gamma/2 \lVert x - p \rVert^2$ at the last evaluation: how far its primal is from the centre.
+
+        Returns:
+            The term, in the unit of the objective.
+        """
+        found = self.last
+        return 0.0 if found is None else max(found.value - found.cost - float(found.lam @ found.gradient), 0.0)
+
     def measured(self) -> tuple[float, float]:
         """The two parts of the gap at the last evaluation, both relative.
 
