@@ -1,39 +1,61 @@
 """Generators trained by Frechet distance or optimal transport in feature space."""
 
+from frechet_gan.classifier import Classifier, train_classifier
 from frechet_gan.distance import frechet_distance
 from frechet_gan.encoders import FrozenEncoder, efficientnet_lite, encode, load_encoder
 from frechet_gan.estimators import Estimate, debiased_split_distance, estimate_frechet
+from frechet_gan.evaluation import Alarms, EncoderReport, Report, effective_rank, evaluate
 from frechet_gan.gaussian import GaussianMap, frechet_distance_from_moments, gaussian_map
 from frechet_gan.loss import MultiEncoderLoss, TransportLoss, VirtualBatch
 from frechet_gan.manifold import Manifold, manifold
 from frechet_gan.mmd import cmmd, kid, mmd
+from frechet_gan.networks import NetworkConfig, build_networks
 from frechet_gan.plans import PlanOptions
 from frechet_gan.populations import BatchPopulation, EMAPopulation, QueuePopulation
+from frechet_gan.posttrain import PosttrainConfig, PostTrainer, encoder_losses
 from frechet_gan.stats import FeatureStats
+from frechet_gan.trainer import PRESETS, FrechetTrainer, TrainConfig, load_generator, sample_images
 
 __all__ = [
+    "PRESETS",
+    "Alarms",
     "BatchPopulation",
+    "Classifier",
     "EMAPopulation",
+    "EncoderReport",
     "Estimate",
     "FeatureStats",
+    "FrechetTrainer",
     "FrozenEncoder",
     "GaussianMap",
     "Manifold",
     "MultiEncoderLoss",
+    "NetworkConfig",
     "PlanOptions",
+    "PostTrainer",
+    "PosttrainConfig",
     "QueuePopulation",
+    "Report",
+    "TrainConfig",
     "TransportLoss",
     "VirtualBatch",
+    "build_networks",
     "cmmd",
     "debiased_split_distance",
+    "effective_rank",
     "efficientnet_lite",
     "encode",
+    "encoder_losses",
     "estimate_frechet",
+    "evaluate",
     "frechet_distance",
     "frechet_distance_from_moments",
     "gaussian_map",
     "kid",
     "load_encoder",
+    "load_generator",
     "manifold",
     "mmd",
+    "sample_images",
+    "train_classifier",
 ]

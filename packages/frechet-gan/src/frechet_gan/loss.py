@@ -154,7 +154,7 @@ class TransportLoss(nn.Module):
         """
         batch = VirtualBatch(self)
         yield batch
-        batch.finish()
+        batch.finish()  # not reached, and not wanted, after an exception
 
     def _features(self, fake: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if (real is None) == (self.reference is None):

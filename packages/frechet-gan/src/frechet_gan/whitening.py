@@ -20,7 +20,7 @@ def whitener(covariance: Tensor, epsilon: float = 1e-3) -> Tensor:
         AdvFD, arXiv 2608.11205.
     """
     covariance = covariance.double()
-    ridge = epsilon * covariance.detach().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    ridge = epsilon * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
     lower: Tensor = torch.linalg.cholesky(covariance + ridge * identity)
     return lower
