@@ -21,7 +21,7 @@ from polytope_lp.search import FinishedError, Search, zeros
 
 TIED, MOSTLY_TIED = 0.5, 0.8
 """Share of blocks away from a vertex above which a problem may be tied, and above which one stage is proof enough."""
-TIED_RIDGE = 30.
+TIED_RIDGE = 30.0
 """Factor on the first ridge with which the proximal loop starts on a tied problem."""
 SHARE_OF_TOL = 0.5
 """Part of the tolerance that the ridge may use."""

@@ -132,7 +132,7 @@ class Search:
             self.anchor = self.dual.primal(self.last.lam, self.gamma, self.anchor)
 
     def moved(self) -> float:
-        r"""The proximal term $\gamma/2 \lVert x - p \rVert^2$ at the last evaluation: how far its primal is from the centre.
+        r"""Proximal term $\gamma/2 \lVert x - p \rVert^2$ at the last evaluation: how far its primal is off the centre.
 
         Returns:
             The term, in the unit of the objective.
