@@ -45,17 +45,19 @@ def _kkt(v, x, offsets, cap, upper, weight, equality):
         used = float((w * xi).sum())
         scale = max(1.0, float(vi.abs().max()))
         worst = max(worst, float((-xi).max()), float((xi - u).max()), abs(used - d) if equality else used - d)
-        free = (xi > 0) & (xi < u)
+        edge = 1e-13 * scale  # an entry within rounding of a bound stands at it: it says nothing of the multiplier
+        at_zero, at_upper = xi <= edge, xi >= u - edge
+        free = ~at_zero & ~at_upper
         theta = float(((vi - xi) / w)[free].mean()) if bool(free.any()) else None
         if theta is None:  # any multiplier between what entries at 0 and at u allow
-            low = max([float(t) for t in (vi / w)[xi <= 0]], default=-torch.inf)
-            high = min([float(t) for t in ((vi - u) / w)[xi >= u]], default=torch.inf)
+            low = max([float(t) for t in (vi / w)[at_zero]], default=-torch.inf)
+            high = min([float(t) for t in ((vi - u) / w)[at_upper]], default=torch.inf)
             low = low if equality else max(low, 0.0)
             worst = max(worst, (low - high) / scale)
             continue
         worst = max(worst, float((vi - theta * w - xi)[free].abs().max()) / scale)
-        worst = max(worst, float((vi - theta * w)[xi <= 0].max() if bool((xi <= 0).any()) else 0.0) / scale)
-        worst = max(worst, float((u - vi + theta * w)[xi >= u].max() if bool((xi >= u).any()) else 0.0) / scale)
+        worst = max(worst, float((vi - theta * w)[at_zero].max() if bool(at_zero.any()) else 0.0) / scale)
+        worst = max(worst, float((u - vi + theta * w)[at_upper].max() if bool(at_upper.any()) else 0.0) / scale)
         if not equality:
             worst = max(worst, -theta / scale, theta * (d - used) / scale)
     assert block.shape == x.shape
