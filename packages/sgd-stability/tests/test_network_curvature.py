@@ -166,13 +166,24 @@ def test_a_random_point_is_reported_as_no_minimum(oracle):
     model, x, y = oracle.tiny_network()
     report = analyze(model, "cross_entropy", (x, y))
     assert not report.interpolating
-    assert report.relative_step > 1e-3
+    assert report.relative_residual > 1e-3
     assert "not an interpolating minimum" in str(report)
     slopes = [
         torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
         for loss in F.cross_entropy(model(x), y, reduction="none")
     ]
     assert report.gradient_rms == pytest.approx(float(torch.stack(slopes).square().sum(1).mean().sqrt()))
+
+
+def test_sharp_points_with_a_loss_are_reported_as_no_minimum():
+    # A large curvature makes steps in the weights tiny; the outputs still miss their targets.
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = 1e4 * torch.randn(8, 4).double(), torch.randint(0, 3, (8,))
+    for loss, targets in (("cross_entropy", y), ("squared_error", F.one_hot(y, 3).double())):
+        report = analyze(model, loss, (x, targets))
+        assert report.mean_loss > 0.1
+        assert not report.interpolating
 
 
 def test_subsamples_use_the_true_n_and_certify_nothing(oracle):

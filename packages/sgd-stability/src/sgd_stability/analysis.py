@@ -66,7 +66,8 @@ def analyze(
         k: Dimension of the truncated route: three quarters eigenvectors of H, a quarter directions of single samples.
         max_samples: Most samples to analyse; fewer than all gives estimates, and the report says so.
         parameters: Names of the parameters to include; all that require a gradient if absent.
-        interpolation_tolerance: Largest relative step at which the point counts as an interpolating minimum.
+        interpolation_tolerance: Largest relative residual (see the report) at which the point counts as an
+            interpolating minimum.
         seed: Seed of the subsample and of Lanczos.
 
     Returns:
@@ -93,9 +94,7 @@ def analyze(
     family, used, converged = _family(network, curvature, method, k, scale, seed)
     slopes = gradient_norms(network)
     rms = float(slopes.square().mean().sqrt())
-    norm = math.sqrt(sum(float(p.detach().square().sum()) for p in network.parameters.values()))
-    L = family.max_sample_curvature
-    relative = rms / (L * norm) if L > 0 and norm > 0 else (0.0 if rms == 0 else math.inf)
+    relative = network.relative_residual()
     return StabilityReport(
         family=family,
         n=samples.n,
@@ -107,7 +106,7 @@ def analyze(
         method=used,
         mean_loss=float(network.loss.values(network.outputs, network.targets).mean()),
         gradient_rms=rms,
-        relative_step=relative,
+        relative_residual=relative,
         interpolating=relative <= interpolation_tolerance,
         trace=math.nan if family.truncated else family.trace,
         spectrum_converged=converged,

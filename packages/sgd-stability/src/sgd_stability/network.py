@@ -1,5 +1,6 @@
 """A model, its loss and a set of samples, checked once: what every route to the per-sample curvature starts from."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,6 +63,27 @@ class Network:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.loss.values(z, self.targets).sum(), z)
         return gradient.reshape(self.n, -1)
+
+    def relative_residual(self) -> float:
+        """Distance of the outputs from where every sample's loss is least, by a Newton step, relative to their size.
+
+        Measured in the outputs: in the weights a large curvature would hide a residual of any size.
+
+        Returns:
+            rms ||dl_i/dz_i|| / (rms (tr Lambda_i / O) rms ||z_i||); 0 if all slopes vanish.
+        """
+        slope = float(self.output_gradient().double().square().sum(1).mean().sqrt())
+        if slope == 0:
+            return 0.0
+        traces = []
+        for start in range(0, self.n, 64):
+            part = self.part(start, start + 64)
+            eye = torch.eye(part.factor.rank, dtype=part.outputs.dtype, device=part.outputs.device)
+            traces.append(part.factor.times(eye.expand(part.n, -1, -1)).double().square().sum((1, 2)))
+        z = self.outputs.double().reshape(self.n, -1)
+        curvature = float(torch.cat(traces).square().mean().sqrt()) / z.shape[1]
+        size = float(z.square().sum(1).mean().sqrt())
+        return slope / (curvature * size) if curvature * size > 0 else math.inf
 
     def part(self, start: int, stop: int) -> "Network":
         """The same model on a range of the samples.

@@ -89,9 +89,9 @@ class StabilityReport:
         method: `"gram"`, `"jacobian"` or `"truncated"`.
         mean_loss: Mean loss of the analysed samples.
         gradient_rms: Root mean square of ||grad l_i||, zero at an interpolating minimum.
-        relative_step: gradient_rms / (L ||w||): how far one sample's gradient would move the weights at its own
-            curvature, relative to their size.
-        interpolating: Whether `relative_step` is below the tolerance. The theory is exact only there; elsewhere
+        relative_residual: How far the outputs are from where every loss is least, by a Newton step, relative to their
+            size: rms ||dl/dz|| / (rms (tr Lambda / O) rms ||z||). Cross-entropy never gets there at finite weights.
+        interpolating: Whether `relative_residual` is below the tolerance. The theory is exact only there; elsewhere
             thresholds describe the quadratic model around a point that SGD does not rest at.
         trace: Trace of H, also where the family is truncated; NaN if not computed.
         spectrum_converged: Whether the eigenvectors behind a truncated family met their tolerance.
@@ -107,7 +107,7 @@ class StabilityReport:
     method: str
     mean_loss: float
     gradient_rms: float
-    relative_step: float
+    relative_residual: float
     interpolating: bool
     trace: float
     spectrum_converged: bool = True
@@ -335,7 +335,7 @@ class StabilityReport:
         point = "interpolating minimum" if self.interpolating else "not an interpolating minimum"
         worst = ", ".join(f"#{c.id} ({c.relative:.1f}x)" for c in self.culprits(3))
         return (
-            f"{self.curvature} of {part} by {self.method}; {point} (relative step {self.relative_step:.1e})\n"
+            f"{self.curvature} of {part} by {self.method}; {point} (relative residual {self.relative_residual:.1e})\n"
             f"lambda1 {self.lambda_max:.4g} | trace {self.trace:.4g} | L {self.max_sample_curvature:.4g} | "
             f"sigma {self.coherence:.4g}\nmost curved samples: {worst}"
         )
