@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from core_tensor.testing import assert_close
-from quantease.gptq import gptq, inverse_factor
+from quantease.gptq import gptq, upper_factor
 
 
 def _obq(W, sigma, grid, damping, order):
@@ -32,12 +32,12 @@ def test_equals_optimal_brain_quantization_in_the_same_order(make_problem, make_
     assert torch.equal(gptq(problem, grid, act_order=act_order, block=block), expected)
 
 
-def test_inverse_factor(make_problem):
+def test_upper_factor(make_problem):
     sigma = make_problem(2, 25, dtype=torch.float64).sigma
-    U = inverse_factor(sigma, 0.05)
+    R = upper_factor(sigma, 0.05)
     damped = sigma + 0.05 * sigma.diagonal().mean() * torch.eye(25, dtype=torch.float64)
-    assert torch.equal(U, U.triu())
-    assert_close("U'U", torch.linalg.inv(damped), U.T @ U, 1e-10)
+    assert torch.equal(R, R.triu())
+    assert_close("RR'", damped, R @ R.T, 1e-12)
 
 
 def test_singular_gram_matrices_and_dead_features_need_the_damping(make_problem, make_minmax):

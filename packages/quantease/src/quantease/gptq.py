@@ -1,4 +1,4 @@
-"""GPTQ with act-order and static groups: error feedback along the inverse's Cholesky factor."""
+"""GPTQ with act-order and static groups: error feedback along a Cholesky factor."""
 
 from dataclasses import replace
 
@@ -10,18 +10,18 @@ from quantease.grid import Grid
 from quantease.problem import Problem
 
 
-def inverse_factor(sigma: Tensor, damping: float) -> Tensor:
-    r"""Upper triangular U with $U^\top U = (\Sigma + \lambda I)^{-1}$, $\lambda$ a fraction of the mean diagonal.
+def upper_factor(sigma: Tensor, damping: float) -> Tensor:
+    r"""Upper triangular R with $R R^\top = \Sigma + \lambda I$, $\lambda$ a fraction of the mean diagonal.
 
-    With J the reversal of the order, $J (\Sigma + \lambda I) J = L L^\top$ gives $U = (J L J)^{-1}$: one Cholesky
-    factorisation and one triangular inverse, where the textbook takes two factorisations and a full inverse.
+    Its inverse is GPTQ's factor: $U = R^{-1}$ has $U^\top U = (\Sigma + \lambda I)^{-1}$. With J the reversal of the
+    order and $J (\Sigma + \lambda I) J = L L^\top$, it is $R = J L J$: one Cholesky factorisation.
 
     Args:
         sigma: $\Sigma$, shape (p, p).
         damping: $\lambda$ over the mean diagonal.
 
     Returns:
-        U, shape (p, p).
+        R, shape (p, p).
 
     Raises:
         ValueError: If the damped matrix is not positive definite, not even in float64.
@@ -35,16 +35,19 @@ def inverse_factor(sigma: Tensor, damping: float) -> Tensor:
         L, info = torch.linalg.cholesky_ex(damped.double())
         if int(info):
             raise ValueError(f"damping: expected enough to make the Gram matrix positive definite, got {damping}")
-    R = L.flip(0, 1)
-    identity = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
-    U: Tensor = torch.linalg.solve_triangular(R, identity, upper=True).to(sigma.dtype)
-    return U
+    R: Tensor = L.to(sigma.dtype).flip(0, 1)
+    return R
 
 
-def gptq(problem: Problem, grid: Grid, *, damping: float = 0.01, act_order: bool = True, block: int = 128) -> Tensor:
+def gptq(problem: Problem, grid: Grid, *, damping: float = 0.01, act_order: bool = True, block: int = 256) -> Tensor:
     r"""Quantize feature by feature; the error of each is fed to those that are still open.
 
     $$ e_j = (w_j - q(w_j)) / U_{jj}, \qquad w_k \leftarrow w_k - U_{jk} e_j \quad (k > j). $$
+
+    Departure: the textbook forms the inverse of $\Sigma$ and factorises that, and updates all open features after each
+    block. Since $D = W - \hat W = U^\top E$ and $U^{-1} = R$, a block b enters with
+    $w_b = W_b + U_{bb}^\top R_{<b,\,b}^\top D_{<b}$: the same numbers from one Cholesky factor of $\Sigma$, inverses
+    of its diagonal blocks only, and products that write no more than the block.
 
     Args:
         problem: Weights and Gram matrix.
@@ -60,17 +63,19 @@ def gptq(problem: Problem, grid: Grid, *, damping: float = 0.01, act_order: bool
     """
     features = problem.weight.shape[1]
     order = torch.argsort(problem.energy, descending=True, stable=True) if act_order else torch.arange(features)
-    U = inverse_factor(problem.sigma[order][:, order] if act_order else problem.sigma, damping)
+    R = upper_factor(problem.sigma[order][:, order] if act_order else problem.sigma, damping)
     W = problem.weight.T[order].contiguous()  # (p, q)
+    D = torch.empty_like(W)
     scale, zero = grid.scale.T.contiguous().to(W), grid.zero.T.contiguous().to(W)  # (G, q)
     group = grid.group[order]
     for start in range(0, features, block):
-        stop = min(start + block, features)
-        inner = U[start:stop, start:stop].contiguous()
-        W[start:stop], error = core_tensor.gptq_block(
-            W[start:stop], inner, scale, zero, group[start:stop], grid.max_code
-        )
-        W[stop:].addmm_(U[start:stop, stop:].T, error, alpha=-1)
+        rows = slice(start, min(start + block, features))
+        identity = torch.eye(rows.stop - start, dtype=W.dtype, device=W.device)
+        U = torch.linalg.solve_triangular(R[rows, rows], identity, upper=True)
+        entered = torch.addmm(W[rows], U.T, R[:start, rows].T @ D[:start])  # (B, q)
+        quantized, _ = core_tensor.gptq_block(entered, U, scale, zero, group[rows], grid.max_code)
+        D[rows] = W[rows] - quantized
+        W[rows] = quantized
     return _natural_order(W, order, grid)
 
 
