@@ -1,0 +1,214 @@
+"""Benchmarks of quantease's layer algorithms: speed against torch.matmul, errors on generated and real layers."""
+
+import pydoc_data.topics
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from core_tensor.benchmarking import Comparison, compare, run_bars
+from quantease import GramFolds, LayerConfig, quantize_layer, relative_error
+from quantease.gptq import gptq
+from quantease.grid import Grid, group_index, minmax_grid
+from quantease.objective import row_objective
+from quantease.problem import Problem
+from quantease.smollm2 import smollm2_path
+from quantease.sweep import Sweeper
+from quantease.synthetic import synthetic_layer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Result = dict[str, Any]
+BLOCKS = (0, 14, 29)
+"""First, middle and last block of SmolLM2."""
+
+
+def _square(size: int) -> tuple[Problem, Grid]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 2 * size, generator=generator)
+    problem = Problem.scaled(torch.randn(size, size, generator=generator), x @ x.T)
+    return problem, minmax_grid(problem.weight, bits=3, group=group_index(size, -1))
+
+
+def _against_gemm(size: int, ours: Callable[[], Any], quick: bool) -> Comparison:
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return compare(ours, lambda: a @ b, pairs=3 if quick else 7)
+
+
+def _sweep(problem: Problem, grid: Grid) -> Callable[[], None]:
+    sweeper = Sweeper(problem, grid)
+    residual = sweeper.residual(grid.dequantize(grid.quantize(problem.weight)))
+    return lambda: sweeper.sweep(residual)
+
+
+def cd_sweep_gemm_fraction(quick: bool) -> Result:
+    """A dense sweep, 2 p^2 q flops, over torch.matmul's rate at the same shape; least of two sizes."""
+    found = {size: _against_gemm(size, _sweep(*_square(size)), quick) for size in (2048, 4096)}
+    return {
+        "cd_sweep_gemm_fraction": round(min(c.speedup for c in found.values()), 4),
+        "cd_sweep_gemm_fraction_detail": {str(size): c.spread() for size, c in found.items()},
+    }
+
+
+def column_loop(problem: Problem, grid: Grid) -> Callable[[], None]:
+    """The sweep as the public codes write it (Alg. 2 of the paper): one column at a time, in torch.
+
+    Args:
+        problem: Weights and Gram matrix.
+        grid: Scales and zero points, one group per row.
+
+    Returns:
+        A function that sweeps once from the nearest grid points.
+    """
+    tilde, W = problem.normalized, problem.weight.T.contiguous()  # (p, p), (p, q)
+    P = W + tilde @ W  # computed once; P_hat of every sweep is the product below
+    start = grid.dequantize(grid.quantize(problem.weight)).T.contiguous()
+    scale, zero = grid.scale[:, 0], grid.zero[:, 0]
+
+    def sweep() -> None:
+        What = start.clone()
+        fixed = torch.addmm(P, tilde, What, alpha=-1)
+        change = torch.zeros_like(What)
+        for j in range(W.shape[0]):
+            beta = torch.addmv(fixed[j], change[:j].T, tilde[j, :j])
+            new = (beta / scale).round_().add_(zero).clamp_(0, grid.max_code).sub_(zero).mul_(scale)
+            torch.sub(What[j], new, out=change[j])
+            What[j] = new
+
+    return sweep
+
+
+def cd_sweep_vs_column_loop(quick: bool) -> Result:
+    """A dense sweep against the column loop, and the loop's own rate, p = q = 4096."""
+    problem, grid = _square(4096)
+    loop = column_loop(problem, grid)
+    found = compare(_sweep(problem, grid), loop, pairs=3 if quick else 5)
+    return {
+        "cd_sweep_vs_column_loop": round(found.speedup, 3),
+        "cd_sweep_vs_column_loop_detail": found.spread(),
+        "column_loop_gemm_fraction": round(_against_gemm(4096, loop, True).speedup, 4),
+    }
+
+
+def gptq_gemm_fraction(quick: bool) -> Result:
+    """GPTQ with its Cholesky factorisation, counted as 2 p^2 q flops, over torch.matmul's rate at 4096."""
+    problem, grid = _square(4096)
+    found = _against_gemm(4096, lambda: gptq(problem, grid), quick)
+    return {"gptq_gemm_fraction": round(found.speedup, 4), "gptq_gemm_fraction_detail": found.spread()}
+
+
+def paper_vs_gptq_layer_error(quick: bool) -> Result:
+    """The paper's method against GPTQ without act-order: median over the synthetic sets A and B, five seeds."""
+    del quick  # the bar is defined on all ten layers
+    ratios: dict[str, list[float]] = {"A": [], "B": []}
+    for kind in ("A", "B"):
+        for seed in range(5):
+            layer = synthetic_layer(kind, seed=seed)  # type: ignore[arg-type]
+            errors = [
+                quantize_layer(layer.weight, layer.gram, config).report.calibration_error
+                for config in (LayerConfig("quantease-paper"), LayerConfig("gptq", act_order=False))
+            ]
+            ratios[kind].append(round(errors[0] / errors[1], 4))
+    return {
+        "paper_vs_gptq_layer_error": round(statistics.median(ratios["A"] + ratios["B"]), 4),
+        "paper_vs_gptq_layer_error_detail": ratios,
+    }
+
+
+def default_worse_rows(quick: bool) -> Result:
+    """Rows in which the default, as exported, is above GPTQ act-order or RTN under the matrix it optimised."""
+    layers: list[tuple[Tensor, Tensor | GramFolds]] = []
+    for kind in ("A", "B"):
+        for seed in range(1 if quick else 5):
+            layer = synthetic_layer(kind, seed=seed, features=512, rows=512)  # type: ignore[arg-type]
+            layers.append((layer.weight, layer.gram))
+    layers += [(weight, folds) for weight, folds, _ in smollm2_layers(BLOCKS[:1] if quick else BLOCKS).values()]
+    return {
+        "default_worse_rows": sum(_worse_rows(weight, gram) for weight, gram in layers),
+        "default_worse_rows_detail": {"rows": sum(weight.shape[0] for weight, _ in layers)},
+    }
+
+
+def _worse_rows(weight: Tensor, gram: Tensor | GramFolds) -> int:
+    ours = quantize_layer(weight, gram)
+    shrinkage = ours.report.shrinkage
+    sigma = shrinkage(gram.total if isinstance(gram, GramFolds) else gram)
+
+    def rows(layer: Any) -> Tensor:
+        return row_objective(weight.double() - layer.dequantize(torch.float64), sigma)
+
+    others = []
+    for config in (LayerConfig("rtn", shrinkage=shrinkage), LayerConfig("gptq", shrinkage=shrinkage)):
+        others += [rows(quantize_layer(weight, gram, replace(config, grid=grid))) for grid in ("minmax", "clip")]
+    return int((rows(ours) > torch.stack(others).amin(0) * (1 + 1e-9)).sum())
+
+
+def heldout_layer_error_vs_gptq(quick: bool) -> Result:
+    """The default against GPTQ act-order on tokens that calibration never saw, layers of SmolLM2."""
+    del quick  # the bar is defined on all these layers
+    ratios: dict[str, dict[str, float]] = {"quantease": {}, "gptq_same_shrinkage_and_clip": {}, "quantease_paper": {}}
+    for name, (weight, calibration, unseen) in smollm2_layers(BLOCKS).items():
+        ours = quantize_layer(weight, calibration)
+        others = (
+            LayerConfig("gptq"),
+            LayerConfig("gptq", grid="clip", shrinkage=ours.report.shrinkage),
+            LayerConfig("quantease-paper"),
+        )
+        base, *rest = (
+            relative_error(weight, quantize_layer(weight, calibration, c).dequantize(), unseen) for c in others
+        )
+        for key, error in zip(ratios, (relative_error(weight, ours.dequantize(), unseen), *rest), strict=True):
+            ratios[key][name] = round(error / base, 4)
+    medians = {key: round(statistics.median(values.values()), 4) for key, values in ratios.items()}
+    detail = {"medians": medians, "layers": ratios["quantease"]}
+    return {"heldout_layer_error_vs_gptq": medians["quantease"], "heldout_layer_error_vs_gptq_detail": detail}
+
+
+def smollm2_layers(blocks: tuple[int, ...]) -> dict[str, tuple[Tensor, GramFolds, Tensor]]:
+    """Linear layers of SmolLM2 with what they see.
+
+    Args:
+        blocks: Numbers of the decoder blocks.
+
+    Returns:
+        By layer: weights, folds of 2,048 calibration tokens, Gram matrix of 1,024 tokens of another part of the text.
+    """
+    path = smollm2_path()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "\n".join(pydoc_data.topics.topics.values())
+    middle = len(text) // 2
+    modules = {
+        f"{block}.{name}": module
+        for block in blocks
+        for name, module in model.model.layers[block].named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    grams = []
+    for part, windows in ((text[:60_000], 4), (text[middle : middle + 60_000], 2)):
+        tokens = tokenizer(part, return_tensors="pt").input_ids[0, : 512 * windows].reshape(windows, 512)
+        grams.append({name: GramFolds(module.in_features) for name, module in modules.items()})
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, gram=grams[-1][name]: gram.update(args[0]))
+            for name, module in modules.items()
+        ]
+        with torch.no_grad():
+            for window in tokens:
+                model(window[None])
+        for hook in hooks:
+            hook.remove()
+    return {name: (m.weight.detach().clone(), grams[0][name], grams[1][name].total) for name, m in modules.items()}
+
+
+BARS = {
+    "cd_sweep_gemm_fraction": cd_sweep_gemm_fraction,
+    "cd_sweep_vs_column_loop": cd_sweep_vs_column_loop,
+    "gptq_gemm_fraction": gptq_gemm_fraction,
+    "paper_vs_gptq_layer_error": paper_vs_gptq_layer_error,
+    "default_worse_rows": default_worse_rows,
+    "heldout_layer_error_vs_gptq": heldout_layer_error_vs_gptq,
+}
+
+if __name__ == "__main__":
+    run_bars("quantease", BARS)
