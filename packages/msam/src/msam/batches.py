@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,17 +72,17 @@ class Shards:
         """Number m of micro-batches."""
         return len(self.sizes)
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Number B of examples."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """First example of each micro-batch."""
         return tuple(sum(self.sizes[:j]) for j in range(self.count))
 
-    @property
+    @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Stretches of equal micro-batches, each as (first micro-batch, number of them, size)."""
         found: list[tuple[int, int, int]] = []

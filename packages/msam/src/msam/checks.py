@@ -1,8 +1,8 @@
 """Checks of what a user's loss function returned, and of the gradients it left."""
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -40,5 +40,6 @@ def check_finite_loss(loss: Tensor) -> None:
     Raises:
         ValueError: If it is not finite.
     """
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(f"loss: expected a finite value, got {float(loss.detach())}")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ValueError(f"loss: expected a finite value, got {value}")

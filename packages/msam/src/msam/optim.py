@@ -16,7 +16,7 @@ from msam.batches import Shards, batch_size, cut
 from msam.checks import check_finite_loss, check_loss
 from msam.ghost import Ghost, UnsupportedError
 from msam.options import Options, Rho
-from msam.passes import Generators, statistics, unsynchronised, world_size
+from msam.passes import Generators, norm_layers, statistics, unsynchronised, world_size
 from msam.perturbation import Moved, Tracked, perturbation
 from msam.record import StepRecord
 from msam.sequential import GradientDrawer, LossFunction, Sequential, take_gradients
@@ -216,7 +216,7 @@ class MSAM(Optimizer):
             self._update()
             return None
         if batch is _MISSING:
-            return self._closure_step(closure)
+            return self._update(closure) if self._ready else self._closure_step(closure)
         self.zero_grad()
         loss = self.backward(closure, batch, scaler=scaler)
         self._finish(scaler)
@@ -246,7 +246,6 @@ class MSAM(Optimizer):
             self.record = self._perturbed(loss_fn, batch, shards, self.tracked(rho), scale, weight)
         self._ready = True
         if self.options.check_finite and scale is None:
-            check_finite_loss(self.record.loss)
             check_finite_loss(self.record.perturbed_loss)
         return self.record.loss
 
@@ -282,11 +281,18 @@ class MSAM(Optimizer):
         else:
             self._update()
 
-    def _update(self) -> None:
+    def _update(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply the gathered gradient; a closure then only reports, as Lightning's does in manual optimization.
+
+        Returns:
+            What the closure returned.
+        """
+        value = None if closure is None else closure()
         self.base.step()
         self._steps += 1
         self._ready = False
         self._share = 0.0
+        return value
 
     def _closure_step(self, closure: Callable[[], Any]) -> Tensor:
         if self.options.num_micro_batches != 1:
@@ -326,7 +332,7 @@ class MSAM(Optimizer):
         generators = Generators({p.device for p in trainable})
         drawer = GradientDrawer(trainable)
         try:
-            with unsynchronised(self.model), statistics(self.model, self.options.bn, first=True):
+            with unsynchronised(self.model), statistics(norm_layers(self.model), self.options.bn, first=True):
                 yield
             steps, _ = perturbation(tracked, take_gradients(tracked.parameters))
         finally:
@@ -359,7 +365,7 @@ class MSAM(Optimizer):
             generators.rewind()
         try:
             moved.move(steps)
-            with statistics(self.model, self.options.bn, first=False):
+            with statistics(norm_layers(self.model), self.options.bn, first=False):
                 yield
             late = take_gradients(trainable)
         finally:

@@ -1,6 +1,6 @@
 """What must hold around the two passes: batch norm statistics, dropout masks, gradient synchronisation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,19 +11,31 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 
+def norm_layers(model: nn.Module) -> list[_NormBase]:
+    """The layers of a model that may keep running statistics.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its batch and instance norms.
+    """
+    return [m for m in model.modules() if isinstance(m, _NormBase)]
+
+
 @contextmanager
-def kept_statistics(model: nn.Module) -> Iterator[None]:
+def kept_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Put the running statistics of batch and instance norms back when the block ends, whatever happens in it.
 
     Batch statistics still normalize inside the block; only the running averages do not move.
 
     Args:
-        model: Model whose buffers are kept.
+        norms: Layers whose buffers are kept, as `norm_layers` finds them.
 
     Yields:
         Nothing.
     """
-    buffers = [b for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+    buffers = [b for m in norms for b in m.buffers(recurse=False)]
     before = [b.clone() for b in buffers]
     try:
         yield
@@ -33,11 +45,11 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def statistics(model: nn.Module, policy: str, first: bool) -> AbstractContextManager[None]:
+def statistics(norms: Sequence[_NormBase], policy: str, first: bool) -> AbstractContextManager[None]:
     """The context of one pass under a policy for running statistics.
 
     Args:
-        model: The model.
+        norms: Layers with running statistics.
         policy: `"first"`, `"both"` or `"frozen"`.
         first: Whether this is the ascent pass.
 
@@ -45,7 +57,7 @@ def statistics(model: nn.Module, policy: str, first: bool) -> AbstractContextMan
         A context that keeps the running statistics where the policy says so.
     """
     frozen = policy == "frozen" or (policy == "first" and not first)
-    return kept_statistics(model) if frozen else nullcontext()
+    return kept_statistics(norms) if frozen and norms else nullcontext()
 
 
 class Generators:

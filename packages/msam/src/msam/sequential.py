@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from msam.batches import Shards, narrow
 from msam.checks import check_loss
 from msam.options import Options
-from msam.passes import Generators, statistics, unsynchronised
+from msam.passes import Generators, norm_layers, statistics, unsynchronised
 from msam.perturbation import Moved, Tracked, norm_of, perturbation
 from msam.record import StepRecord
 
@@ -88,6 +88,7 @@ class Sequential:
         self._model = model
         self._options = options
         self._trainable = trainable
+        self._norms = norm_layers(model)
         self._devices = {p.device for p in trainable}
         self.previous: list[list[Tensor]] = []  # chained ascent: every slot's gradient of the last step
 
@@ -170,7 +171,7 @@ class Sequential:
             part = narrow(part, 0, -(-size // 2))
         drawer = GradientDrawer(self._trainable)
         try:
-            with unsynchronised(self._model), statistics(self._model, self._options.bn, first=True):
+            with unsynchronised(self._model), statistics(self._norms, self._options.bn, first=True):
                 loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
                 only = None if len(tracked.parameters) == len(self._trainable) else list(tracked.parameters)
                 backward(loss, scale, only)
@@ -189,7 +190,7 @@ class Sequential:
         # A chained step has a single pass, which then moves the statistics.
         with (
             nullcontext() if last else unsynchronised(self._model),
-            statistics(self._model, self._options.bn, first=chained),
+            statistics(self._norms, self._options.bn, first=chained),
         ):
             loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
             backward(loss * share, scale)

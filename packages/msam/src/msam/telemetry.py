@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from msam.batches import batch_size, cut, narrow
 from msam.checks import check_loss
-from msam.passes import Generators, kept_statistics, unsynchronised, world_size
+from msam.passes import Generators, kept_statistics, norm_layers, unsynchronised, world_size
 from msam.perturbation import Moved, Tracked, norm_of, perturbation
 from msam.sequential import GradientDrawer, shard_shares
 
@@ -90,7 +90,7 @@ def undisturbed(optimizer: MSAM) -> Iterator[list[Tensor]]:
     trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     generators, drawer = Generators({p.device for p in trainable}), GradientDrawer(trainable)
     try:
-        with kept_statistics(optimizer.model), unsynchronised(optimizer.model):
+        with kept_statistics(norm_layers(optimizer.model)), unsynchronised(optimizer.model):
             yield trainable
     finally:
         drawer.close()
@@ -129,10 +129,15 @@ def explain(optimizer: MSAM, loss_fn: Callable[[Any], Tensor], batch: Any) -> Ex
     with undisturbed(optimizer):
         tracked, parts, shares = _plan(optimizer, batch)
         early, late, norms, sizes, gradients = [], [], [], [], []
+        halved = optimizer.options.ascent == "half"
         for part in parts:
             generators = Generators({p.device for p in tracked.parameters})
             loss, gradient = differentiate(loss_fn, part, tracked.parameters)
-            steps, norm = perturbation(tracked, [g.clone() for g in gradient])
+            if halved:
+                _, climb = differentiate(loss_fn, ascent_part(optimizer, part), tracked.parameters)
+            else:
+                climb = [g.clone() for g in gradient]
+            steps, norm = perturbation(tracked, climb)
             generators.rewind()
             with _at(tracked, steps), torch.no_grad():
                 late.append(float(loss_fn(part)))
@@ -167,7 +172,7 @@ def check(optimizer: MSAM, loss_fn: Callable[[Any], Tensor], batch: Any) -> Chec
         for part, share in zip(parts, shares, strict=True):
             _, gradient = differentiate(loss_fn, part, trainable)
             torch._foreach_add_(plain, gradient, alpha=share)
-            _, own = differentiate(loss_fn, part, tracked.parameters)
+            _, own = differentiate(loss_fn, ascent_part(optimizer, part), tracked.parameters)
             steps, _ = perturbation(tracked, own)
             with _at(tracked, steps):
                 torch._foreach_add_(brute, differentiate(loss_fn, part, trainable)[1], alpha=share)
@@ -181,6 +186,20 @@ def check(optimizer: MSAM, loss_fn: Callable[[Any], Tensor], batch: Any) -> Chec
     if max(tracked.radii) > 0 and size > 0 and change == 0.0:
         raise RuntimeError(f"msam: the perturbation changes nothing (||eps|| = {radius:.3g}); training would be plain")
     return Check(mode, radius, mean_gap, change, error if bool(rewound[0] == rewound[1]) else None)
+
+
+def ascent_part(optimizer: MSAM, part: Any) -> Any:
+    """The examples of a micro-batch that its ascent direction comes from.
+
+    Args:
+        optimizer: Whose options say whether it is half of them.
+        part: The micro-batch.
+
+    Returns:
+        Examples of the same structure.
+    """
+    size = batch_size(part)
+    return narrow(part, 0, -(-size // 2)) if optimizer.options.ascent == "half" else part
 
 
 def _plan(optimizer: MSAM, batch: Any) -> tuple[Tracked, list[Any], list[float]]:

@@ -135,7 +135,8 @@ class Plan:
             self.squares = {0: torch.zeros(self.shards.count)}
         self.norms = torch.stack(list(self.squares.values())).sum(0).sqrt()
         inverse = torch.where(self.norms > 0, 1 / self.norms, 0.0)
-        coefficient = [inverse * radius for radius in self.tracked.radii]
+        by_radius = {radius: inverse * radius for radius in set(self.tracked.radii)}
+        coefficient = [by_radius[radius] for radius in self.tracked.radii]
         for index, direction in self.low_rank.items():
             direction.coefficient = self._by_run(coefficient[index], direction.left)
             if direction.bias is not None:
@@ -166,13 +167,14 @@ class Plan:
     def _materialise(self, index: int, uses: list[Factors]) -> None:
         for use in uses:
             parts = [torch.bmm(left.mT, right) for left, right in zip(use.left, use.right, strict=True)]
-            self.add_dense(index, torch.cat(parts).view(-1, *self._shapes[index]))
+            self.add_dense(index, joined([[part] for part in parts], 0)[0].view(-1, *self._shapes[index]))
             self._bias_sums(use)
         del self._factors[index]
 
     def _bias_sums(self, use: Factors) -> None:
         if use.bias is not None:
-            self.add_dense(use.bias, torch.cat([g.sum(1) for g in (use.right if use.flipped else use.left)]))
+            sums = [[g.sum(1)] for g in (use.right if use.flipped else use.left)]
+            self.add_dense(use.bias, joined(sums, 0)[0])
 
     def _tokens_to_rest(self, index: int) -> None:
         """An embedding tied to a linear layer: its rows join the layer's direction."""
@@ -204,8 +206,8 @@ class Plan:
     def _low_rank_squares(self) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
         for index, uses in self._factors.items():
-            left = [torch.cat(parts, 1) for parts in zip(*(u.left for u in uses), strict=True)]
-            right = [torch.cat(parts, 1) for parts in zip(*(u.right for u in uses), strict=True)]
+            left = joined([use.left for use in uses], 1)
+            right = joined([use.right for use in uses], 1)
             scale, bias, flipped = self._scale(index), uses[0].bias, uses[0].flipped
             if scale is not None:  # the bias then needs another left factor than the matrix
                 for use in uses:
@@ -217,9 +219,9 @@ class Plan:
                 aa, bb = torch.bmm(high(a), high(a).mT), torch.bmm(high(b), high(b).mT)
                 squares.append((aa * bb).sum((1, 2)))
                 bias_squares.append((bb if flipped else aa).sum((1, 2)))
-            found[index] = torch.cat(squares)
+            (found[index],) = joined([[s] for s in squares], 0)
             if bias is not None:
-                found[bias] = torch.cat(bias_squares)
+                (found[bias],) = joined([[s] for s in bias_squares], 0)
             moved = left if scale is None else [x * scale.flatten().square().to(x) for x in left]
             self.low_rank[index] = LowRank(moved, right, [], bias, [])
         return found
@@ -290,6 +292,19 @@ class Plan:
         """
         found = self._dense.get(index)
         return parameter.new_zeros(self.shards.count, *[1] * parameter.ndim) if found is None else found
+
+
+def joined(lists: list[list[Tensor]], dim: int) -> list[Tensor]:
+    """Concatenate tensors of equal places in several lists; one list stays as it is, without a copy.
+
+    Args:
+        lists: Lists of equal length.
+        dim: Dimension to join along.
+
+    Returns:
+        One tensor per place.
+    """
+    return lists[0] if len(lists) == 1 else [torch.cat(parts, dim) for parts in zip(*lists, strict=True)]
 
 
 def high(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The ghost engine: prove a model's path once, then run both passes over whole batches."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,10 @@ from msam.batches import Shards, narrow, pick
 from msam.checks import check_loss
 from msam.ghost.directions import Plan
 from msam.ghost.proof import Path, prove
+from msam.ghost.rules import RULES
 from msam.ghost.tape import ChangedError, Table, Tape, UnsupportedError
 from msam.options import Options
-from msam.passes import Generators, statistics, unsynchronised
+from msam.passes import Generators, norm_layers, statistics, unsynchronised
 from msam.perturbation import Tracked
 from msam.record import StepRecord
 from msam.sequential import Scale, backward, poison, shard_shares
@@ -37,6 +39,7 @@ class Ghost:
         self._devices = {p.device for p in trainable}
         self._paths: dict[bool, list[Path]] = {False: [], True: []}
         self._table: Table | None = None
+        self._norms = norm_layers(model)
 
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -72,10 +75,11 @@ class Ghost:
             except ChangedError as error:
                 raise UnsupportedError(f"the model takes another path at every call: {error}") from error
         norms = self._own_norms(plan.norms, batch, shards, scale)
-        if scale is not None and not bool(torch.isfinite(norms).all()):
+        finite = math.isfinite(float(norms.sum())) if self._options.check_finite or scale is not None else True
+        if scale is not None and not finite:
             poison(tracked.parameters)
             return StepRecord("ghost", tracked.radii[0], loss, loss, norms, skipped=True)
-        if self._options.check_finite and not bool(torch.isfinite(norms).all()):
+        if not finite:
             raise ValueError(f"loss: expected a finite gradient, got norms {norms.tolist()}")
         if self._options.rng == "same":
             generators.rewind()
@@ -104,8 +108,8 @@ class Ghost:
         assert self._table is not None
         with (
             unsynchronised(self._model),
-            statistics(self._model, self._options.bn, first=True),
-            counted(self._model, shards.count),
+            statistics(self._norms, self._options.bn, first=True),
+            counted(self._norms, shards.count),
         ):
             return capture(
                 loss_fn, batch, shards, tracked, self._table, self._paths[shards.count > 1],
@@ -116,18 +120,19 @@ class Ghost:
         self, loss_fn: LossFunction, batch: Any, shards: Shards, plan: Plan, scale: Scale | None, weight: float
     ) -> Tensor:
         assert self._table is not None
-        tape = Tape(self._table, shards, "apply", self._paths[shards.count > 1], plan)
-        with statistics(self._model, self._options.bn, first=False), counted(self._model, shards.count):
+        tape = Tape(self._table, shards, "apply", RULES, self._paths[shards.count > 1], plan)
+        with statistics(self._norms, self._options.bn, first=False), counted(self._norms, shards.count):
             with tape:
-                loss = check_loss(loss_fn(batch), finite=False)
+                loss = loss_fn(batch)
+            loss = check_loss(loss, finite=False)
             tape.finish()
             backward(loss * weight, scale)
         return loss.detach()
 
     def _prove(self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, finite: bool) -> None:
         if shards.count > 1:
-            for module in self._model.modules():
-                if isinstance(module, _NormBase) and module.training and module.momentum is None:
+            for module in self._norms:
+                if module.training and module.momentum is None:
                     raise UnsupportedError("batch norm with a cumulative average (momentum=None)")
         if self._options.ascent == "half":
             batch, shards = pick(batch, shards.half_index()), shards.halved()
@@ -165,12 +170,13 @@ def capture(
     Raises:
         UnsupportedError: If no use was recorded.
     """
-    tape = Tape(table, shards, "capture", paths)
+    tape = Tape(table, shards, "capture", RULES, paths)
     with tape:
-        loss = check_loss(loss_fn(batch), finite)
-        tape.finish()
-        if not tape.uses:
-            raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
+        loss = loss_fn(batch)
+    loss = check_loss(loss, finite)
+    tape.finish()
+    if not tape.uses:
+        raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
     targets: Any = [use.target for use in tape.uses]
     gradients = torch.autograd.grad(loss if scale is None else scale(loss), targets, allow_unused=True)
     plan = Plan(tracked, shards)
@@ -184,20 +190,18 @@ def capture(
 
 
 @contextmanager
-def counted(model: nn.Module, micro_batches: int) -> Iterator[None]:
+def counted(norms: Sequence[_NormBase], micro_batches: int) -> Iterator[None]:
     """Let batch norms count every micro-batch, as they do when these come one by one.
 
     Args:
-        model: The model.
+        norms: The model's batch norms.
         micro_batches: Their number m.
 
     Yields:
         Nothing.
     """
     counters = [
-        m.num_batches_tracked
-        for m in model.modules()
-        if isinstance(m, _NormBase) and m.training and m.num_batches_tracked is not None and micro_batches > 1
+        m.num_batches_tracked for m in norms if m.training and m.num_batches_tracked is not None and micro_batches > 1
     ]
     before = [c.clone() for c in counters]
     yield

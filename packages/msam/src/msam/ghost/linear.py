@@ -58,11 +58,17 @@ class LowRankCorrection(torch.autograd.Function):
 
 
 class ShardedLinear(torch.autograd.Function):
-    r"""$y_j = x_j (W + E_j)^\top$ by stretches, with one whole-batch product for the gradient of the shared W."""
+    r"""$y_j = x_j (W + E_j)^\top + b + e_j$ by stretches; one whole-batch product for the gradient of W."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, step: Tensor, stretches: list[tuple[int, int, int, int]]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        step: Tensor,
+        shift: Tensor | None,
+        stretches: list[tuple[int, int, int, int]],
     ) -> Tensor:
         """Multiply every micro-batch by its own weights.
 
@@ -70,7 +76,9 @@ class ShardedLinear(torch.autograd.Function):
             ctx: Autograd's context.
             x: Input, shape (rows, ..., d_in), contiguous.
             weight: W, shape (d_out, d_in).
+            bias: b, shape (d_out,), or None.
             step: E, shape (m, d_out, d_in).
+            shift: e, shape (m, d_out), or None.
             stretches: First and last leading row, first micro-batch and number of micro-batches of each.
 
         Returns:
@@ -81,23 +89,29 @@ class ShardedLinear(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for start, stop, first, n in stretches:
             own = (weight + step[first : first + n]).mT  # (n, d_in, d_out)
-            torch.bmm(x[start:stop].view(n, -1, x.shape[-1]), own, out=y[start:stop].view(n, -1, y.shape[-1]))
+            rows, result = x[start:stop].view(n, -1, x.shape[-1]), y[start:stop].view(n, -1, y.shape[-1])
+            if shift is not None or bias is not None:
+                offset = shift[first : first + n] if shift is not None else y.new_zeros(n, y.shape[-1])
+                offset = offset if bias is None else offset + bias
+                torch.baddbmm(offset[:, None], rows, own, out=result)
+            else:
+                torch.bmm(rows, own, out=result)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Gradients of x and W.
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        """Gradients of x, W and b.
 
         Args:
             ctx: Autograd's context.
             gradients: dy.
 
         Returns:
-            Gradients of x, W, the steps and the stretches.
+            Gradients of x, W and b, and None for the constants.
         """
         dy = gradients[0].contiguous()
         x, weight = ctx.saved_tensors
-        dx = dw = None
+        dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             for start, stop, first, n in ctx.stretches:
@@ -106,4 +120,6 @@ class ShardedLinear(torch.autograd.Function):
                 torch.bmm(rows, own, out=dx[start:stop].view(n, -1, x.shape[-1]))
         if ctx.needs_input_grad[1]:
             dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
-        return dx, dw, None, None
+        if ctx.needs_input_grad[2]:
+            db = dy.flatten(0, -2).sum(0)
+        return dx, dw, db, None, None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,12 +41,10 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipp
         found = None if w is None else tape.plan.low_rank.get(w)
         step = tape.plan.dense_of(w)
         if step is not None and found is None:
-            y = _materialised(tape, x, weight, step, layout, flipped)
-            y = y if bias is None else y + bias.to(y.dtype)
-        else:
-            y = _multiply(x, weight, bias, flipped)
-            if found is not None:
-                y = corrected(tape, y, x, found, layout, flipped)
+            return _materialised(tape, x, (weight, bias), (step, tape.plan.dense_of(b)), layout, flipped)
+        y = _multiply(x, weight, bias, flipped)
+        if found is not None:
+            y = corrected(tape, y, x, found, layout, flipped)
         shift = tape.plan.dense_of(b)
         return y if shift is None else add_constant(tape, y, shift, layout)
     y = _multiply(x, weight, bias, flipped)
@@ -107,13 +107,46 @@ def corrected(tape: Tape, y: Tensor, x: Tensor, found: LowRank, layout: Layout, 
         stop = start + count * size * each if each else rows.shape[0]
         bias = found.bias_coefficient[i] if found.bias_coefficient else None
         blocks.append((start, stop, inner[i], outer[i], found.coefficient[i], bias))
-    with torch.autocast(y.device.type, enabled=False):
+    with plain_precision(y.device.type):
         done: Tensor = LowRankCorrection.apply(result, rows.to(result.dtype), blocks)
     return done.movedim(0, layout.dim).contiguous() if moved else done
 
 
-def _materialised(tape: Tape, x: Tensor, weight: Tensor, step: Tensor, layout: Layout, flipped: bool) -> Tensor:
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Type that a matrix product of x runs in.
+
+    Args:
+        x: Its input.
+
+    Returns:
+        Autocast's type where that is on, otherwise x's.
+    """
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def plain_precision(device: str) -> AbstractContextManager[object]:
+    """No autocast inside the block: the rules cast by hand, because backward passes run outside of autocast.
+
+    Args:
+        device: Device type.
+
+    Returns:
+        A context.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _materialised(
+    tape: Tape,
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor | None],
+    directions: tuple[Tensor, Tensor | None],
+    layout: Layout,
+    flipped: bool,
+) -> Tensor:
+    (weight, bias), (step, shift) = parameters, directions
+    dtype = working_dtype(x)
     own, steps = (weight.mT, step.mT) if flipped else (weight, step)
     moved = layout.dim != 0 and tape.shards.count > 1
     rows = (x.movedim(layout.dim, 0) if moved else x).to(dtype).contiguous()
@@ -122,8 +155,11 @@ def _materialised(tape: Tape, x: Tensor, weight: Tensor, step: Tensor, layout: L
     for first, count, size in tape.shards.runs:
         start = tape.shards.starts[first] * each
         stretches.append((start, start + count * size * each if each else rows.shape[0], first, count))
-    with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = ShardedLinear.apply(rows, own.to(dtype), steps.to(dtype), stretches)
+    with plain_precision(x.device.type):
+        y: Tensor = ShardedLinear.apply(
+            rows, own.to(dtype), None if bias is None else bias.to(dtype), steps.to(dtype),
+            None if shift is None else shift.to(dtype), stretches,
+        )  # fmt: skip
     return y.movedim(0, layout.dim).contiguous() if moved else y
 
 
@@ -251,9 +287,8 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
         )
         y = rows.mT.reshape(y.shape)
     elif step is not None:
-        enabled = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if enabled else x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        dtype = working_dtype(x)
+        with plain_precision(x.device.type):
             y = ShardedConvolution.apply(x.to(dtype), weight.to(dtype), step.to(dtype), bounds, geometry)
         y = y if bias is None else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
     else:

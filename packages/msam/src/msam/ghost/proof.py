@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from msam.batches import Shards, narrow, tree_map
 from msam.checks import check_loss
+from msam.ghost.rules import RULES
 from msam.ghost.tape import Call, Layout, Table, Tape, UnsupportedError
 from msam.options import Options
-from msam.passes import kept_statistics, unsynchronised
+from msam.passes import kept_statistics, norm_layers, unsynchronised
 from msam.perturbation import Tracked
 from msam.sequential import shard_shares
 
@@ -86,7 +87,7 @@ def prove(
     """
     from msam.ghost.engine import capture
 
-    with kept_statistics(model), unsynchronised(model), Deterministic():
+    with kept_statistics(norm_layers(model)), unsynchronised(model), Deterministic():
         calls, shapes, gradients = _probe(loss_fn, batch, shards, table, finite)
         if shards.count == 1:
             path = [(call, Layout()) for call in calls]
@@ -112,7 +113,7 @@ def prove(
 def _probe(
     loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, finite: bool
 ) -> tuple[list[Call], list[torch.Size], list[Tensor | None]]:
-    tape = Tape(table, shards, "probe")
+    tape = Tape(table, shards, "probe", RULES)
     try:
         with tape, disable_saved_tensors_hooks(_HOOKS):
             loss = check_loss(loss_fn(batch), finite)

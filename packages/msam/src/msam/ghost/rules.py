@@ -16,28 +16,6 @@ from msam.ghost.tape import Tape, UnsupportedError
 
 Rule = Callable[[Tape, Any, Sequence[Any], Mapping[str, Any]], Any]
 
-_UNSAFE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-_HARMLESS = {
-    "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "data_ptr",
-    "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "is_same_size", "nelement", "ndimension",
-    "__bool__", "register_hook", "untyped_storage", "is_signed",
-}  # fmt: skip
-
-
-def harmless(func: Any) -> bool:
-    """Whether a torch function reads no values of its arguments.
-
-    Args:
-        func: The function.
-
-    Returns:
-        True for shapes, types, devices and their kin.
-    """
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", "") not in _UNSAFE_ATTRIBUTES
-    return name in _HARMLESS or name == "__set__"
-
 
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
     """Arguments of a call by name.

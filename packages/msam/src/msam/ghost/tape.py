@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,10 @@ class Layout:
     shared: bool = False
 
 
-@dataclass(frozen=True)
-class Call:
+_FIRST = Layout()
+
+
+class Call(NamedTuple):
     """What identifies one use of parameters in a forward pass.
 
     Attributes:
@@ -93,7 +95,6 @@ class Table:
         self._names: dict[str, int] = {}
         if self._sharded:
             self._names = {n: self._index[id(p)] for n, p in model.named_parameters() if id(p) in self._index}
-        self._others: dict[int, Tensor] = {}
 
     def find(self, value: Any) -> int | None:
         """Index of a tracked parameter.
@@ -105,14 +106,36 @@ class Table:
             The index, or None.
         """
         found = self._index.get(id(value))
-        if found is None and self._sharded and value.__class__ is nn.Parameter and id(value) not in self._others:
+        if found is None and self._sharded and value.__class__ is nn.Parameter:
             for name, p in self._model.named_parameters():
                 if p is value and name in self._names:
                     found = self._index[id(p)] = self._names[name]
                     self._held.append(p)
                     return found
-            self._others[id(value)] = value
         return found
+
+
+_UNSAFE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+_HARMLESS = {
+    "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "data_ptr",
+    "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "is_same_size", "nelement", "ndimension",
+    "__bool__", "register_hook", "untyped_storage", "is_signed", "__set__",
+}  # fmt: skip
+
+
+def harmless(func: Any) -> bool:
+    """Whether a torch function reads no values of its arguments.
+
+    Args:
+        func: The function.
+
+    Returns:
+        True for shapes, types, devices and their kin.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") not in _UNSAFE_ATTRIBUTES
+    return name in _HARMLESS
 
 
 Phase = Literal["probe", "capture", "apply"]
@@ -127,6 +150,7 @@ class Tape(TorchFunctionMode):
         shards: How the batch of this pass is cut.
         phase: `"probe"` only notes the uses, `"capture"` records inputs, `"apply"` perturbs.
         paths: Proved paths, each a list of calls with layouts (not used by a probe).
+        rules: Rule of every torch function that has one.
         plan: Directions to apply.
         calls: The calls of this pass so far.
         uses: What was recorded.
@@ -136,6 +160,7 @@ class Tape(TorchFunctionMode):
     table: Table
     shards: Shards
     phase: Phase
+    rules: Mapping[Any, Callable[..., Any]]
     paths: Sequence[Sequence[tuple[Call, Layout]]] = ()
     plan: Plan | None = None
     calls: list[Call] = field(default_factory=list)
@@ -148,18 +173,17 @@ class Tape(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        from msam.ghost.rules import RULES, harmless
-
         kwargs = kwargs or {}
-        rule = RULES.get(func)
+        rule = self.rules.get(func)
         if rule is not None:
             return rule(self, func, args, kwargs)
-        if not harmless(func) and any(self.touches(a) for a in (*args, *kwargs.values())):
+        touching = self.touches(args) or (bool(kwargs) and self.touches(tuple(kwargs.values())))
+        if touching and not harmless(func):
             raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)} of a perturbed parameter")
         return func(*args, **kwargs)
 
     def touches(self, value: Any) -> bool:
-        """Whether an argument is, or directly holds, a tracked parameter.
+        """Whether an argument is, or holds, a tracked parameter.
 
         Args:
             value: Argument of a torch function.
@@ -168,7 +192,10 @@ class Tape(TorchFunctionMode):
             True if so.
         """
         if isinstance(value, tuple | list):
-            return any(self.table.find(v) is not None for v in value)
+            for item in value:
+                if self.touches(item) if isinstance(item, tuple | list) else self.table.find(item) is not None:
+                    return True
+            return False
         return self.table.find(value) is not None
 
     def enter(self, kind: str, owners: tuple[int | None, ...], ndim: int) -> Layout:
@@ -188,7 +215,13 @@ class Tape(TorchFunctionMode):
         call, position = Call(kind, owners, ndim), len(self.calls)
         self.calls.append(call)
         if self.phase == "probe":
-            return Layout()
+            return _FIRST
+        for path in self.paths:
+            if len(path) <= position or path[position][0] != call:
+                break
+        else:
+            if self.paths:
+                return self.paths[0][position][1]
         self.paths = [path for path in self.paths if len(path) > position and path[position][0] == call]
         if not self.paths:
             raise ChangedError(f"call {position} ({kind}) is new")
