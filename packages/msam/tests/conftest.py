@@ -160,5 +160,5 @@ def oracle() -> ModuleType:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that take `case` run once for each model."""
-    if "case" in metafunc.fixturenames:
+    if "case" in metafunc.fixturenames and "oracle" in metafunc.fixturenames:
         metafunc.parametrize("case", list(CASES))

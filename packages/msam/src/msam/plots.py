@@ -84,3 +84,31 @@ def comparison(
         axes[3].legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
+
+
+def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str) -> None:
+    """Test accuracy and top eigenvalue over rho, one line per number of micro-batches.
+
+    Args:
+        rows: With m, rho, test, test_se, lambda_max, lambda_max_se.
+        path: Picture to write.
+        title: Heading.
+    """
+    figure, axes = pyplot("msam[plot]").subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    radii = sorted({row["rho"] for row in rows})
+    for m in sorted({row["m"] for row in rows}):
+        own = sorted((row for row in rows if row["m"] == m), key=lambda row: row["rho"])
+        for axis, key in zip(axes, ("test", "lambda_max"), strict=True):
+            errors = [row[f"{key}_se"] or 0.0 for row in own]
+            places, values = [row["rho"] for row in own], [row[key] for row in own]
+            axis.errorbar(places, values, yerr=errors, marker="o", ms=4, capsize=3, label=f"m = {m}")
+    for axis, name in zip(axes, ("test accuracy (%)", r"$\lambda_{max}$"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(radii, [f"{radius:g}" for radius in radii])
+        axis.set_xlabel(r"$\rho$")
+        axis.set_title(name, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{title}: sensitivity to m and rho (m = 1 is SAM)", fontsize=11)
+    save(figure, path)

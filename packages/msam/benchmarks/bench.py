@@ -1,0 +1,256 @@
+"""Benchmarks of msam: ghost mode against SGD, SAM and sequential mode, memory, parity, and flatness on MNIST-1D.
+
+Ratios are CPU time of one thread, in interleaved pairs. Models and batch sizes are those of the reference experiment;
+the transformer and the CNN are reported, since a shard's rows (tokens, positions) make most of their layers
+materialised, where 2.0 is expected.
+"""
+
+import copy
+import statistics
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from core_tensor.benchmarking import Comparison, compare, run_bars
+from msam import MSAM
+from msam.data import TextTransformer, mlp, mnist1d, small_cnn
+from msam.training import train
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Batch = tuple[Tensor, Tensor]
+
+
+def perceptron(size: str) -> tuple[nn.Module, Batch]:
+    """The two reference MLPs."""
+    torch.manual_seed(0)
+    widths, rows = ((256, 512, 512, 10), 128) if size == "small" else ((512, 1024, 1024, 1024, 10), 256)
+    return mlp(*widths), (torch.randn(rows, widths[0]), torch.randint(10, (rows,)))
+
+
+def transformer() -> tuple[nn.Module, Batch]:
+    """Two layers of width 128 over 32 tokens, batch 64, without dropout."""
+    torch.manual_seed(0)
+    model = TextTransformer(1000, width=128, depth=2, classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return model, (torch.randint(1, 1000, (64, 32)), torch.randint(10, (64,)))
+
+
+def cnn() -> tuple[nn.Module, Batch]:
+    """The group-norm CNN on 32 x 32 images, batch 64."""
+    torch.manual_seed(0)
+    return small_cnn(), (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+
+
+def stepper(model: nn.Module, batch: Batch, micro_batches: int, mode: str, repeats: int) -> Callable[[], None]:
+    """Training steps with SGD inside: plain for `micro_batches` 0, otherwise mSAM."""
+
+    def loss_fn(part: Batch) -> Tensor:
+        return F.cross_entropy(model(part[0]), part[1])
+
+    if micro_batches == 0:
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+        def plain() -> None:
+            for _ in range(repeats):
+                sgd.zero_grad()
+                loss_fn(batch).backward()
+                sgd.step()
+
+        return plain
+    opt = MSAM(model, torch.optim.SGD, lr=1e-4, num_micro_batches=micro_batches, mode=mode)
+
+    def step() -> None:
+        for _ in range(repeats):
+            opt.step(loss_fn, batch)
+        assert opt.record is not None
+        assert opt.record.mode == mode
+
+    return step
+
+
+def paired(
+    made: tuple[nn.Module, Batch], ours: tuple[int, str], peer: tuple[int, str], repeats: int, pairs: int
+) -> Comparison:
+    """Steps of two methods on copies of one model, in turn."""
+    model, batch = made
+    return compare(
+        stepper(model, batch, *ours, repeats), stepper(copy.deepcopy(model), batch, *peer, repeats), pairs=pairs
+    )
+
+
+def perceptrons(quick: bool) -> dict[str, Any]:
+    """Ghost against SGD and SAM on both MLPs."""
+    results: dict[str, Any] = {}
+    pairs = 9 if quick else 25
+    for size, repeats in (("small", 20), ("large", 3)):
+        for micro_batches in (8, 32):
+            found = paired(perceptron(size), (micro_batches, "ghost"), (0, "plain"), repeats, pairs)
+            key = f"ghost_vs_sgd_{size}_m{micro_batches}"
+            results |= {key: round(found.ratio, 3), f"{key}_detail": found.spread()}
+        found = paired(perceptron(size), (8, "ghost"), (1, "sequential"), repeats, pairs)
+        key = f"ghost_vs_sam_{size}_m8"
+        results |= {key: round(found.ratio, 3), f"{key}_detail": found.spread()}
+    return results
+
+
+def sequential(quick: bool) -> dict[str, Any]:
+    """How much faster ghost is than sequential at 16 micro-batches: the lesser of both MLPs."""
+    gains = [
+        paired(perceptron(size), (16, "ghost"), (16, "sequential"), repeats, 5 if quick else 15).speedup
+        for size, repeats in (("small", 8), ("large", 2))
+    ]
+    return {
+        "ghost_vs_sequential_m16": round(min(gains), 2),
+        "ghost_vs_sequential_m16_detail": {"small": round(gains[0], 2), "large": round(gains[1], 2)},
+    }
+
+
+def others(quick: bool) -> dict[str, Any]:
+    """Transformer and CNN: ghost and sequential against SGD."""
+    results: dict[str, Any] = {}
+    for name, make in (("transformer", transformer), ("cnn", cnn)):
+        for micro_batches in (4, 8, 16):
+            for mode in ("ghost", "sequential"):
+                found = paired(make(), (micro_batches, mode), (0, "plain"), 2, 3 if quick else 9)
+                results[f"{mode}_vs_sgd_{name}_m{micro_batches}"] = round(found.ratio, 3)
+    return results
+
+
+def parity(quick: bool) -> dict[str, Any]:
+    """Largest relative error of ghost gradients against sequential ones in float64, over models and m."""
+    del quick
+    worst = 0.0
+    for make in (lambda: perceptron("small"), transformer, cnn):
+        model, (x, y) = make()
+        model = model.double()
+        batch = (x.double() if x.is_floating_point() else x, y)
+        for micro_batches in (1, 5, 8):
+            found = []
+            for mode in ("sequential", "ghost"):
+                model.zero_grad()
+                opt = MSAM(model, torch.optim.SGD, lr=0.0, num_micro_batches=micro_batches, mode=mode)
+                opt.backward(lambda part, model=model: F.cross_entropy(model(part[0]), part[1]), batch)
+                found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            worst = max(worst, float((found[0] - found[1]).norm() / found[0].norm()))
+    return {"ghost_grad_max_rel_error": worst}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all tensor storages made inside that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+        def gone() -> None:
+            self._seen.discard(key)
+            self.alive -= size
+
+        weakref.finalize(storage, gone)
+
+
+def memory(quick: bool) -> dict[str, Any]:
+    """Peak memory of a ghost step above that of an SGD step, over the activations of one forward pass.
+
+    One copy of the activations is the results of all layers of one forward pass. Gradients exist before the measured
+    step in both, so that the parameters' share is the same.
+    """
+    del quick
+    model, batch = perceptron("large")
+    total, x = 0, batch[0]
+    for layer in model.children():
+        x = layer(x)
+        total += x.numel() * x.element_size()
+    peaks = {}
+    for name, (micro_batches, mode) in {"sgd": (0, "plain"), "ghost": (8, "ghost")}.items():
+        step = stepper(model, batch, micro_batches, mode, 1)
+        step()
+        with PeakMemory() as meter:
+            step()
+        peaks[name] = meter.peak
+        model.zero_grad()
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "extra_memory_vs_activations": round((peaks["ghost"] - peaks["sgd"]) / total, 3),
+        "extra_memory_vs_activations_detail": {"peaks": peaks, "activations": total, "parameters": parameters},
+    }
+
+
+def peer_sam(quick: bool) -> dict[str, Any]:
+    """Our SAM (one micro-batch, sequential) against pytorch-optimizer's; the worse of both MLPs."""
+    from pytorch_optimizer import SAM
+
+    results = []
+    for size, repeats in (("small", 20), ("large", 3)):
+        model, batch = perceptron(size)
+        twin = copy.deepcopy(model)
+        peer = SAM(twin.parameters(), torch.optim.SGD, rho=0.05, lr=1e-4)
+
+        def theirs(twin: nn.Module = twin, peer: Any = peer, batch: Batch = batch, repeats: int = repeats) -> None:
+            for _ in range(repeats):
+                F.cross_entropy(twin(batch[0]), batch[1]).backward()
+                peer.first_step(zero_grad=True)
+                F.cross_entropy(twin(batch[0]), batch[1]).backward()
+                peer.second_step(zero_grad=True)
+
+        results.append(compare(stepper(model, batch, 1, "sequential", repeats), theirs, pairs=9 if quick else 25))
+    worst = max(results, key=lambda found: found.ratio)
+    return {"sam_vs_pytorch_optimizer": round(worst.ratio, 3), "sam_vs_pytorch_optimizer_detail": worst.spread()}
+
+
+def flatness_order(quick: bool) -> dict[str, Any]:
+    """Largest Hessian eigenvalue on MNIST-1D: mSAM (m = 8) over SAM, and SAM over SGD, rho 0.1, five seeds."""
+    if quick:
+        reason = "five seeds of three methods take minutes; run without --quick"
+        return {"lambda_max_msam_vs_sam": None, "lambda_max_sam_vs_sgd": None, "lambda_max_reason": reason}
+    task = mnist1d()
+    found = {
+        method: statistics.fmean(
+            train(task, method, rho=0.1, num_micro_batches=8, seed=seed).lambda_max or 0.0 for seed in range(5)
+        )
+        for method in ("sgd", "sam", "msam")
+    }
+    return {
+        "lambda_max_msam_vs_sam": round(found["msam"] / found["sam"], 3),
+        "lambda_max_sam_vs_sgd": round(found["sam"] / found["sgd"], 3),
+        "lambda_max_detail": {name: round(value, 3) for name, value in found.items()},
+    }
+
+
+if __name__ == "__main__":
+    run_bars(
+        "msam",
+        {
+            "ghost_vs_sgd_and_sam": perceptrons,
+            "ghost_vs_sequential_m16": sequential,
+            "ghost_vs_sgd_transformer_cnn": others,
+            "ghost_grad_max_rel_error": parity,
+            "extra_memory_vs_activations": memory,
+            "sam_vs_pytorch_optimizer": peer_sam,
+            "lambda_max": flatness_order,
+        },
+    )
