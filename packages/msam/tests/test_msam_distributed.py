@@ -42,12 +42,6 @@ CASES = (
     ("fsdp", "ghost", 1),
     ("fsdp", "ghost", 3),
 )
-    ("ddp", "sequential", 1),
-    ("ddp", "sequential", 3),
-    ("ddp", "ghost", 3),
-    ("fsdp", "ghost", 1),
-    ("fsdp", "ghost", 3),
-)
 
 
 def one_rank(rank, world_size, kind, mode, micro_batches):
