@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msam import MSAM, msam_grad
 from msam.batches import cut
+from msam.ghost.directions import Kept
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -150,6 +151,31 @@ def test_recurrent_weights_are_shared_over_steps(double, oracle):
         opt.backward(oracle.loss_of(model), batch)
         assert opt.record.mode == "ghost"
         assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+@pytest.mark.parametrize("change", ["nothing", "result"])
+def test_the_first_product_is_taken_over_only_while_it_is_intact(double, oracle, monkeypatch, change):
+    """Pass 2 takes pass 1's first product over, unless it was overwritten in the meantime."""
+    taken = []
+    serves = Kept.serves
+    monkeypatch.setattr(Kept, "serves", lambda self, x: taken.append(serves(self, x)) or taken[-1])
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(20, 64), nn.Linear(64, 5)
+
+        def forward(self, x):
+            h = self.first(x)
+            h = h.relu_() if change == "result" else h.relu()
+            return self.last(h)
+
+    model, batch = First(), (torch.randn(12, 20), torch.randint(5, (12,)))
+    truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    opt.backward(oracle.loss_of(model), batch)
+    assert taken == [change == "nothing"]
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
 
 
 def test_float32_is_close(oracle):

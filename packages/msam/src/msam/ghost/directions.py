@@ -3,6 +3,7 @@ r"""From recorded factors to the ascent direction of every micro-batch: norms, l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,32 @@ class Tokens:
     rows: Tensor
 
 
+class Kept(NamedTuple):
+    """A product whose input is no activation, to be taken over by pass 2 if nothing was overwritten meanwhile.
+
+    Attributes:
+        x: Input, without graph.
+        y: Result, without graph.
+        versions: Version counters of both.
+    """
+
+    x: Tensor
+    y: Tensor
+    versions: tuple[int, int]
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether an input is this one, unchanged.
+
+        Args:
+            x: Input of the same call in pass 2.
+
+        Returns:
+            True if the result may be taken over.
+        """
+        same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
+        return same and x.dtype == self.x.dtype and (x._version, self.y._version) == self.versions
+
+
 @dataclass
 class Plan:
     """Collects the contributions of all uses, then holds the directions.
@@ -74,12 +101,14 @@ class Plan:
         squares: The share of every parameter in their squares, each (m,).
         low_rank: Directions in factors, by parameter.
         tokens: Directions of embeddings, by parameter.
+        kept: Products of the batch itself, by call; pass 2 takes them over.
     """
 
     tracked: Tracked
     shards: Shards
     norms: Tensor = field(default_factory=lambda: torch.empty(0))
     squares: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Kept] = field(default_factory=dict)
     _shapes: dict[int, torch.Size] = field(default_factory=dict)
     _factors: dict[int, list[Factors]] = field(default_factory=dict)
     _tokens: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -268,6 +297,11 @@ class Plan:
             eps_j, shape (m, *shape), or None if there is none.
         """
         return None if index is None else self._dense.get(index)
+
+    def release(self) -> None:
+        """Drop the directions: what the second backward pass needs of them is in its graph, and goes with it."""
+        self.low_rank, self.tokens, self.kept = {}, {}, {}
+        self._factors, self._tokens, self._dense = {}, {}, {}
 
     def shape_of(self, index: int) -> torch.Size:
         """Shape of a tracked matrix that was used.

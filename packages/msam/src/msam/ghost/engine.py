@@ -126,6 +126,7 @@ class Ghost:
                 loss = loss_fn(batch)
             loss = check_loss(loss, finite=False)
             tape.finish()
+            plan.release()
             backward(loss * weight, scale)
         return loss.detach()
 
@@ -179,7 +180,7 @@ def capture(
         raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
     targets: Any = [use.target for use in tape.uses]
     gradients = torch.autograd.grad(loss if scale is None else scale(loss), targets, allow_unused=True)
-    plan = Plan(tracked, shards)
+    plan = Plan(tracked, shards, kept=tape.kept)
     with torch.no_grad():
         for use, gradient in zip(tape.uses, gradients, strict=True):
             if gradient is not None:

@@ -47,14 +47,61 @@ class LowRankCorrection(torch.autograd.Function):
             Gradients of y, x and the blocks.
         """
         (dy,) = gradients
+        blocks, ctx.blocks = ctx.blocks, None  # frees the factors layer by layer
         if not ctx.needs_input_grad[1]:
             return dy, None, None
         dx = dy.new_empty(ctx.shape)
-        for start, stop, inner, outer, c, _ in ctx.blocks:
+        for start, stop, inner, outer, c, _ in blocks:
             n = inner.shape[0]
             s = torch.bmm(dy[start:stop].reshape(n, -1, dy.shape[-1]), outer.mT).mul_(c)
             torch.bmm(s, inner, out=dx[start:stop].view(n, -1, dx.shape[-1]))
         return dy, dx, None
+
+
+class KeptProduct(torch.autograd.Function):
+    """A product of the batch itself and the weights, computed in pass 1; pass 2 takes over its result.
+
+    The first layer's unperturbed product is the same in both passes, so one matrix product in six is saved there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,  # noqa: ARG004
+        bias: Tensor | None,  # noqa: ARG004
+        result: list[Tensor],
+    ) -> Tensor:
+        """Return the result, with the weights' gradient attached.
+
+        Args:
+            ctx: Autograd's context.
+            x: Input without gradient, shape (..., d_in).
+            weight: W, shape (d_out, d_in); only its gradient is of interest.
+            bias: b, shape (d_out,), or None.
+            result: `x W' + b`, boxed so that autograd does not take it for an argument.
+
+        Returns:
+            The result itself.
+        """
+        ctx.save_for_backward(x)
+        return result.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        """Gradients of W and b.
+
+        Args:
+            ctx: Autograd's context.
+            gradients: dy.
+
+        Returns:
+            None for x, the two gradients, None for the box.
+        """
+        (x,) = ctx.saved_tensors
+        dy = gradients[0].flatten(0, -2)
+        dw = dy.mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return None, dw, dy.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class ShardedLinear(torch.autograd.Function):

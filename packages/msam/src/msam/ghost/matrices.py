@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from msam.ghost.affine import add_constant
 from msam.ghost.conv import Geometry, ShardedConvolution, kernel_gradients
-from msam.ghost.directions import KAPPA, Factors, LowRank, Plan
-from msam.ghost.linear import Block, LowRankCorrection, ShardedLinear
+from msam.ghost.directions import KAPPA, Factors, Kept, LowRank, Plan
+from msam.ghost.linear import Block, KeptProduct, LowRankCorrection, ShardedLinear
 from msam.ghost.tape import Contribution, Layout, Tape, UnsupportedError
 
 
@@ -42,7 +42,11 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipp
         step = tape.plan.dense_of(w)
         if step is not None and found is None:
             return _materialised(tape, x, (weight, bias), (step, tape.plan.dense_of(b)), layout, flipped)
-        y = _multiply(x, weight, bias, flipped)
+        kept = tape.plan.kept.pop(len(tape.calls) - 1, None)
+        if kept is not None and kept.serves(x):
+            y = KeptProduct.apply(x, weight, bias, [kept.y])
+        else:
+            y = _multiply(x, weight, bias, flipped)
         if found is not None:
             y = corrected(tape, y, x, found, layout, flipped)
         shift = tape.plan.dense_of(b)
@@ -50,6 +54,10 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipp
     y = _multiply(x, weight, bias, flipped)
     if tape.phase == "probe":
         return tape.note(y)
+    if not (
+        x.requires_grad or flipped or layout.shared or tape.table.sharded or torch.is_autocast_enabled(x.device.type)
+    ):
+        tape.kept[len(tape.calls) - 1] = Kept(x.detach(), y.detach(), (x._version, y._version))
     tape.record(y, _factor_contribution(tape, x.detach(), weight.shape, layout, (w, b), flipped))
     return y
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from msam.batches import Shards
 
 if TYPE_CHECKING:
-    from msam.ghost.directions import Plan
+    from msam.ghost.directions import Kept, Plan
 
 
 Contribution = Callable[["Plan", Tensor], None]
@@ -90,10 +90,10 @@ class Table:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._index: dict[int, int] = {id(p): i for i, p in enumerate(parameters)}
         self._held = list(parameters)  # keeps the ids alive
-        self._sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+        self.sharded = any(isinstance(m, FSDPModule) for m in model.modules())
         self._model = model
         self._names: dict[str, int] = {}
-        if self._sharded:
+        if self.sharded:
             self._names = {n: self._index[id(p)] for n, p in model.named_parameters() if id(p) in self._index}
 
     def find(self, value: Any) -> int | None:
@@ -106,7 +106,7 @@ class Table:
             The index, or None.
         """
         found = self._index.get(id(value))
-        if found is None and self._sharded and value.__class__ is nn.Parameter:
+        if found is None and self.sharded and value.__class__ is nn.Parameter:
             for name, p in self._model.named_parameters():
                 if p is value and name in self._names:
                     found = self._index[id(p)] = self._names[name]
@@ -155,6 +155,7 @@ class Tape(TorchFunctionMode):
         calls: The calls of this pass so far.
         uses: What was recorded.
         shapes: Shapes of the results, in a probe.
+        kept: Products of the batch itself, by call.
     """
 
     table: Table
@@ -166,6 +167,7 @@ class Tape(TorchFunctionMode):
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
+    kept: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
