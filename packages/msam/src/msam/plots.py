@@ -45,7 +45,13 @@ def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> 
     axis.bar(range(len(rows)), values, yerr=errors, capsize=3, color=[COLOURS.get(n, "#1f77b4") for n in names])
     for i, value in enumerate(values):
         axis.annotate(
-            f"{value:.3g}", (i, value), xytext=(0, 5), textcoords="offset points", ha="center", va="bottom", fontsize=8
+            f"{value:.3g}",
+            (i, value + errors[i]),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8,
         )
     axis.set_xticks(range(len(rows)), [n.replace("msam-", "msam\n") for n in names], fontsize=8)
     axis.set_title(title, fontsize=10)
@@ -53,18 +59,36 @@ def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> 
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def gap_curves(axis: Any, gaps: Mapping[str, Sequence[float]]) -> None:
+    """Sharpness gap by epoch, one line per method.
+
+    Args:
+        axis: A matplotlib axis.
+        gaps: L(w + eps) - L(w) by epoch, for each method.
+    """
+    for name, curve in gaps.items():
+        axis.plot(range(1, len(curve) + 1), curve, color=COLOURS.get(name), label=name)
+    axis.set_yscale("log")
+    axis.set_title(r"sharpness gap $L(w+\epsilon)-L(w)$", fontsize=10)
+    axis.set_xlabel("epoch", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+
+
 def comparison(
     rows: Sequence[Mapping[str, Any]], gaps: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str
 ) -> None:
-    """Accuracy, flatness, cost and the sharpness gap during training, method by method.
+    """Accuracy, flatness, cost and, where it was recorded, the sharpness gap during training, method by method.
 
     Args:
         rows: Summaries by method.
-        gaps: L(w + eps) - L(w) by epoch, for each perturbing method.
+        gaps: L(w + eps) - L(w) by epoch, for each perturbing method; may be empty.
         path: Picture to write.
         title: Heading.
     """
-    figure, axes = pyplot("msam[plot]").subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    figure, axes = pyplot("msam[plot]").subplots(
+        1, 3 + bool(gaps), figsize=(15 if gaps else 11.5, 3.8), layout="constrained"
+    )
     bars(axes[0], rows, "test", "test accuracy (%)")
     values = [row["test"] for row in rows]
     spread = max(max(values) - min(values), 0.5)
@@ -74,14 +98,8 @@ def comparison(
     axes[2].axhline(2.0, color="black", lw=0.8, ls="--")
     axes[2].axhline(5 / 3, color="black", lw=0.8, ls=":")
     axes[2].set_xlabel("dashed: 2 (SAM), dotted: 5/3 (ghost's floor)", fontsize=8)
-    for name, curve in gaps.items():
-        axes[3].plot(range(1, len(curve) + 1), curve, color=COLOURS.get(name), label=name)
-    axes[3].set_yscale("log")
-    axes[3].set_title(r"sharpness gap $L(w+\epsilon)-L(w)$", fontsize=10)
-    axes[3].set_xlabel("epoch", fontsize=8)
-    axes[3].spines[["top", "right"]].set_visible(False)
     if gaps:
-        axes[3].legend(fontsize=8, frameon=False)
+        gap_curves(axes[3], gaps)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
