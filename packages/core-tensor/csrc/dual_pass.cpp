@@ -8,7 +8,7 @@
 #include "blocks.h"
 #include "core.h"
 
-#if defined(CORE_TENSOR_TARGET_CLONES) && defined(__x86_64__) && !defined(__clang__)
+#if defined(CORE_TENSOR_X86_LEVELS) && defined(__x86_64__) && !defined(__clang__)
 #define CORE_TENSOR_AVX512
 #include <immintrin.h>
 #endif
@@ -288,7 +288,7 @@ void pass_chunk_avx512(const Pass<T>& p, int64_t begin, int64_t end, Scratch& s,
 template <class T>
 void chunk(const Pass<T>& p, int64_t begin, int64_t end, Scratch& s, double* sums, double* totals) {
 #ifdef CORE_TENSOR_AVX512
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
+  const bool wide = ct_level() == 4;
   if (wide && p.family.is_simplex() && p.rows_per_variable == 1) {
     pass_chunk_avx512(p, begin, end, s, sums, totals);
     return;

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from core_tensor.testing import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polytope_lp import Marketplace, MatchingProblem, box, box_cut, generate, knapsack, simplex, solve
@@ -39,6 +41,26 @@ def test_tied_optimum_is_known(oracle):
     problem = generate(Marketplace(sources=300, destinations=10, kind="tied", degree=4.0, seed=3))
     solution = solve(problem, 1e-6)
     assert solution.objective == pytest.approx(oracle(problem).fun, rel=1e-6)
+
+
+@pytest.mark.parametrize(("K", "share", "optimum"), [(1, None, 3502.0), (5, 0.1, 17244.5)])
+def test_movielens_matching_meets_the_published_optimum(K, share, optimum):
+    import csv
+
+    with shared_data("movielens_latest_small", "ratings.csv").open() as file:
+        rows = [(int(r["userId"]), int(r["movieId"]), float(r["rating"])) for r in csv.DictReader(file)]
+    rows.sort()
+    user, movie, rating = (np.array(column) for column in zip(*rows, strict=True))
+    _, source = np.unique(user, return_inverse=True)
+    _, destination, counts = np.unique(movie, return_inverse=True, return_counts=True)
+    budgets = np.ones(counts.size) if share is None else np.maximum(1.0, np.floor(share * counts))
+    offsets = np.searchsorted(source, np.arange(source.max() + 2))
+    problem = MatchingProblem.from_arrays(offsets, destination, rating, None, budgets, box_cut(float(K), 1.0))
+    solution = solve(problem, 1e-5)
+    assert solution.status == "optimal"
+    assert solution.lower_bound <= -optimum <= solution.upper_bound
+    assert solution.objective == pytest.approx(-optimum, rel=1e-5)
+    assert solution.verify()["ok"]
 
 
 def test_verify_finds_a_lie():

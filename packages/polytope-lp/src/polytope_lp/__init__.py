@@ -1,8 +1,21 @@
 """Web-scale matching LPs: dual decomposition and projection onto any polytope."""
 
+from polytope_lp.block_lp import BlockLP, linprog_blocks
 from polytope_lp.generate import Marketplace, generate
 from polytope_lp.options import Options
-from polytope_lp.polytopes import CappedBox, Polytope, box, box_cut, knapsack, simplex
+from polytope_lp.polytopes import (
+    Assignment,
+    CappedBox,
+    OraclePolytope,
+    Parity,
+    Polytope,
+    Slate,
+    VertexList,
+    box,
+    box_cut,
+    knapsack,
+    simplex,
+)
 from polytope_lp.problem import MatchingProblem
 from polytope_lp.serving import Policy
 from polytope_lp.solution import Solution
@@ -10,19 +23,26 @@ from polytope_lp.solve import solve
 from polytope_lp.tables import Columns, from_arrow, read_problem
 
 __all__ = [
+    "Assignment",
+    "BlockLP",
     "CappedBox",
     "Columns",
     "Marketplace",
     "MatchingProblem",
     "Options",
+    "OraclePolytope",
+    "Parity",
     "Policy",
     "Polytope",
+    "Slate",
     "Solution",
+    "VertexList",
     "box",
     "box_cut",
     "from_arrow",
     "generate",
     "knapsack",
+    "linprog_blocks",
     "read_problem",
     "simplex",
     "solve",

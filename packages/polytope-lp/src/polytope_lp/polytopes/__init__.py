@@ -2,5 +2,19 @@
 
 from polytope_lp.polytopes.base import Polytope
 from polytope_lp.polytopes.capped import CappedBox, box, box_cut, knapsack, simplex
+from polytope_lp.polytopes.oracle import Assignment, OraclePolytope, Parity, Slate, VertexList, VertexPolytope
 
-__all__ = ["CappedBox", "Polytope", "box", "box_cut", "knapsack", "simplex"]
+__all__ = [
+    "Assignment",
+    "CappedBox",
+    "OraclePolytope",
+    "Parity",
+    "Polytope",
+    "Slate",
+    "VertexList",
+    "VertexPolytope",
+    "box",
+    "box_cut",
+    "knapsack",
+    "simplex",
+]

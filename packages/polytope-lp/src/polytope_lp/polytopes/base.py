@@ -60,16 +60,3 @@ class Polytope(ABC):
         Returns:
             Limits, shape (variables,), float64.
         """
-
-    @abstractmethod
-    def tangent(self, direction: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-        """An element of the generalised Jacobian of the projection at its value x, times a direction.
-
-        Args:
-            direction: Direction, shape (variables,), float64.
-            x: A value of `project`, shape (variables,), float64.
-            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
-
-        Returns:
-            The product, shape (variables,), float64.
-        """

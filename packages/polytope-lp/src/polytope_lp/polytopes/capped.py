@@ -3,9 +3,12 @@ r"""Capped boxes $\{0 \le x \le u, w'x \le d\}$: box, simplex, box-cut and knaps
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import scipy.sparse
 import torch
 from core_tensor import project_blocks
 from core_tensor.project_blocks import check_family, reference
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.polytopes.base import Polytope
@@ -98,8 +101,32 @@ class CappedBox(Polytope):
         """
         return reference.bounds(int(offsets[-1]), offsets, *self.parameters())[2]
 
+    def face(self, x: Tensor, offsets: Tensor) -> tuple[NDArray[np.bool_], scipy.sparse.csc_array]:
+        """The face that a projection stands on, as the factors of P = diag(free) - U U'.
+
+        Args:
+            x: A value of `project`, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            Entries strictly between their bounds, and U with one normalised column per tight cut.
+        """
+        cap, upper, weight = self.parameters()
+        n, blocks = x.shape[0], offsets.shape[0] - 1
+        block = reference.block_of(offsets)
+        w = torch.ones_like(x) if weight is None else weight
+        own = torch.full_like(x, torch.inf) if upper is None else upper.expand(n)
+        free = (x > 0) & (x < own)
+        tight = (reference.sums(w * x, block, blocks) >= cap.expand(blocks) * (1 - 1e-12)) | self.equality
+        inside = torch.where(free & tight[block], w, 0.0)
+        norm = reference.sums(inside.square(), block, blocks).sqrt()
+        kept = torch.nonzero(inside > 0).ravel()
+        entries = (inside / norm.clamp_min(1e-300)[block])[kept].numpy()
+        columns = scipy.sparse.csc_array((entries, (kept.numpy(), block[kept].numpy())), shape=(n, blocks))
+        return free.numpy(), columns[:, np.flatnonzero(norm.numpy() > 0)]
+
     def tangent(self, direction: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-        """See `Polytope.tangent`.
+        """An element of the generalised Jacobian of the projection at its value x, times a direction.
 
         Args:
             direction: Direction, shape (variables,), float64.

@@ -1,0 +1,179 @@
+r"""Exact LP solutions by the proximal method of multipliers, each step by semismooth Newton on its dual.
+
+$$ \min_{x \in C} c'x \text{ s.t. } A x = b, \qquad
+x^{k+1}, \lambda^{k+1} = \arg\min_{x \in C} \max_\lambda \; c'x + \tfrac{\gamma}{2} \lVert x - x^k \rVert^2
++ \lambda'(A x - b) - \tfrac{\delta}{2} \lVert \lambda - \lambda^k \rVert^2 . $$
+
+The step's dual is concave and piecewise quadratic, with $x(\lambda) = \mathrm{Proj}_C(x^k - (c + A'\lambda) / \gamma)$,
+gradient $A x - b - \delta (\lambda - \lambda^k)$ and generalised Hessian $-(A P A' / \gamma + \delta I)$, P the
+projection onto the face that x stands on. Inequalities become equations with slacks in C. Blocks need not be compact.
+
+Source: the proximal outer loop of `continuation`, with second-order steps (semismooth Newton for LPs: Li, Sun, Toh).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+import scipy.sparse.linalg
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+PATIENCE = 25
+"""Proximal steps without progress after which the method gives up."""
+DENSE_ROWS = 1200
+"""Up to so many rows the Newton system is factored densely."""
+
+
+@dataclass(frozen=True)
+class Face:
+    """The generalised Jacobian of a projection, P = diag(free) - U U'.
+
+    Attributes:
+        free: Entries off their bounds, shape (n,), bool.
+        cuts: U with one column per tight cut, orthonormal and supported on free entries; shape (n, cuts), or None.
+    """
+
+    free: NDArray[np.bool_]
+    cuts: scipy.sparse.csc_array | None = None
+
+
+@dataclass(frozen=True)
+class Conic:
+    """An LP in equations over a product of polyhedra.
+
+    Attributes:
+        A: Matrix, shape (m, n), CSC.
+        b: Right-hand sides, shape (m,).
+        c: Costs, shape (n,).
+        project: Projection of a point onto C.
+        face: Face of a projected point, given the point it came from.
+    """
+
+    A: scipy.sparse.csc_array
+    b: Array
+    c: Array
+    project: Callable[[Array], Array]
+    face: Callable[[Array], Face]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What the method found.
+
+    Attributes:
+        x: Primal, shape (n,).
+        lam: Multipliers, shape (m,).
+        primal: ||A x - b|| / (1 + ||b||).
+        dual: ||x - Proj(x - c - A'lam)|| / (1 + ||c||).
+        outer: Proximal steps.
+        newton: Newton steps.
+        ray: Multipliers that prove infeasibility, shape (m,), or None.
+    """
+
+    x: Array
+    lam: Array
+    primal: float
+    dual: float
+    outer: int
+    newton: int
+    ray: Array | None = None
+
+
+def solve_exact(
+    lp: Conic,
+    tol: float = 1e-9,
+    outer: int = 200,
+    gamma: float = 1.0,
+    deadline: Callable[[], bool] = lambda: False,
+    infeasible: Callable[[Array], bool] = lambda _: False,
+) -> Exact:
+    """Run the proximal method of multipliers until both residuals are below `tol`.
+
+    Args:
+        lp: The problem; scale it so that rows, costs and right-hand sides are of order one.
+        tol: Relative residual to reach.
+        outer: Most proximal steps.
+        gamma: First primal weight.
+        deadline: Whether to stop now.
+        infeasible: Whether a direction of the multipliers proves that there is no feasible point.
+
+    Returns:
+        The last point with its residuals.
+    """
+    n, m = lp.c.size, lp.b.size
+    x, lam, newton = lp.project(np.zeros(n)), np.zeros(m), 0
+    delta = 1e-2
+    best = Exact(x, lam, np.inf, np.inf, 0, 0)
+    ray, since = None, 0
+    for k in range(outer):
+        before = lam
+        x, lam, steps = _step(lp, x, lam, gamma, delta, max(0.1 * min(best.primal, best.dual, 1.0), tol / 10))
+        newton += steps
+        primal = float(np.linalg.norm(lp.A @ x - lp.b)) / (1 + float(np.linalg.norm(lp.b)))
+        reduced = lp.c + lp.A.T @ lam
+        dual = float(np.linalg.norm(x - lp.project(x - reduced))) / (1 + float(np.linalg.norm(lp.c)))
+        found = Exact(x, lam, primal, dual, k + 1, newton)
+        since += 1
+        if max(primal, dual) < max(best.primal, best.dual) or k == 0:
+            best, since = found, 0
+        if primal > 1e-6 and k >= 3 and infeasible(lam - before):
+            ray = lam - before  # with no feasible point the multipliers run away, in the end along a ray
+        if max(primal, dual) <= tol or deadline() or ray is not None or since >= PATIENCE:
+            return Exact(best.x, best.lam, best.primal, best.dual, k + 1, newton, ray)
+        # The primal residual falls with delta, the dual one with gamma: lower what is behind.
+        if dual > 0.3 * primal:
+            gamma = max(gamma * 0.4, 1e-7)
+        if primal > 0.3 * dual:
+            delta = max(delta * 0.4, 1e-9)
+    return Exact(best.x, best.lam, best.primal, best.dual, outer, newton)
+
+
+def _step(
+    lp: Conic, centre: Array, start: Array, gamma: float, delta: float, tol: float, most: int = 60
+) -> tuple[Array, Array, int]:
+    lam, scale = start, 1 + float(np.linalg.norm(lp.b))
+
+    def value(x: Array, lam: Array) -> float:
+        move, shift = x - centre, lam - start
+        return float(lp.c @ x + gamma / 2 * move @ move + lam @ (lp.A @ x - lp.b) - delta / 2 * shift @ shift)
+
+    x = lp.project(centre - (lp.c + lp.A.T @ lam) / gamma)
+    now = value(x, lam)
+    for step in range(most):
+        gradient = lp.A @ x - lp.b - delta * (lam - start)
+        if float(np.linalg.norm(gradient)) <= tol * scale:
+            return x, lam, step
+        direction = _newton_direction(lp, lp.face(x), gradient, gamma, delta)
+        slope, t = float(gradient @ direction), 1.0
+        while True:
+            trial = lam + t * direction
+            reached = lp.project(centre - (lp.c + lp.A.T @ trial) / gamma)
+            then = value(reached, trial)
+            if then >= now + 1e-4 * t * slope - 1e-13 * abs(now) or t < 1e-10:
+                break
+            t /= 2
+        if t < 1e-10:
+            return x, lam, step
+        lam, x, now = trial, reached, then
+    return x, lam, most
+
+
+def _newton_direction(lp: Conic, face: Face, gradient: Array, gamma: float, delta: float) -> Array:
+    # (A P A' / gamma + delta I) d = gradient
+    B = lp.A[:, np.flatnonzero(face.free)]
+    H = B @ B.T
+    if face.cuts is not None and face.cuts.shape[1]:
+        W = lp.A @ face.cuts
+        H = H - W @ W.T
+    m = lp.b.size
+    if m <= DENSE_ROWS:
+        dense = H.toarray() / gamma
+        dense.flat[:: m + 1] += delta
+        factor = scipy.linalg.cho_factor(dense, overwrite_a=True, check_finite=False)
+        return np.asarray(scipy.linalg.cho_solve(factor, gradient, check_finite=False))
+    system = (H / gamma + delta * scipy.sparse.eye_array(m)).tocsc()
+    solver = scipy.sparse.linalg.splu(system, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
+    return np.asarray(solver.solve(gradient))
