@@ -76,7 +76,7 @@ def tokens() -> Tensor:
 @pytest.fixture(scope="session")
 def stories() -> torch.nn.Module:
     """The trained stories260K model of llama2.c as a `LlamaForCausalLM`."""
-    return _stories(shared_data("stories260k", "stories260K.bin"))
+    return stories_model(shared_data("stories260k", "stories260K.bin"))
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def stories_tokens(stories: torch.nn.Module) -> tuple[Tensor, Tensor]:
     return sample[:12], sample[12:]
 
 
-def _stories(path: Path) -> torch.nn.Module:
+def stories_model(path: Path) -> torch.nn.Module:
     import transformers
 
     raw = path.read_bytes()
