@@ -1,11 +1,13 @@
 """Hooks of the docs site: what stands outside `docs/` becomes part of the site or, where it cannot, plain text.
 
 Pages link to pictures, JSON and code by the paths of the repository, so that they can be read there too. The site takes
-over the files under `reproduce/results/`; a link to any other file of the repository keeps its words only.
+over the files under `reproduce/results/`; a link to any other file of the repository keeps its words only. Every
+package gets a page of reference made from the docstrings of its public names.
 """
 
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,23 @@ ROOT = Path(__file__).resolve().parents[1]
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
 
 
+_SHIM, _OUR_SHIM = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker/shim.js"
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the results that `reproduce/` wrote, under the paths they have in the repository."""
+    """Add what `reproduce/` wrote, under the paths it has in the repository, and a page of reference per package."""
     for path in sorted(ROOT.glob("packages/*/reproduce/results/**/*")):
         if path.is_file():
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted(ROOT.glob("packages/*/src/*/__init__.py")):
+        module, name = path.parent.name, path.parents[2].name
+        page = f"# {name}: reference\n\n::: {module}\n"
+        files.append(File.generated(config, f"reference/{name}.md", content=page))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
-    """Turn the repository's paths into the site's, and list the packages' pages at the mark `<!-- packages -->`.
+    """Turn the repository's paths into the site's, and put the README's table at the mark `<!-- packages -->`.
 
     Raises:
         ValueError: If a link leads to nothing.
@@ -46,9 +55,30 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
             )
         return words
 
-    names = sorted(Path(file.src_uri).stem for file in files if re.fullmatch(r"packages/[^/]+\.md", file.src_uri))
-    listed = "\n".join(f"- [{name}](packages/{name}.md)" for name in names)
-    return _LINK.sub(link, markdown).replace("<!-- packages -->", listed)
+    pages = {file.src_uri for file in files}
+    return _LINK.sub(link, markdown).replace("<!-- packages -->", "\n".join(package_table(pages)))
+
+
+def package_table(pages: set[str]) -> Iterator[str]:
+    """The README's table of packages, with links to the site's pages instead of the repository's folders."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\|.*\|$", readme, re.MULTILINE):
+        name = re.search(r"\]\(packages/([a-z-]+)\)", row)
+        if name is None:
+            yield row
+            continue
+        page = f"packages/{name[1]}.md" if f"packages/{name[1]}.md" in pages else f"reference/{name[1]}.md"
+        yield row.replace(f"(packages/{name[1]})", f"({page})")
+
+
+def on_post_page(output: str, *, page: Page, **_: Any) -> str:
+    """Take the one script that the theme fetches from elsewhere (search in a site opened as files) from the site."""
+    return output.replace(_SHIM, posixpath.relpath(_OUR_SHIM, posixpath.dirname(page.file.dest_uri) or "."))
+
+
+def on_post_template(output: str, **_: Any) -> str:
+    """The same for pages that are no documents, such as `404.html`."""
+    return output.replace(_SHIM, _OUR_SHIM)
 
 
 def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
