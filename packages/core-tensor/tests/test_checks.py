@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from core_tensor.checks import check_choice, check_number, check_tensor
@@ -46,6 +47,13 @@ def test_check_number_refuses(value, options, error):
 def test_check_number_accepts_the_ends_of_a_closed_interval():
     check_number("x", 0, low=0, high=1, integer=True)
     check_number("x", 1.0, low=0, high=1)
+
+
+def test_check_number_takes_numpys_numbers():
+    check_number("x", np.int64(3), low=1, integer=True)
+    check_number("x", np.float32(0.5), low=0, high=1)
+    with pytest.raises(TypeError, match="x: expected an int, got float64"):
+        check_number("x", np.float64(3), integer=True)
 
 
 def test_check_choice():

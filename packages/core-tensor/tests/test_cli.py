@@ -40,6 +40,14 @@ def test_help_shows_defaults_and_version_is_the_distribution_s():
     assert _run("--version").output.startswith("core-tensor, version ")
 
 
+def test_help_shows_the_whole_first_sentence_of_a_command():
+    @main.command(name="long")
+    def _long():
+        """Do a thing whose description is longer than one line of a terminal and still must be read to the very end."""
+
+    assert "read to the very end." in " ".join(_run("--help").output.split())
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [("-1", "Error: size: expected a positive number, got -1\n"), ("13", "pip install 'core-tensor[cli]'")],

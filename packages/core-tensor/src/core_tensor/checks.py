@@ -1,6 +1,7 @@
 """Argument checks whose messages name the argument, what was expected and what came."""
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,18 +73,19 @@ def check_number(
         high: Upper end.
         open_low: Whether the lower end itself is refused.
         open_high: Whether the upper end itself is refused.
-        integer: Whether only whole numbers (of type int) are allowed.
+        integer: Whether only whole numbers (int or numpy's) are allowed.
 
     Raises:
         TypeError: If it is not a number, or not an int where one is expected.
         ValueError: If it is NaN or outside the interval.
     """
-    kind = int if integer else (int, float)
+    kind = numbers.Integral if integer else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}: expected {'an int' if integer else 'a number'}, got {type(value).__name__}")
-    below = value <= low if open_low else value < low
-    above = value >= high if open_high else value > high
-    if math.isnan(value) or below or above:
+    number = float(value)
+    below = number <= low if open_low else number < low
+    above = number >= high if open_high else number > high
+    if math.isnan(number) or below or above:
         ends = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         raise ValueError(f"{name}: expected a value in {ends}, got {value}")
 

@@ -50,6 +50,17 @@ class CommandLine(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List every command with its whole first sentence; click would cut it at the end of the line.
+
+        Args:
+            ctx: Click's context.
+            formatter: Where the help is written.
+        """
+        commands = [self.commands[name] for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(str(c.name), c.get_short_help_str(limit=1000)) for c in commands if not c.hidden])
+
 
 def command_line(distribution: str) -> Callable[[Callable[..., Any]], CommandLine]:
     """Decorator that makes a function the root of a package's command line, with `--help` and `--version`.
