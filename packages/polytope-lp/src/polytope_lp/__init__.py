@@ -1,6 +1,7 @@
 """Web-scale matching LPs: dual decomposition and projection onto any polytope."""
 
-from polytope_lp.block_lp import BlockLP, linprog_blocks
+from polytope_lp.block_lp import BlockLP
+from polytope_lp.block_solution import BlockSolution, linprog_blocks
 from polytope_lp.generate import Marketplace, generate
 from polytope_lp.options import Options
 from polytope_lp.polytopes import (
@@ -9,6 +10,7 @@ from polytope_lp.polytopes import (
     OraclePolytope,
     Parity,
     Polytope,
+    Ranking,
     Slate,
     VertexList,
     box,
@@ -25,6 +27,7 @@ from polytope_lp.tables import Columns, from_arrow, read_problem
 __all__ = [
     "Assignment",
     "BlockLP",
+    "BlockSolution",
     "CappedBox",
     "Columns",
     "Marketplace",
@@ -34,6 +37,7 @@ __all__ = [
     "Parity",
     "Policy",
     "Polytope",
+    "Ranking",
     "Slate",
     "Solution",
     "VertexList",

@@ -1,28 +1,23 @@
-r"""LPs with a general matrix over blocks of polytopes: `BlockLP`, and `linprog_blocks` in scipy's shape.
+r"""LPs with a general matrix over blocks of polytopes.
 
 $$ \min c'x \quad \text{s.t.} \quad A_{ub} x \le b_{ub}, \; A_{eq} x = b_{eq}, \; x_i \in C_i, $$
 
-several rows per variable, signs mixed, blocks of capped boxes, of any `Polytope`, or of plain bounds that may be
-infinite. Capped boxes and bounds are solved exactly by `newton`; other polytopes by L-BFGS on the smoothed dual.
+several rows per variable, signs mixed, blocks of any `Polytope` or of plain bounds that may be infinite.
+`block_solution` solves them.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import OptimizeResult
 
-from polytope_lp import continuation
-from polytope_lp.evaluation import KEEP, Evaluation
-from polytope_lp.newton import Conic, Exact, Face, solve_exact
-from polytope_lp.options import SMALLEST_TOL, Options
-from polytope_lp.polytopes import CappedBox, Polytope
-from polytope_lp.search import Search
+from polytope_lp.newton import Conic
+from polytope_lp.polytopes import Face, Polytope
 
 Array = NDArray[np.float64]
 
@@ -123,6 +118,26 @@ class BlockLP:
         A = scipy.sparse.csr_array(scipy.sparse.vstack([rows_ub, rows_eq]))
         return cls(costs, A, np.concatenate([rhs_ub, rhs_eq]), rhs_ub.size, groups)
 
+    def pieces(self) -> Iterator[tuple[slice, Group]]:
+        """The groups with the variables that each takes.
+
+        Yields:
+            Slice of the variables, and the group.
+        """
+        at = 0
+        for group in self.groups:
+            yield slice(at, at + group.variables), group
+            at += group.variables
+
+    @cached_property
+    def repairable(self) -> bool:
+        """Whether shrinking makes a point feasible: A and b at least 0, no equations, down-closed blocks."""
+        closed = all(
+            bool((g.kind.lower == 0).all()) if isinstance(g.kind, Bounds) else g.kind.down_closed for g in self.groups
+        )
+        signs = self.A.nnz == 0 or bool(self.A.data.min() >= 0)
+        return closed and signs and bool((self.b >= 0).all()) and self.inequalities == self.b.size
+
     def project(self, point: Array) -> Array:
         """Projection of a point onto the product of the blocks.
 
@@ -132,16 +147,51 @@ class BlockLP:
         Returns:
             Shape (n,).
         """
-        parts, at = [], 0
-        for group in self.groups:
-            piece = point[at : at + group.variables]
-            at += group.variables
+        x = np.empty_like(point)
+        for at, group in self.pieces():
             if isinstance(group.kind, Bounds):
-                parts.append(np.clip(piece, group.kind.lower, group.kind.upper))
+                x[at] = np.clip(point[at], group.kind.lower, group.kind.upper)
             else:
-                offsets = torch.from_numpy(group.offsets)
-                parts.append(group.kind.project(torch.from_numpy(np.ascontiguousarray(piece)), offsets).numpy())
-        return np.concatenate(parts) if parts else point
+                x[at] = group.kind.project(_tensor(point[at]), torch.from_numpy(group.offsets)).numpy()
+        return x
+
+    def face(self, point: Array, x: Array) -> Face:
+        """The face that a projection stands on.
+
+        Args:
+            point: Shape (n,).
+            x: Its projection, shape (n,).
+
+        Returns:
+            The generalised Jacobian of the projection.
+        """
+        faces = []
+        for at, group in self.pieces():
+            if isinstance(group.kind, Bounds):
+                faces.append(Face((x[at] > group.kind.lower) & (x[at] < group.kind.upper)))
+            else:
+                faces.append(group.kind.face(_tensor(point[at]), _tensor(x[at]), torch.from_numpy(group.offsets)))
+        free = np.concatenate([face.free for face in faces])
+        return Face(free, _stack(faces, "cuts"), _stack(faces, "spans"))
+
+    def least(self, reduced: Array) -> float:
+        r"""$\sum_i \min_{v \in C_i} r_i'v$.
+
+        Args:
+            reduced: Reduced costs r, shape (n,).
+
+        Returns:
+            The sum; -inf where an unbounded variable has a cost of the wrong sign.
+        """
+        total = 0.0
+        for at, group in self.pieces():
+            r = reduced[at]
+            if isinstance(group.kind, Bounds):
+                side = np.where(r > 0, group.kind.lower, group.kind.upper)
+                total += float(np.where(r == 0, 0.0, r * np.where(r == 0, 0.0, side)).sum())
+            else:
+                total += float(r @ group.kind.minimiser(_tensor(r), torch.from_numpy(group.offsets)).numpy())
+        return total
 
     def lower_bound(self, lam: Array) -> float:
         r"""A certified bound, $\sum_i \min_{v \in C_i} (c_i + A_i'\lambda)'v - \lambda'b$.
@@ -152,248 +202,87 @@ class BlockLP:
         Returns:
             The bound; -inf where an unbounded variable has a reduced cost of the wrong sign.
         """
-        lam = lam.copy()
-        lam[: self.inequalities] = np.maximum(lam[: self.inequalities], 0.0)
-        reduced, total, at = self.c + self.A.T @ lam, -float(lam @ self.b), 0
-        for group in self.groups:
-            r = reduced[at : at + group.variables]
-            at += group.variables
-            if isinstance(group.kind, Bounds):
-                side = np.where(r > 0, group.kind.lower, group.kind.upper)
-                total += float(np.where(r == 0, 0.0, r * np.where(r == 0, 0.0, side)).sum())
-            else:
-                v = group.kind.minimiser(torch.from_numpy(r.copy()), torch.from_numpy(group.offsets))
-                total += float(r @ v.numpy())
-        return total
+        lam = self.signed(lam)
+        return self.least(self.c + self.A.T @ lam) - float(lam @ self.b)
+
+    def signed(self, lam: Array) -> Array:
+        """Multipliers with those of inequalities at least zero.
+
+        Args:
+            lam: Multipliers, shape (m,).
+
+        Returns:
+            Shape (m,).
+        """
+        return np.concatenate([np.maximum(lam[: self.inequalities], 0.0), lam[self.inequalities :]])
+
+    def proves_infeasible(self, lam: Array) -> bool:
+        r"""Whether multipliers are a certificate of infeasibility: the dual value at zero costs is above zero.
+
+        Args:
+            lam: Multipliers, shape (m,).
+
+        Returns:
+            Whether $\sum_i \min_{v \in C_i} (A_i'\lambda)'v - \lambda'b > 0$ beyond rounding, for which no x serves.
+        """
+        lam = self.signed(lam)
+        size = float(np.abs(lam).max(initial=0.0))
+        if size == 0.0:
+            return False
+        lam = lam / size
+        return self.least(self.A.T @ lam) - float(lam @ self.b) > 1e-9 * (1 + float(np.abs(self.b).max(initial=0.0)))
+
+    def excess(self, x: Array) -> Array:
+        """By how much each row is violated.
+
+        Args:
+            x: Shape (n,).
+
+        Returns:
+            Positive parts of A x - b for inequalities, absolute values for equations, shape (m,).
+        """
+        over = self.A @ x - self.b
+        return np.concatenate([np.maximum(over[: self.inequalities], 0.0), np.abs(over[self.inequalities :])])
+
+    def repaired(self, x: Array) -> Array:
+        """The point shrunk into the rows: every variable by the least factor of the rows it stands in.
+
+        Args:
+            x: A point of the blocks, shape (n,).
+
+        Returns:
+            A feasible point if the LP is `repairable`, shape (n,).
+        """
+        load, keep = self.A @ x, self.b * (1.0 - 1e-12)
+        factor = np.where(load > keep, keep / np.where(load > 0, load, 1.0), 1.0)
+        columns, factors = scipy.sparse.csc_array(self.A), np.ones(x.size)
+        owner = np.repeat(np.arange(x.size), np.diff(columns.indptr))
+        used = columns.data != 0
+        np.minimum.at(factors, owner[used], factor[columns.indices[used]])
+        return x * factors
 
 
-def _optimum(**fields: Any) -> OptimizeResult:
-    result = OptimizeResult()
-    result.update(fields)
-    return result
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def linprog_blocks(
-    c: ArrayLike,
-    A_ub: Any = None,
-    b_ub: ArrayLike | None = None,
-    A_eq: Any = None,
-    b_eq: ArrayLike | None = None,
-    bounds: Any = None,
-    blocks: Sequence[tuple[Polytope, ArrayLike]] | None = None,
-    *,
-    tol: float = 1e-9,
-    time_limit: float | None = None,
-) -> OptimizeResult:
-    """Solve an LP over blocks; arguments and result as in `scipy.optimize.linprog`.
-
-    Args:
-        c: Costs, shape (n,).
-        A_ub: Rows of the inequalities, shape (m_ub, n), dense or sparse.
-        b_ub: Their right-hand sides, shape (m_ub,).
-        A_eq: Rows of the equations, shape (m_eq, n), dense or sparse.
-        b_eq: Their right-hand sides, shape (m_eq,).
-        bounds: As in scipy; used where there are no blocks.
-        blocks: Polytopes in the order of the variables, each with the lengths of its blocks.
-        tol: Relative residuals to reach.
-        time_limit: Seconds after which the best point so far is returned.
-
-    Returns:
-        `x`, `fun`, `lam` (multipliers, inequalities first), `lower_bound` (certified; -inf if none), `violation` (rows,
-        over 1 + |b| + |A| |x|), `dual_residual`, `gap`, `nit` (proximal steps), `status`, `success` and `message`:
-        0 residuals and gap below 100 tol, 1 limit reached, 2 infeasible (a ray proves it), 4 accuracy not reached.
-    """
-    started = time.monotonic()
-    lp = BlockLP.build(c, A_ub, b_ub, A_eq, b_eq, bounds, blocks)
-    if any(not isinstance(group.kind, (Bounds, CappedBox)) for group in lp.groups):
-        return _solve_smoothed(lp, tol, time_limit)
-
-    def late() -> bool:
-        return time_limit is not None and time.monotonic() - started > time_limit
-
-    scaled, rows, columns, size = _scaled(lp)
-    found = solve_exact(scaled, tol, deadline=late, infeasible=lambda ray: _proves_infeasible(lp, ray * rows))
-    n = lp.c.size
-    x = lp.project(found.x[:n] * columns[:n] * size[1])
-    lam = found.lam * rows * size[0]
-    return _result(lp, x, lam, found, tol, late())
+def _stack(faces: list[Face], name: str) -> scipy.sparse.csc_array | None:
+    parts = [getattr(face, name) for face in faces]
+    if not any(part is not None and part.shape[1] for part in parts):
+        return None
+    parts = [scipy.sparse.csc_array((f.free.size, 0)) if p is None else p for f, p in zip(faces, parts, strict=True)]
+    return scipy.sparse.csc_array(scipy.sparse.block_diag(parts, format="csc"))
 
 
-def _solve_smoothed(lp: BlockLP, tol: float, time_limit: float | None) -> OptimizeResult:
-    dual = BlockDual(lp)
-    search = Search(dual, Options(tol=max(tol, SMALLEST_TOL), time_limit=time_limit))
-    ended = continuation.run(search, None, lambda _: None)
-    if search.incumbent is None or search.price is None:
-        raise RuntimeError("the run ended before its first evaluation")
-    best = search.incumbent.evaluation
-    x = dual.primal(best.lam, best.gamma, search.incumbent.anchor).numpy() * dual.factors(best.shrink)
-    good = ended in {"optimal", "optimal_residual"}
-    codes = {"infeasible": 2, "time_limit": 1, "evaluation_limit": 1}
-    excess = lp.A @ x - lp.b
-    excess[: lp.inequalities] = np.maximum(excess[: lp.inequalities], 0.0)
-    fun = float(lp.c @ x)
-    return _optimum(
-        x=x,
-        fun=fun,
-        lam=search.price.numpy(),
-        lower_bound=search.lower,
-        violation=float((np.abs(excess) / (1 + np.abs(lp.b))).max(initial=0.0)),
-        dual_residual=0.0,
-        gap=(fun - search.lower) / search.size,
-        nit=len(search.history),
-        status=0 if good else codes.get(ended, 4),
-        success=good,
-        message=ended,
-    )
-
-
-class BlockDual:
-    """The smoothed dual of a `BlockLP` whose blocks are compact; see `polytope_lp.evaluation.Dual`.
+def equilibrated(lp: BlockLP) -> tuple[Conic, Array, Array, tuple[float, float]]:
+    """The LP in equations with slacks, scaled so that rows, costs and right-hand sides are of order one.
 
     Args:
         lp: The LP.
+
+    Returns:
+        The scaled LP, factors of rows and columns, and the units of costs and amounts.
     """
-
-    def __init__(self, lp: BlockLP) -> None:
-        self.lp, self._start = lp, time.monotonic()
-        parts = []
-        for group in lp.groups:
-            if isinstance(group.kind, Bounds):
-                parts.append(np.maximum(np.abs(group.kind.lower), np.abs(group.kind.upper)))
-            else:
-                parts.append(group.kind.limits(torch.from_numpy(group.offsets)).numpy())
-        limits = np.concatenate(parts)
-        if not np.isfinite(limits).all():
-            raise ValueError("bounds: expected finite bounds beside polytopes that only have an oracle")
-        norms = np.sqrt(np.asarray((lp.A * lp.A).sum(axis=1)).ravel())
-        self.scale = torch.from_numpy(np.exp2(-np.round(np.log2(np.where(norms > 0, norms, 1.0)))))
-        self.free = torch.arange(lp.b.size) >= lp.inequalities
-        self.budgets = torch.from_numpy(lp.b)
-        self.blocks = sum(group.offsets.size - 1 for group in lp.groups)
-        self.ceiling = float(np.abs(lp.c) @ limits) * (1 + 1e-9)
-        self.gamma_start = max(float(np.abs(lp.c).mean()), 1e-12) / max(float(limits.mean()), 1e-300)
-        closed = all(not isinstance(g.kind, Bounds) and g.kind.down_closed for g in lp.groups)
-        signs = lp.A.nnz == 0 or bool(lp.A.data.min() >= 0)
-        self.repairable = closed and signs and bool((lp.b >= 0).all()) and lp.inequalities == lp.b.size
-        self._columns = scipy.sparse.csc_array(lp.A)
-
-    def factors(self, shrink: torch.Tensor | None) -> Array:
-        """Factor of every variable: the least over the rows it stands in.
-
-        Args:
-            shrink: Factors by row, or None.
-
-        Returns:
-            Shape (n,).
-        """
-        result = np.ones(self.lp.c.size)
-        if shrink is not None:
-            owner = np.repeat(np.arange(result.size), np.diff(self._columns.indptr))
-            used = self._columns.data != 0
-            np.minimum.at(result, owner[used], shrink.numpy()[self._columns.indices[used]])
-        return result
-
-    def primal(self, lam: torch.Tensor, gamma: float, anchor: torch.Tensor | None = None) -> torch.Tensor:
-        """See `polytope_lp.evaluation.Dual.primal`.
-
-        Args:
-            lam: Multipliers, shape (m,), float64.
-            gamma: Weight of the ridge.
-            anchor: Proximal centre, or None for the origin.
-
-        Returns:
-            Shape (n,), float64.
-        """
-        target = -(self.lp.c + self.lp.A.T @ lam.numpy()) / gamma
-        return torch.from_numpy(self.lp.project(target if anchor is None else target + anchor.numpy()))
-
-    def evaluate(self, lam: torch.Tensor, gamma: float, anchor: torch.Tensor | None = None) -> Evaluation:
-        """See `polytope_lp.evaluation.Dual.evaluate`.
-
-        Args:
-            lam: Multipliers, shape (m,), float64.
-            gamma: Weight of the ridge.
-            anchor: Proximal centre, or None for the origin.
-
-        Returns:
-            Value, gradient and bounds.
-        """
-        lp = self.lp
-        x = self.primal(lam, gamma, anchor).numpy()
-        load = lp.A @ x
-        gradient = torch.from_numpy(load - lp.b)
-        cost, shrink, upper = float(lp.c @ x), None, np.inf
-        if self.repairable:
-            keep = lp.b * KEEP
-            shrink = torch.from_numpy(np.where(load > keep, keep / np.where(load > 0, load, 1.0), 1.0))
-            upper = float(lp.c @ (x * self.factors(shrink)))
-        move = x if anchor is None else x - anchor.numpy()
-        excess = torch.where(self.free, gradient.abs(), gradient) / (1 + self.budgets.abs())
-        return Evaluation(
-            lam=lam,
-            gamma=gamma,
-            value=cost + gamma / 2 * float(move @ move) + float(lam @ gradient),
-            gradient=gradient,
-            lower=lp.lower_bound(lam.numpy()),
-            upper=upper,
-            cost=cost,
-            shrink=shrink,
-            violation=max(float(excess.max()), 0.0) if excess.numel() else 0.0,
-            fractional=0,
-            nonzero=int((x > 0).sum()),
-        )
-
-    def elapsed(self) -> float:
-        """See `polytope_lp.evaluation.Dual.elapsed`.
-
-        Returns:
-            Seconds.
-        """
-        return time.monotonic() - self._start
-
-
-def _result(lp: BlockLP, x: Array, lam: Array, found: Exact, tol: float, late: bool) -> OptimizeResult:
-    activity = lp.A @ x - lp.b
-    activity[: lp.inequalities] = np.maximum(activity[: lp.inequalities], 0.0)
-    # Relative to what is summed: rows of large entries carry rounding in proportion.
-    summed = 1 + np.abs(lp.b) + abs(lp.A) @ np.abs(x)
-    violation = float((np.abs(activity) / summed).max(initial=0.0))
-    fun, bound = float(lp.c @ x), lp.lower_bound(lam)
-    dual_value = -float(lam @ lp.b) + float((lp.c + lp.A.T @ lam) @ x)
-    gap = abs(fun - dual_value) / max(1.0, abs(fun))
-    good = violation <= 100 * tol and found.dual <= 100 * tol and gap <= max(100 * tol, 1e-6)
-    status, message = (0, "optimal: residuals and gap below tolerance") if good else (4, "accuracy not reached")
-    if not good and found.ray is not None:
-        status, message = 2, "infeasible: the multipliers are a ray along which the dual grows without bound"
-    elif not good and late:
-        status, message = 1, "time limit reached"
-    return _optimum(
-        x=x,
-        fun=fun,
-        lam=lam,
-        lower_bound=bound,
-        violation=violation,
-        dual_residual=found.dual,
-        gap=gap,
-        nit=found.outer,
-        newton=found.newton,
-        status=status,
-        success=good,
-        message=message,
-    )
-
-
-def _proves_infeasible(lp: BlockLP, lam: Array) -> bool:
-    # With zero costs the dual value at lam bounds 0'x = 0 from below: above zero there is no feasible x.
-    size = float(np.abs(lam).max(initial=0.0))
-    if size == 0.0:
-        return False
-    ray = BlockLP(np.zeros_like(lp.c), lp.A, lp.b, lp.inequalities, lp.groups)
-    return ray.lower_bound(lam / size) > 1e-9 * (1 + float(np.abs(lp.b).max(initial=0.0)))
-
-
-def _scaled(lp: BlockLP) -> tuple[Conic, Array, Array, tuple[float, float]]:
-    # The LP in equations with slacks, equilibrated; factors of rows and columns, the units of costs and amounts.
     m, n, k = lp.b.size, lp.c.size, lp.inequalities
     slack = scipy.sparse.vstack([scipy.sparse.eye_array(k), scipy.sparse.csr_array((m - k, k))])
     M = scipy.sparse.csc_array(scipy.sparse.hstack([lp.A, slack]) if k else lp.A)
@@ -422,33 +311,17 @@ def _scaled(lp: BlockLP) -> tuple[Conic, Array, Array, tuple[float, float]]:
         inside = np.concatenate([lp.project(amounts[:n]), np.maximum(amounts[n:], 0.0)])
         return np.asarray(inside / (columns * unit_x))
 
-    def face(x: Array) -> Face:
-        amounts = x * columns * unit_x
-        free, cuts = _face(lp, amounts[:n])
-        if cuts is not None:
-            cuts = scipy.sparse.csc_array(scipy.sparse.vstack([cuts, scipy.sparse.csc_array((k, cuts.shape[1]))]))
-        return Face(np.concatenate([free, amounts[n:] > 0]), cuts)
+    def face(v: Array, x: Array) -> Face:
+        units = columns * unit_x
+        found = lp.face((v * units)[:n], (x * units)[:n])
+        pad = scipy.sparse.csc_array((k, 0))
+        cuts, spans = (
+            None if part is None else scipy.sparse.csc_array(scipy.sparse.block_diag([part, pad], format="csc"))
+            for part in (found.cuts, found.spans)
+        )
+        return Face(np.concatenate([found.free, x[n:] > 0]), cuts, spans)
 
     return Conic(M, b / unit_x, c / unit_c, project, face), rows, columns, (unit_c, unit_x)
-
-
-def _face(lp: BlockLP, x: Array) -> tuple[NDArray[np.bool_], scipy.sparse.csc_array | None]:
-    free, cuts, at = [], [], 0
-    for group in lp.groups:
-        mine = x[at : at + group.variables]
-        at += group.variables
-        if isinstance(group.kind, Bounds):
-            free.append((mine > group.kind.lower) & (mine < group.kind.upper))
-            cuts.append(scipy.sparse.csc_array((group.variables, 0)))
-            continue
-        if not isinstance(group.kind, CappedBox):
-            raise TypeError(f"blocks: expected capped boxes, got {type(group.kind).__name__}")
-        inside, tight = group.kind.face(torch.from_numpy(mine.copy()), torch.from_numpy(group.offsets))
-        free.append(inside)
-        cuts.append(tight)
-    if not any(part.shape[1] for part in cuts):
-        return np.concatenate(free), None
-    return np.concatenate(free), scipy.sparse.csc_array(scipy.sparse.block_diag(cuts, format="csc"))
 
 
 def _rows(name: str, A: Any, b: ArrayLike | None, n: int) -> tuple[scipy.sparse.csr_array, Array]:
@@ -483,6 +356,8 @@ def _group(kind: Polytope, lengths: ArrayLike) -> Group:
     sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
     if sizes.size == 0 or (sizes < 0).any():
         raise ValueError("blocks: expected lengths of at least 0, got none or a negative one")
-    group = Group(kind, np.concatenate([[0], np.cumsum(sizes)]))
+    if not isinstance(kind, Polytope):
+        raise TypeError(f"blocks: expected (polytope, lengths) pairs, got {type(kind).__name__}")
+    group = Group(kind.fresh(), np.concatenate([[0], np.cumsum(sizes)]))
     kind.check(torch.from_numpy(group.offsets))
     return group

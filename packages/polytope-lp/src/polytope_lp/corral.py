@@ -76,7 +76,11 @@ def project(
             return Corral(S, w, calls)
         if limit is not None and S.shape[0] >= limit:
             return Corral(S, w, calls, complete=False)
-        S, w = _minor(np.vstack([S, q]), np.append(w, 0.0), y)
+        T, v = _minor(np.vstack([S, q]), np.append(w, 0.0), y)
+        moved = v @ T - x
+        if float(step @ moved) <= 0.5 * float(moved @ moved):  # ||y - x|| no longer falls: all that rounding allows
+            return Corral(S, w, calls)
+        S, w = T, v
     return Corral(S, w, calls, complete=False)
 
 

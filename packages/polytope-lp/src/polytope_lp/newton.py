@@ -20,24 +20,13 @@ import scipy.sparse
 import scipy.sparse.linalg
 from numpy.typing import NDArray
 
+from polytope_lp.polytopes.base import Face
+
 Array = NDArray[np.float64]
 PATIENCE = 25
 """Proximal steps without progress after which the method gives up."""
 DENSE_ROWS = 1200
 """Up to so many rows the Newton system is factored densely."""
-
-
-@dataclass(frozen=True)
-class Face:
-    """The generalised Jacobian of a projection, P = diag(free) - U U'.
-
-    Attributes:
-        free: Entries off their bounds, shape (n,), bool.
-        cuts: U with one column per tight cut, orthonormal and supported on free entries; shape (n, cuts), or None.
-    """
-
-    free: NDArray[np.bool_]
-    cuts: scipy.sparse.csc_array | None = None
 
 
 @dataclass(frozen=True)
@@ -49,14 +38,14 @@ class Conic:
         b: Right-hand sides, shape (m,).
         c: Costs, shape (n,).
         project: Projection of a point onto C.
-        face: Face of a projected point, given the point it came from.
+        face: Face of a projected point: given the point it came from, and its projection.
     """
 
     A: scipy.sparse.csc_array
     b: Array
     c: Array
     project: Callable[[Array], Array]
-    face: Callable[[Array], Face]
+    face: Callable[[Array, Array], Face]
 
 
 @dataclass(frozen=True)
@@ -89,6 +78,8 @@ def solve_exact(
     gamma: float = 1.0,
     deadline: Callable[[], bool] = lambda: False,
     infeasible: Callable[[Array], bool] = lambda _: False,
+    accept: Callable[[Exact], bool] = lambda _: True,
+    report: Callable[[Exact], None] = lambda _: None,
 ) -> Exact:
     """Run the proximal method of multipliers until both residuals are below `tol`.
 
@@ -99,6 +90,8 @@ def solve_exact(
         gamma: First primal weight.
         deadline: Whether to stop now.
         infeasible: Whether a direction of the multipliers proves that there is no feasible point.
+        accept: Whether a point below `tol` also does in the problem's own units; if not, the method goes on.
+        report: Called after every proximal step.
 
     Returns:
         The last point with its residuals.
@@ -119,9 +112,13 @@ def solve_exact(
         since += 1
         if max(primal, dual) < max(best.primal, best.dual) or k == 0:
             best, since = found, 0
+        report(found)
         if primal > 1e-6 and k >= 3 and infeasible(lam - before):
             ray = lam - before  # with no feasible point the multipliers run away, in the end along a ray
-        if max(primal, dual) <= tol or deadline() or ray is not None or since >= PATIENCE:
+        done = max(primal, dual) <= tol and accept(found)
+        if done:
+            best = found
+        if done or deadline() or ray is not None or since >= PATIENCE:
             return Exact(best.x, best.lam, best.primal, best.dual, k + 1, newton, ray)
         # The primal residual falls with delta, the dual one with gamma: lower what is behind.
         if dual > 0.3 * primal:
@@ -140,24 +137,26 @@ def _step(
         move, shift = x - centre, lam - start
         return float(lp.c @ x + gamma / 2 * move @ move + lam @ (lp.A @ x - lp.b) - delta / 2 * shift @ shift)
 
-    x = lp.project(centre - (lp.c + lp.A.T @ lam) / gamma)
+    point = centre - (lp.c + lp.A.T @ lam) / gamma
+    x = lp.project(point)
     now = value(x, lam)
     for step in range(most):
         gradient = lp.A @ x - lp.b - delta * (lam - start)
         if float(np.linalg.norm(gradient)) <= tol * scale:
             return x, lam, step
-        direction = _newton_direction(lp, lp.face(x), gradient, gamma, delta)
+        direction = _newton_direction(lp, lp.face(point, x), gradient, gamma, delta)
         slope, t = float(gradient @ direction), 1.0
         while True:
             trial = lam + t * direction
-            reached = lp.project(centre - (lp.c + lp.A.T @ trial) / gamma)
+            target = centre - (lp.c + lp.A.T @ trial) / gamma
+            reached = lp.project(target)
             then = value(reached, trial)
             if then >= now + 1e-4 * t * slope - 1e-13 * abs(now) or t < 1e-10:
                 break
             t /= 2
         if t < 1e-10:
             return x, lam, step
-        lam, x, now = trial, reached, then
+        lam, point, x, now = trial, target, reached, then
     return x, lam, most
 
 
@@ -168,6 +167,9 @@ def _newton_direction(lp: Conic, face: Face, gradient: Array, gamma: float, delt
     if face.cuts is not None and face.cuts.shape[1]:
         W = lp.A @ face.cuts
         H = H - W @ W.T
+    if face.spans is not None and face.spans.shape[1]:
+        W = lp.A @ face.spans
+        H = H + W @ W.T
     m = lp.b.size
     if m <= DENSE_ROWS:
         dense = H.toarray() / gamma

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 from polytope_lp import checkpoint, continuation
+from polytope_lp.block_lp import BlockLP
+from polytope_lp.block_solution import BlockSolution, solve_blocks
 from polytope_lp.evaluation import FusedDual
 from polytope_lp.options import Options
 from polytope_lp.problem import MatchingProblem
@@ -14,6 +16,7 @@ from polytope_lp.solution import Solution
 Report = Callable[[dict[str, Any]], None]
 
 
+@overload
 def solve(
     problem: MatchingProblem,
     tol: float = 1e-4,
@@ -24,14 +27,34 @@ def solve(
     warm_start: Any = None,
     options: Options | None = None,
     **changes: Any,
-) -> Solution:
+) -> Solution: ...
+
+
+@overload
+def solve(
+    problem: BlockLP, tol: float = 1e-4, time_limit: float | None = None, *, report: Report | None = None
+) -> BlockSolution: ...
+
+
+def solve(
+    problem: MatchingProblem | BlockLP,
+    tol: float = 1e-4,
+    time_limit: float | None = None,
+    *,
+    group: Any = None,
+    report: Report | None = None,
+    warm_start: Any = None,
+    options: Options | None = None,
+    **changes: Any,
+) -> Solution | BlockSolution:
     r"""Solve $\min c'x$ subject to $A x \le b$, $x_i \in C_i$, to a certified relative gap.
 
     The policy: L-BFGS on the smoothed dual, with a ridge that falls until its measured cost fits `tol`; where vertices
     stop appearing as it falls (ties) or it reaches the floor of float64, the proximal loop with the ridge held.
 
     Args:
-        problem: The problem, or with `group` this rank's shard of it.
+        problem: The problem, or with `group` this rank's shard of it; or a `BlockLP`, which `block_solution` solves by
+            second-order steps (it takes `tol`, `time_limit` and `report` only).
         tol: Relative gap between upper and lower bound at which to stop.
         time_limit: Seconds after which the best point so far is returned.
         group: `torch.distributed` process group whose ranks hold the shards.
@@ -42,7 +65,18 @@ def solve(
 
     Returns:
         The solution; read `status` before using it.
+
+    Raises:
+        TypeError: If the problem is neither, or an option does not apply to a `BlockLP`.
     """
+    if isinstance(problem, BlockLP):
+        foreign = {"group": group, "warm_start": warm_start, "options": options} | changes
+        given = [name for name, value in foreign.items() if value is not None]
+        if given:
+            raise TypeError(f"{given[0]}: expected tol, time_limit and report only, for a BlockLP")
+        return solve_blocks(problem, tol, time_limit, report)
+    if not isinstance(problem, MatchingProblem):
+        raise TypeError(f"problem: expected a MatchingProblem or a BlockLP, got {type(problem).__name__}")
     chosen = options or Options(tol=tol, time_limit=time_limit)
     chosen = dataclasses.replace(chosen, **changes)
     dual = FusedDual(problem, group)

@@ -106,21 +106,13 @@ def recompute(problem: MatchingProblem, x: Array, lam: Array) -> dict[str, Any]:
         objective += float(cost @ mine)
         load += np.bincount(rows.ravel(), (a * mine[:, None]).ravel(), problem.rows)
         reduced = cost + (a * lam[rows]).sum(1)
-        block = np.repeat(np.arange(part.blocks), np.diff(starts))
         cap = np.broadcast_to(part.cap.numpy(), (part.blocks,))
         weight = np.ones(part.variables) if part.weight is None else part.weight.numpy().astype(np.float64)
         upper = np.full(part.variables, np.inf)
         if part.upper is not None:
             upper = np.broadcast_to(part.upper.numpy().astype(np.float64), (part.variables,))
-        least += _least(reduced, block, starts, cap, np.minimum(upper, cap[block] / weight), weight, part.equality)
-        used = np.bincount(block, weight * mine, part.blocks)
-        over = np.abs(used - cap) if part.equality else used - cap
-        worst = max(
-            worst,
-            float(-mine.min(initial=0.0)),
-            float((mine - upper).max(initial=0.0)),
-            float((over / np.maximum(1.0, np.where(np.isfinite(cap), cap, 1.0))).max(initial=0.0)),
-        )
+        least += capped_least(reduced, starts, cap, upper, weight, part.equality)
+        worst = max(worst, capped_excess(mine, starts, cap, upper, weight, part.equality))
     return {
         "objective": objective,
         "load": load,
@@ -129,10 +121,45 @@ def recompute(problem: MatchingProblem, x: Array, lam: Array) -> dict[str, Any]:
     }
 
 
-def _least(
-    r: Array, block: NDArray[np.int64], starts: NDArray[np.int64], cap: Array, u: Array, w: Array, equality: bool
+def capped_excess(
+    x: Array, starts: NDArray[np.int64], cap: Array, upper: Array, weight: Array, equality: bool
 ) -> float:
-    # Sum over the blocks of the least r'v: items by rising r / w until the cap is used up.
+    """By how much a point leaves its capped boxes.
+
+    Args:
+        x: The point, shape (variables,).
+        starts: Bounds of the blocks, from 0, shape (blocks + 1,).
+        cap: Right-hand sides, shape (blocks,).
+        upper: Upper bounds, shape (variables,).
+        weight: Weights, shape (variables,).
+        equality: Whether the cuts are equations.
+
+    Returns:
+        Greatest excess over a bound, or over a cut relative to max(1, cap).
+    """
+    block = np.repeat(np.arange(cap.size), np.diff(starts))
+    used = np.bincount(block, weight * x, cap.size)
+    over = np.abs(used - cap) * (np.diff(starts) > 0) if equality else used - cap
+    over = over / np.maximum(1.0, np.where(np.isfinite(cap), cap, 1.0))
+    return max(float(part.max(initial=0.0)) for part in (-x, x - upper, over))
+
+
+def capped_least(r: Array, starts: NDArray[np.int64], cap: Array, upper: Array, weight: Array, equality: bool) -> float:
+    """Sum over the blocks of the least r'v: items by rising r / w until the cap is used up.
+
+    Args:
+        r: Reduced costs, shape (variables,).
+        starts: Bounds of the blocks, from 0, shape (blocks + 1,).
+        cap: Right-hand sides, shape (blocks,).
+        upper: Upper bounds, shape (variables,).
+        weight: Weights, shape (variables,).
+        equality: Whether the cuts are equations.
+
+    Returns:
+        The sum.
+    """
+    block = np.repeat(np.arange(cap.size), np.diff(starts))
+    w, u = weight, np.minimum(upper, cap[block] / weight)
     order = np.lexsort((r / w, block))
     take = (w * u)[order]
     if not equality:

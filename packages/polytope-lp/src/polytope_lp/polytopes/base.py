@@ -1,8 +1,28 @@
 """What a solver needs to know about a family of block polytopes."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Face:
+    """An element of the generalised Jacobian of a projection, P = diag(free) - U U' + Q Q'.
+
+    Attributes:
+        free: Entries that move by themselves, shape (n,), bool.
+        cuts: U, orthonormal columns supported on free entries, one per tight cut; shape (n, cuts), or None.
+        spans: Q, orthonormal columns supported off the free entries, which span the directions inside the face of
+            blocks that are known by vertices; shape (n, spans), or None.
+    """
+
+    free: NDArray[np.bool_]
+    cuts: scipy.sparse.csc_array | None = None
+    spans: scipy.sparse.csc_array | None = None
 
 
 class Polytope(ABC):
@@ -60,3 +80,24 @@ class Polytope(ABC):
         Returns:
             Limits, shape (variables,), float64.
         """
+
+    @abstractmethod
+    def face(self, values: Tensor, x: Tensor, offsets: Tensor) -> Face:
+        """The face of each block that a projection stands on.
+
+        Args:
+            values: Points, shape (variables,), float64.
+            x: Their projections, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            The generalised Jacobian of the projection there.
+        """
+
+    def fresh(self) -> "Polytope":
+        """The same polytope for another use: without what earlier projections left behind.
+
+        Returns:
+            Itself where nothing is kept.
+        """
+        return self

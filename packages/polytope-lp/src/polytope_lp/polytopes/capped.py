@@ -8,10 +8,9 @@ import scipy.sparse
 import torch
 from core_tensor import project_blocks
 from core_tensor.project_blocks import check_family, reference
-from numpy.typing import NDArray
 from torch import Tensor
 
-from polytope_lp.polytopes.base import Polytope
+from polytope_lp.polytopes.base import Face, Polytope
 
 Values = float | Tensor
 """A number for all blocks (or variables), or one per block (or variable)."""
@@ -101,15 +100,16 @@ class CappedBox(Polytope):
         """
         return reference.bounds(int(offsets[-1]), offsets, *self.parameters())[2]
 
-    def face(self, x: Tensor, offsets: Tensor) -> tuple[NDArray[np.bool_], scipy.sparse.csc_array]:
-        """The face that a projection stands on, as the factors of P = diag(free) - U U'.
+    def face(self, values: Tensor, x: Tensor, offsets: Tensor) -> Face:  # noqa: ARG002
+        """See `Polytope.face`: entries strictly between their bounds, and one normalised column per tight cut.
 
         Args:
-            x: A value of `project`, shape (variables,), float64.
+            values: Points, shape (variables,), float64.
+            x: Their projections, shape (variables,), float64.
             offsets: Bounds of the blocks, shape (blocks + 1,), int64.
 
         Returns:
-            Entries strictly between their bounds, and U with one normalised column per tight cut.
+            The face.
         """
         cap, upper, weight = self.parameters()
         n, blocks = x.shape[0], offsets.shape[0] - 1
@@ -123,7 +123,7 @@ class CappedBox(Polytope):
         kept = torch.nonzero(inside > 0).ravel()
         entries = (inside / norm.clamp_min(1e-300)[block])[kept].numpy()
         columns = scipy.sparse.csc_array((entries, (kept.numpy(), block[kept].numpy())), shape=(n, blocks))
-        return free.numpy(), columns[:, np.flatnonzero(norm.numpy() > 0)]
+        return Face(free.numpy(), columns[:, np.flatnonzero(norm.numpy() > 0)])
 
     def tangent(self, direction: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         """An element of the generalised Jacobian of the projection at its value x, times a direction.

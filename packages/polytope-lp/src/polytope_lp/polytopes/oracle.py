@@ -1,24 +1,22 @@
-r"""Any polytope that can name a best vertex: assignment, slates, parity, a list of vertices, or the user's own."""
+"""Any polytope that can name a best vertex: a list of vertices, or the user's own function."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import scipy.sparse
 import torch
-from core_tensor.checks import check_number
 from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp import corral
-from polytope_lp.polytopes.base import Polytope
+from polytope_lp.polytopes.base import Face, Polytope
+from polytope_lp.polytopes.rows import Rows, project_rows
 
 Array = NDArray[np.float64]
-Rows = tuple[scipy.sparse.csr_array, Array, NDArray[np.bool_]]
-"""Matrix G, right-hand sides h and which rows are equations, of $\\{x \\ge 0, Gx \\le h\\}$."""
 
 
 class VertexPolytope(Polytope):
@@ -30,9 +28,19 @@ class VertexPolytope(Polytope):
     down_closed = False
 
     def __init__(self) -> None:
-        self._warm: dict[int, Array] = {}
+        self._kept: dict[int, corral.Corral] = {}
         self._rows: dict[int, Rows | None] = {}
         self.switched = 0
+
+    def fresh(self) -> "VertexPolytope":
+        """See `Polytope.fresh`.
+
+        Returns:
+            A copy without corrals.
+        """
+        other = copy.copy(self)
+        VertexPolytope.__init__(other)
+        return other
 
     @abstractmethod
     def best(self, direction: Array) -> Array:
@@ -52,7 +60,7 @@ class VertexPolytope(Polytope):
             n: Length of the block.
 
         Returns:
-            Matrix, right-hand sides and which rows are equations; None if there is no short description.
+            The rows; None if there is no short description.
         """
         return None
 
@@ -95,19 +103,54 @@ class VertexPolytope(Polytope):
         """
         v, at = values.detach().numpy(), offsets.tolist()
         x = np.zeros_like(v)
-        for i in range(len(at) - 1):
-            y = v[at[i] : at[i + 1]]
-            if not y.size:
-                continue
-            warm = self._warm.get(i)
-            found = self.project_block(y, warm if warm is not None and warm.shape[1] == y.size else None)
-            self._warm[i] = found.vertices
-            rows = None if found.complete else self._rows[y.size]
-            if rows is not None:
-                self.switched += 1
-                del self._warm[i]
-            x[at[i] : at[i + 1]] = found.point if rows is None else project_rows(y, *rows)
+        for i, (low, high) in enumerate(pairwise(at)):
+            if high > low:
+                x[low:high] = self._project(i, v[low:high])
         return torch.from_numpy(x)
+
+    def _project(self, i: int, y: Array) -> Array:
+        kept = self._kept.get(i)
+        warm = kept.vertices if kept is not None and kept.vertices.shape[1] == y.size else None
+        found = self.project_block(y, warm)
+        rows = None if found.complete else self._rows[y.size]
+        if rows is not None:
+            self.switched += 1
+            self._kept.pop(i, None)
+            return project_rows(y, rows)
+        if not found.complete:
+            raise RuntimeError(f"polytope: the projection of block {i} did not end; is the oracle a maximiser?")
+        self._kept[i] = found
+        return found.point
+
+    def face(self, values: Tensor, x: Tensor, offsets: Tensor) -> Face:
+        """See `Polytope.face`: the directions between the vertices of each corral.
+
+        Args:
+            values: Points, shape (variables,), float64.
+            x: Their projections, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            The face.
+        """
+        at, free = offsets.tolist(), np.zeros(x.shape[0], dtype=bool)
+        cuts, spans = [], []
+        for i, (low, high) in enumerate(pairwise(at)):
+            mine, n = x[low:high].numpy(), high - low
+            kept = self._kept.get(i)
+            if n and (kept is None or kept.vertices.shape[1] != n or not np.array_equal(kept.point, mine)):
+                self._project(i, values[low:high].numpy())
+                kept = self._kept.get(i)
+            basis, normals = np.zeros((n, 0)), np.zeros((n, 0))
+            rows = self._rows.get(n)
+            if kept is not None and n:
+                basis = np.linalg.qr((kept.vertices[1:] - kept.vertices[0]).T)[0]
+            elif rows is not None and n:
+                free[low:high], normals = rows.face(mine)
+            cuts.append(normals)
+            spans.append(basis)
+        U, Q = (scipy.sparse.csc_array(scipy.sparse.block_diag(parts, format="csc")) for parts in (cuts, spans))
+        return Face(free, U, Q)
 
     def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
         """See `Polytope.minimiser`.
@@ -192,192 +235,3 @@ class VertexList(VertexPolytope):
         if direction.size != self.vertices.shape[1]:
             raise ValueError(f"blocks: expected length {self.vertices.shape[1]}, got {direction.size}")
         return np.asarray(self.vertices[int(np.argmax(self.vertices @ direction))])
-
-
-class Assignment(VertexPolytope):
-    r"""Items by slots, row by row: $\sum_i x_{ik} = 1$ (or <= 1) per slot, $\sum_k x_{ik} \le 1$ per item, $x \ge 0$.
-
-    Also ranking: slots are positions. A block of n items has n * slots variables.
-
-    Args:
-        slots: Number of slots.
-        filled: Whether every slot must be filled (then a block needs at least as many items).
-    """
-
-    def __init__(self, slots: int, *, filled: bool = True) -> None:
-        super().__init__()
-        check_number("slots", slots, low=1, integer=True)
-        self.slots, self.filled = slots, filled
-        self.down_closed = not filled
-
-    def check(self, offsets: Tensor) -> None:
-        """See `Polytope.check`.
-
-        Args:
-            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
-
-        Raises:
-            ValueError: If a block is no multiple of the slots, or has too few items to fill them.
-        """
-        lengths = offsets[1:] - offsets[:-1]
-        wrong = (lengths % self.slots != 0) | (self.filled & (lengths < self.slots**2))
-        if bool(wrong.any()):
-            i = int(wrong.nonzero()[0])
-            least = f"at least {self.slots} items" if self.filled else "whole items"
-            raise ValueError(
-                f"blocks: block {i} of {int(lengths[i])} variables does not hold {least} x {self.slots} slots"
-            )
-
-    def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`: a linear sum assignment.
-
-        Args:
-            direction: Shape (items * slots,), float64.
-
-        Returns:
-            The vertex.
-        """
-        gain = direction.reshape(-1, self.slots)
-        if not self.filled:
-            gain = np.maximum(gain, 0.0)
-        item, slot = scipy.optimize.linear_sum_assignment(gain, maximize=True)
-        vertex = np.zeros_like(gain)
-        vertex[item, slot] = 1.0
-        if not self.filled:
-            vertex[gain <= 0.0] = 0.0
-        return vertex.ravel()
-
-    def rows(self, n: int) -> Rows:
-        """See `VertexPolytope.rows`.
-
-        Args:
-            n: Length of the block.
-
-        Returns:
-            One row per slot, one per item.
-        """
-        items = n // self.slots
-        slot = scipy.sparse.kron(np.ones((1, items)), scipy.sparse.eye_array(self.slots))
-        item = scipy.sparse.kron(scipy.sparse.eye_array(items), np.ones((1, self.slots)))
-        equation = np.arange(self.slots + items) < (self.slots if self.filled else 0)
-        return scipy.sparse.csr_array(scipy.sparse.vstack([slot, item])), np.ones(self.slots + items), equation
-
-
-class Slate(VertexPolytope):
-    r"""Paths through a slate: a start item, then for each next place an edge from item to item, one unit of flow.
-
-    Variables: n first-place choices, then (places - 1) matrices of n x n transitions, in row-major order.
-
-    Args:
-        items: Number of items n.
-        places: Places of the slate.
-    """
-
-    def __init__(self, items: int, places: int) -> None:
-        super().__init__()
-        check_number("items", items, low=1, integer=True)
-        check_number("places", places, low=1, integer=True)
-        self.items, self.places = items, places
-
-    def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`: a longest path by dynamic programming.
-
-        Args:
-            direction: Shape (n + (places - 1) n^2,), float64.
-
-        Returns:
-            The vertex.
-
-        Raises:
-            ValueError: If the block's length does not fit.
-        """
-        n, steps = self.items, self.places - 1
-        if direction.size != n + steps * n * n:
-            raise ValueError(f"blocks: expected length {n + steps * n * n}, got {direction.size}")
-        gains = direction[n:].reshape(steps, n, n)
-        onward, choice = np.zeros(n), []
-        for gain in gains[::-1]:
-            total = gain + onward
-            choice.append(total.argmax(1))
-            onward = total.max(1)
-        vertex = np.zeros_like(direction)
-        item = int((direction[:n] + onward).argmax())
-        vertex[item] = 1.0
-        for place, pick in enumerate(reversed(choice)):
-            vertex[n + place * n * n + item * n + int(pick[item])] = 1.0
-            item = int(pick[item])
-        return vertex
-
-
-class Parity(VertexPolytope):
-    """The hull of the 0-1 vectors with an even number of ones (odd if `odd`).
-
-    Args:
-        odd: Whether the number of ones is odd.
-    """
-
-    def __init__(self, *, odd: bool = False) -> None:
-        super().__init__()
-        self.odd = odd
-
-    def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`: the positive entries, with the cheapest one flipped if their number is wrong.
-
-        Args:
-            direction: Shape (n,), float64.
-
-        Returns:
-            The vertex.
-        """
-        vertex = (direction > 0).astype(np.float64)
-        if int(vertex.sum()) % 2 != int(self.odd):
-            flip = int(np.abs(direction).argmin())
-            vertex[flip] = 1.0 - vertex[flip]
-        return vertex
-
-
-def project_rows(
-    y: Array, G: scipy.sparse.csr_array, h: Array, equation: NDArray[np.bool_], tol: float = 1e-13
-) -> Array:
-    r"""Project onto $\{x \ge 0, Gx \le h\}$ (equations where said) through its dual, a small smooth concave problem.
-
-    Args:
-        y: Point, shape (n,).
-        G: Rows, shape (m, n).
-        h: Right-hand sides, shape (m,).
-        equation: Which rows are equations, shape (m,).
-        tol: Decrease of the dual, relative to the size of the point, at which to stop.
-
-    Returns:
-        The projection, shape (n,).
-    """
-    dense, scale = G.toarray(), 1.0 + float(np.abs(y).max(initial=0.0))
-    mu = np.zeros(h.size)
-
-    def at(mu: Array) -> tuple[float, Array]:
-        x = np.maximum(y - mu @ dense, 0.0)
-        return 0.5 * float(x @ x) + float(mu @ h), x
-
-    value, x = at(mu)
-    for _ in range(200):  # semismooth Newton on the coordinates that are not held at zero
-        gradient = h - dense @ x
-        moving = equation | (mu > 0) | (gradient < 0)
-        if float(np.abs(gradient[moving]).max(initial=0.0)) <= tol * scale:
-            break
-        B = dense[np.ix_(moving, x > 0)]
-        hessian = B @ B.T
-        hessian.flat[:: hessian.shape[0] + 1] += 1e-10
-        direction = np.zeros_like(mu)
-        direction[moving] = -np.linalg.solve(hessian, gradient[moving])
-        t = 1.0
-        while True:
-            trial = mu + t * direction
-            trial = np.where(equation, trial, np.maximum(trial, 0.0))
-            then, reached = at(trial)
-            if then <= value + 1e-4 * float(gradient @ (trial - mu)) or t < 1e-12:
-                break
-            t /= 2
-        if t < 1e-12:
-            break
-        mu, value, x = trial, then, reached
-    return x
