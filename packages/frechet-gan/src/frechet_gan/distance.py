@@ -9,6 +9,7 @@ $\partial d^2 / \partial F_y = 2 (F_y - P F_x)$ with $P$ the polar factor of $F_
 gradient stays bounded and non-zero for collapsed samples, where every route over eigenvalues yields 0 or NaN.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,8 +17,8 @@ from core_tensor.checks import check_choice, check_tensor
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from frechet_gan.factors import Factor, factor_of_moments, factor_of_sample, polar_quintic, polar_svd
-from frechet_gan.gaussian import frechet_distance_from_moments, gaussian_map
+from frechet_gan.factors import Factor, factor_of_sample, polar_quintic, polar_svd
+from frechet_gan.gaussian import distance_to_root, frechet_distance_from_moments, gaussian_map
 from frechet_gan.stats import FeatureStats
 
 Method = Literal["auto", "svd", "eigh", "polar", "newton_schulz"]
@@ -63,13 +64,28 @@ def frechet_distance(
     if width_x != width_y:
         raise ValueError(f"y: expected features of width {width_x} as x has, got {width_y}")
     if isinstance(x, FeatureStats) and isinstance(y, FeatureStats):
-        return frechet_distance_from_moments(x.mean, x.covariance(ddof), y.mean, y.covariance(ddof))
+        return distance_to_root(y.mean, y.covariance(ddof), x.factor(ddof))
     if method == "newton_schulz":
         return _newton_schulz(*_moments(x, ddof), *_moments(y, ddof))
-    sides = (*_unwrap(x, ddof), *_unwrap(y, ddof))
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (sides[0], sides[2]))
-    value: Tensor = _Frechet.apply(*sides, method, ddof, wanted)
+    wanted = tuple(torch.is_grad_enabled() and isinstance(side, Tensor) and side.requires_grad for side in (x, y))
+    value: Tensor = _Frechet.apply(x, y, method, ddof, wanted)
     return value
+
+
+def value_and_gradient(x: Tensor, y: Tensor | Factor, ddof: int) -> tuple[Tensor, Tensor]:
+    """The distance and its gradient in x at once, for callers that regress to it instead of differentiating.
+
+    Args:
+        x: Sample, shape (n_x, d).
+        y: Sample, shape (n_y, d), or a Gaussian by its factor.
+        ddof: Divisor of the covariances is n - ddof.
+
+    Returns:
+        The distance, a float64 scalar, and the gradient, shape (n_x, d).
+    """
+    value, (gradient, _) = _by_factors(x, y, ddof, (True, False), polar_svd)
+    assert gradient is not None
+    return value, gradient
 
 
 def check_sample(name: str, sample: Tensor) -> None:
@@ -112,26 +128,25 @@ class _Frechet(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        x: Tensor,
-        covariance_x: Tensor | None,
-        y: Tensor,
-        covariance_y: Tensor | None,
+        x: Tensor | FeatureStats,
+        y: Tensor | FeatureStats,
         method: Method,
         ddof: int,
         wanted: tuple[bool, bool],
     ) -> Tensor:
-        engine = _by_moments if method == "eigh" else _by_factors
-        value, gradients = engine((x, covariance_x), (y, covariance_y), method, ddof, wanted)
-        ctx.save_for_backward(*gradients, x, y)  # type: ignore[arg-type]  # None is allowed
-        dtype = x.dtype if covariance_x is None else y.dtype
-        return value.to(dtype)
+        if method == "eigh":
+            value, gradients = _by_moments(x, y, ddof, wanted)
+        else:
+            value, gradients = _by_factors(x, y, ddof, wanted, polar_quintic if method == "polar" else polar_svd)
+        ctx.save_for_backward(*gradients, *(s if isinstance(s, Tensor) else None for s in (x, y)))  # type: ignore[arg-type]
+        return value.to(x.dtype if isinstance(x, Tensor) else y.dtype)  # type: ignore[union-attr]
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient_x, gradient_y, x, y = ctx.saved_tensors  # type: ignore[attr-defined]
         out_x = None if gradient_x is None else OnceDifferentiable.apply(gradient_x * grad, x)
         out_y = None if gradient_y is None else OnceDifferentiable.apply(gradient_y * grad, y)
-        return out_x, None, out_y, None, None, None, None
+        return out_x, out_y, None, None, None
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -153,7 +168,7 @@ class OnceDifferentiable(torch.autograd.Function):
             The gradient.
         """
         del ctx, at
-        return gradient.clone()
+        return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,65 +185,91 @@ class OnceDifferentiable(torch.autograd.Function):
         raise NotImplementedError("the closed-form gradient of frechet_gan's distances has no second derivative")
 
 
-_Side = tuple[Tensor, Tensor | None]  # a sample and None, or a mean and a covariance
+class _Regression(torch.autograd.Function):
+    """A value with a gradient that was computed beside it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, features)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, features = ctx.saved_tensors  # type: ignore[attr-defined]
+        return OnceDifferentiable.apply(gradient * grad, features), None, None
+
+
+def regress(features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """A loss with a given value whose gradient in the features is a given one.
+
+    Args:
+        features: Features with their graph, shape (n, d).
+        value: Value, a scalar.
+        gradient: Gradient, shape (n, d).
+
+    Returns:
+        A scalar in the dtype of the features, differentiable once.
+    """
+    loss: Tensor = _Regression.apply(features, value.to(features.dtype), gradient.to(features.dtype))
+    return loss
+
+
+_Side = Tensor | FeatureStats | Factor
 _Gradients = tuple[Tensor | None, Tensor | None]
 
 
-def _by_factors(x: _Side, y: _Side, method: Method, ddof: int, wanted: tuple[bool, bool]) -> tuple[Tensor, _Gradients]:
+def _by_factors(
+    x: _Side,
+    y: _Side,
+    ddof: int,
+    wanted: tuple[bool, bool],
+    decompose: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, _Gradients]:
     fx, fy = _factor(x, ddof, wanted[0]), _factor(y, ddof, wanted[1])
+    unit = max(fx.size(), fy.size(), float((fy.mean - fx.mean).abs().max()))
+    if unit == 0 or 1e-120 < unit < 1e120:
+        unit = 1.0
+    else:  # squares of 1e-200 and 1e200 leave the range
+        fx, fy = fx.divided(unit), fy.divided(unit)
     shift = fy.mean - fx.mean
-    scale = torch.stack([fx.factor.abs().max(), fy.factor.abs().max(), shift.abs().max()]).max()
-    scale = torch.where(scale > 0, scale, 1.0)  # keeps squares of 1e-200 and 1e200 in range
-    a, b, shift = fx.factor / scale, fy.factor / scale, shift / scale
-    cross = b @ a.mT  # (k_y, k_x)
+    cross = fy.factor @ fx.factor.mT  # (k_y, k_x)
+    scale = fx.scale * fy.scale
+    gradients: list[Tensor | None] = [None, None]
     if not any(wanted):
-        norm, polar = torch.linalg.svdvals(cross).sum(), None
+        norm = torch.linalg.svdvals(cross).sum()
     else:
-        norm, polar = (polar_quintic if method == "polar" else polar_svd)(cross)
-    covariance_part = (a.square().sum() + b.square().sum() - 2 * norm).clamp_min(0)
-    value = (shift.square().sum() + covariance_part) * scale * scale
-    gradients: list[Tensor | None] = [None, None]
-    if polar is not None:
-        if wanted[0]:
-            gradients[0] = (fx.to_rows(2 * (a - polar.mT @ b), -2 * shift) * scale).to(x[0].dtype)
-        if wanted[1]:
-            gradients[1] = (fy.to_rows(2 * (b - polar @ a), 2 * shift) * scale).to(y[0].dtype)
-    return value, (gradients[0], gradients[1])
+        norm, polar = decompose(cross)
+        pulls = ((fx, polar.mT, fy, -2 * shift), (fy, polar, fx, 2 * shift))
+        for i, (own, p, other, towards) in enumerate(pulls):
+            if wanted[i]:
+                pull = torch.addmm(own.factor, p, other.factor, beta=2 / own.scale**2, alpha=-2 / scale)
+                gradients[i] = own.to_rows(pull, towards).mul_(unit).to((x, y)[i].dtype)  # type: ignore[union-attr]
+    value = shift.dot(shift) + (fx.trace() + fy.trace() - 2 * norm / scale).clamp_min(0)
+    return value * unit * unit, (gradients[0], gradients[1])
 
 
-def _by_moments(x: _Side, y: _Side, method: Method, ddof: int, wanted: tuple[bool, bool]) -> tuple[Tensor, _Gradients]:
-    del method
-    (mean_x, covariance_x), (mean_y, covariance_y) = _side_moments(x, ddof), _side_moments(y, ddof)
+def _by_moments(
+    x: Tensor | FeatureStats, y: Tensor | FeatureStats, ddof: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor, _Gradients]:
+    moments = (_moments(x, ddof), _moments(y, ddof))
     if not any(wanted):
-        return frechet_distance_from_moments(mean_x, covariance_x, mean_y, covariance_y), (None, None)
-    value = torch.zeros(())
+        return frechet_distance_from_moments(*moments[0], *moments[1]), (None, None)
     gradients: list[Tensor | None] = [None, None]
-    sides = ((x, mean_x, covariance_x, mean_y, covariance_y), (y, mean_y, covariance_y, mean_x, covariance_x))
-    for i, (side, mean, covariance, other_mean, other_covariance) in enumerate(sides):
-        if wanted[i]:
-            transport = gaussian_map(mean, covariance, other_mean, other_covariance)
-            value = transport.distance
-            rows = side[0].double() - mean
+    for i, side in enumerate((x, y)):
+        if wanted[i] and isinstance(side, Tensor):
+            transport = gaussian_map(*moments[i], *moments[1 - i])
+            rows = side.detach().double() - transport.source
             n = rows.shape[0]
             pulled = 2 * (rows - rows @ transport.matrix) / (n - ddof)
-            gradients[i] = (pulled - pulled.mean(0) + 2 * (mean - other_mean) / n).to(side[0].dtype)
-    return value, (gradients[0], gradients[1])
+            shift = transport.source - transport.target
+            gradients[i] = (pulled - pulled.mean(0) + 2 * shift / n).to(side.dtype)
+    return transport.distance, (gradients[0], gradients[1])
 
 
 def _factor(side: _Side, ddof: int, with_basis: bool) -> Factor:
-    sample, covariance = side
-    return factor_of_sample(sample, ddof, with_basis) if covariance is None else factor_of_moments(sample, covariance)
-
-
-def _side_moments(side: _Side, ddof: int) -> tuple[Tensor, Tensor]:
-    sample, covariance = side
-    if covariance is not None:
-        return sample.double(), covariance.double()
-    return _moments(sample.detach(), ddof)
-
-
-def _unwrap(side: Tensor | FeatureStats, ddof: int) -> _Side:
-    return (side.mean, side.covariance(ddof)) if isinstance(side, FeatureStats) else (side, None)
+    if isinstance(side, Factor):
+        return side
+    return side.factor(ddof) if isinstance(side, FeatureStats) else factor_of_sample(side, ddof, with_basis)
 
 
 def _width(side: Tensor | FeatureStats) -> int:

@@ -6,7 +6,7 @@ import torch
 from core_tensor.checks import check_tensor
 from torch import Tensor
 
-from frechet_gan.factors import factor_of_moments
+from frechet_gan.factors import Factor, congruence, triangular_root
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,31 @@ def gaussian_map(mean: Tensor, covariance: Tensor, target_mean: Tensor, target_c
     """
     check_moments("mean", mean, "covariance", covariance)
     check_moments("target_mean", target_mean, "target_covariance", target_covariance, width=mean.shape[0])
-    root = factor_of_moments(target_mean, target_covariance).factor.mT  # (d, k)
-    mean, covariance, target_mean = mean.double(), covariance.double(), target_mean.double()
-    values, vectors = torch.linalg.eigh(root.mT @ covariance @ root)
+    return map_to_root(mean, covariance, Factor(target_mean.detach().double(), triangular_root(target_covariance)))
+
+
+def map_to_root(mean: Tensor, covariance: Tensor, target: Factor) -> GaussianMap:
+    """`gaussian_map` to a Gaussian whose covariance's root is at hand.
+
+    Args:
+        mean: μ, shape (d,).
+        covariance: Σ, shape (d, d).
+        target: Mean and upper triangular factor of the target.
+
+    Returns:
+        The map, in float64.
+    """
+    mean, covariance = mean.detach().double(), covariance.detach().double()
+    root = target.factor / target.scale  # (d, d)
+    values, vectors = torch.linalg.eigh(congruence(root, covariance))
     values = values.clamp_min(0)
     kept = values > values.max() * values.shape[0] * torch.finfo(torch.float64).eps
     inverse_root = torch.where(kept, values, torch.inf).rsqrt()
-    half = (root @ vectors) * inverse_root.sqrt()  # (d, k)
+    half = (root.mT @ vectors) * inverse_root.sqrt()  # (d, d)
     matrix = half @ half.mT
-    traces = covariance.diagonal().sum() + root.square().sum()
-    distance = (mean - target_mean).square().sum() + (traces - 2 * values.sqrt().sum()).clamp_min(0)
-    return GaussianMap(mean, target_mean, matrix, distance)
+    traces = covariance.diagonal().sum() + target.trace()
+    distance = (mean - target.mean).square().sum() + (traces - 2 * values.sqrt().sum()).clamp_min(0)
+    return GaussianMap(mean, target.mean, matrix, distance)
 
 
 def frechet_distance_from_moments(mean_x: Tensor, covariance_x: Tensor, mean_y: Tensor, covariance_y: Tensor) -> Tensor:
@@ -96,14 +110,25 @@ def frechet_distance_from_moments(mean_x: Tensor, covariance_x: Tensor, mean_y: 
     """
     check_moments("mean_x", mean_x, "covariance_x", covariance_x)
     check_moments("mean_y", mean_y, "covariance_y", covariance_y, width=mean_x.shape[0])
-    mean_x, covariance_x, mean_y, covariance_y = (
-        t.detach().double() for t in (mean_x, covariance_x, mean_y, covariance_y)
-    )
-    factor = factor_of_moments(mean_x, covariance_x).factor  # (d, d)
-    values = torch.linalg.eigvalsh(factor @ covariance_y @ factor.mT)
-    root = values.clamp_min(0).sqrt().sum()
-    traces = covariance_x.diagonal().sum() + covariance_y.diagonal().sum()
-    distance: Tensor = (mean_x - mean_y).square().sum() + (traces - 2 * root).clamp_min(0)
+    return distance_to_root(mean_y, covariance_y, Factor(mean_x.detach().double(), triangular_root(covariance_x)))
+
+
+def distance_to_root(mean: Tensor, covariance: Tensor, other: Factor) -> Tensor:
+    """Frechet distance to a Gaussian whose covariance's root is at hand.
+
+    Args:
+        mean: Mean, shape (d,).
+        covariance: Covariance, shape (d, d).
+        other: Mean and upper triangular factor of the other Gaussian.
+
+    Returns:
+        The distance, a non-negative float64 scalar; no gradient passes.
+    """
+    mean, covariance = mean.detach().double(), covariance.detach().double()
+    values = torch.linalg.eigvalsh(congruence(other.factor, covariance))
+    root = values.clamp_min(0).sqrt().sum() / other.scale
+    traces = covariance.diagonal().sum() + other.trace()
+    distance: Tensor = (mean - other.mean).square().sum() + (traces - 2 * root).clamp_min(0)
     return distance
 
 

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from core_tensor.checks import check_choice, check_number
+from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
-from frechet_gan.distance import OnceDifferentiable, check_sample, frechet_distance
+from frechet_gan.distance import check_sample, regress, value_and_gradient
 from frechet_gan.distributed import gather_rows, world
 from frechet_gan.encoders import Encoder, check_features
-from frechet_gan.gaussian import GaussianMap, gaussian_map
+from frechet_gan.factors import Factor
+from frechet_gan.gaussian import GaussianMap, gaussian_map, map_to_root
 from frechet_gan.plans import PLANS, PlanName, PlanOptions, Solution
-from frechet_gan.populations import BatchPopulation, EMAPopulation, MovingMoments, Population, Queue, QueuePopulation
+from frechet_gan.populations import (
+    BatchPopulation,
+    EMAPopulation,
+    LazyMap,
+    MovingMoments,
+    Population,
+    Queue,
+    QueuePopulation,
+)
 from frechet_gan.stats import FeatureStats
+from frechet_gan.virtual_batch import VirtualBatch
 from frechet_gan.whitening import moments, whiten, whitener
 
 Normalize = Literal["none", "sg", "whiten"]
@@ -93,20 +102,19 @@ class TransportLoss(nn.Module):
         if normalize == "whiten" and isinstance(population, EMAPopulation) and reference is None:
             raise ValueError("normalize: expected a reference with whiten and moving averages")
         self.plan, self.population, self.normalize = plan, population, normalize
-        self.reference = reference
-        self.refresh_every, self.rescale = refresh_every, rescale
-        self.encoder = encoder
+        self.reference, self.encoder = reference, encoder
+        self.rescale = rescale
         self.options = options or PlanOptions()
         self.constant, self.epsilon = constant, epsilon
         self.generator = torch.Generator().manual_seed(seed)
-        self._steps = 0
-        self._map: GaussianMap | None = None
-        # reals have a population of their own where there is no reference
-        self._states: list[MovingMoments | Queue] = []
+        # generated and real features, which have a population of their own where there is no reference
+        self.states = nn.ModuleList()
         if isinstance(population, EMAPopulation):
-            self._states = [MovingMoments(population) for _ in range(2)]
+            self.states.extend(MovingMoments(population) for _ in range(2))
         elif isinstance(population, QueuePopulation):
-            self._states = [Queue(population) for _ in range(2)]
+            self.states.extend(Queue(population) for _ in range(2))
+        self.lazy_map = LazyMap(refresh_every)
+        self._prepared: tuple[Tensor, torch.device, Tensor | None, Factor] | None = None
 
     def forward(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
         """The loss of one batch.
@@ -121,10 +129,10 @@ class TransportLoss(nn.Module):
         Raises:
             ValueError: For features that are no sample, or a missing or superfluous `real`.
         """
-        features, targets = self._features(fake, real)
-        value, gradient, first = self._solve(features, targets)
-        local = gradient[first : first + features.shape[0]] * world()[1]
-        return self._surrogate(features, value, local)
+        features, reals = self.encoded(fake, real)
+        white = self.whitening(features, reals)
+        features, reals = self.whitened(features, white), None if reals is None else self.whitened(reals, white)
+        return self.normalised(regress(features, *self.solve(features, reals)))
 
     @torch.no_grad()
     def observe(self, fake: Tensor, real: Tensor | None = None) -> None:
@@ -134,11 +142,12 @@ class TransportLoss(nn.Module):
             fake: Generated features or images.
             real: Real features or images; needed without a reference.
         """
-        features, targets = self._features(fake, real)
-        sides = (features, targets)
-        for state, rows in zip(self._states, sides, strict=False):
-            if rows is not None:
-                self._add(state, gather_rows(rows.detach().double())[0])
+        features, reals = self.encoded(fake, real)
+        white = self.whitening(features, reals)
+        for state, side in zip(self.states, (features, reals), strict=False):
+            if side is not None:
+                rows = gather_rows(self.whitened(side, white).double())[0]
+                state.push(rows) if isinstance(state, Queue) else cast("MovingMoments", state).mix(rows)
 
     @contextmanager
     def virtual_batch(self) -> Iterator[VirtualBatch]:
@@ -156,223 +165,169 @@ class TransportLoss(nn.Module):
         yield batch
         batch.finish()  # not reached, and not wanted, after an exception
 
-    def _features(self, fake: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if (real is None) == (self.reference is None):
-            raise ValueError(
-                "real: expected real features or a reference, got " + ("both" if real is not None else "neither")
-            )
-        if self.encoder is not None:
-            fake = check_features(self.encoder(fake), fake.shape[0])
-            if real is not None:
-                with torch.no_grad():
-                    real = check_features(self.encoder(real), real.shape[0])
-        for name, side in (("fake", fake), ("real", real)):
-            if side is not None and world()[1] == 1:
-                check_sample(name, side)
-        width = fake.shape[1]
-        other = self.reference.dim if self.reference is not None else cast("Tensor", real).shape[1]
-        if other != width:
-            raise ValueError(f"real: expected features of width {width} as fake has, got {other}")
-        if real is not None:
-            real = real.detach()
-        if self.normalize == "whiten":
-            if real is None:
-                return self._whitened_by_reference(fake), None
-            mean, covariance = moments(gather_rows(real.double())[0])
-            lower = whitener(covariance, self.epsilon)
-            return whiten(fake, mean, lower), whiten(real, mean, lower)
-        return fake, real
+    def encoded(self, fake: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features of both sides, checked.
 
-    def _whitened_by_reference(self, fake: Tensor) -> Tensor:
-        reference = cast("FeatureStats", self.reference)
-        lower = whitener(reference.covariance(0), self.epsilon)
-        return whiten(fake, reference.mean.to(fake.device), lower.to(fake.device))
-
-    @torch.no_grad()
-    def _solve(self, fake: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        # distance and gradient over the rows of every rank, and the index of this rank's first row
-        rows, first = gather_rows(fake.detach().double())
-        check_sample("fake", rows)
-        reals = None if real is None else gather_rows(real.double())[0]
-        if isinstance(self.population, EMAPopulation):
-            value, gradient = self._by_moving_averages(rows, reals)
-        else:
-            value, gradient = self._by_rows(rows, reals)
-        return value, gradient, first
-
-    def _by_rows(self, rows: Tensor, reals: Tensor | None) -> Solution:
-        fakes = rows
-        if isinstance(self.population, QueuePopulation):
-            queues = cast("list[Queue]", self._states)
-            fakes = queues[0].joined(rows)
-            queues[0].push(rows)
-            if reals is not None:
-                joined = queues[1].joined(reals)
-                queues[1].push(reals)
-                reals = joined
-        if reals is None:
-            value, gradient = self._against_reference(fakes)
-        elif self.plan == "gaussian" and isinstance(self.population, QueuePopulation):  # far more rows than features
-            transport = gaussian_map(*moments(fakes), *moments(reals))
-            value, gradient = transport.distance, 2 * (fakes - transport(fakes)) / fakes.shape[0]
-        else:
-            value, gradient = PLANS[self.plan](fakes, reals, self.options, self.generator)
-        weight = rows.shape[0] / fakes.shape[0]  # 1 - beta
-        return value, gradient[: rows.shape[0]] / (weight if self.rescale else 1.0)
-
-    def _against_reference(self, fakes: Tensor) -> Solution:
-        mean, covariance = self._reference_moments()
-        reference = FeatureStats.from_moments(mean.to(fakes.device), covariance.to(fakes.device), 2, ddof=0)
-        with torch.enable_grad():
-            x = fakes.requires_grad_()
-            value = frechet_distance(x, reference, ddof=0)
-        return value.detach(), torch.autograd.grad(value, x)[0]
-
-    def _by_moving_averages(self, rows: Tensor, reals: Tensor | None) -> Solution:
-        states = cast("list[MovingMoments]", self._states)
-        beta = states[0].mix(FeatureStats.from_features(rows))
-        if reals is not None:
-            states[1].mix(FeatureStats.from_features(reals))
-        if self._map is None or self._steps % self.refresh_every == 0:
-            real = self._reference_moments() if reals is None else states[1].moments()
-            self._map = gaussian_map(*states[0].moments(), *real)
-        self._steps += 1
-        weight = 1.0 if self.rescale else 1 - beta
-        return self._map.distance, weight * 2 * (rows - self._map(rows)) / rows.shape[0]
-
-    def _reference_moments(self) -> tuple[Tensor, Tensor]:
-        reference = cast("FeatureStats", self.reference)
-        mean, covariance = reference.mean, reference.covariance(0)
-        if self.normalize == "whiten":
-            zero, lower = torch.zeros_like(mean), whitener(covariance, self.epsilon)
-            once = whiten(covariance, zero, lower)  # rows of Sigma L^-T
-            return zero, whiten(once.mT, zero, lower)
-        return mean, covariance
-
-    def _add(self, state: MovingMoments | Queue, rows: Tensor) -> None:
-        if isinstance(state, Queue):
-            state.push(rows)
-        else:
-            state.mix(FeatureStats.from_features(rows))
-
-    def _surrogate(self, features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        value = value.to(features.dtype)
-        loss: Tensor = _Regression.apply(features, value, gradient.to(features.dtype))
-        return loss / (value.abs() + self.constant) if self.normalize == "sg" else loss
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """State of the population, the map and the random directions; part of `state_dict`.
+        Args:
+            fake: Generated features or images.
+            real: Real features or images, or None with a reference.
 
         Returns:
-            Tensors and numbers.
-        """
-        held = self._map
-        return {
-            "populations": [state.state() for state in self._states],
-            "steps": self._steps,
-            "map": None if held is None else [held.source, held.target, held.matrix, held.distance],
-            "generator": self.generator.get_state(),
-        }
+            Generated features with their graph, real features without one.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        Raises:
+            ValueError: For features that are no sample, of two widths, or a missing or superfluous `real`.
+        """
+        if (real is None) == (self.reference is None):
+            came = "both" if real is not None else "neither"
+            raise ValueError(f"real: expected real features or a reference, got {came}")
+        features = self.encode("fake", fake)
+        with torch.no_grad():
+            reals = None if real is None else self.encode("real", real).detach()
+        width = self.reference.dim if reals is None else reals.shape[1]  # type: ignore[union-attr]
+        if width != features.shape[1]:
+            raise ValueError(f"real: expected features of width {features.shape[1]} as fake has, got {width}")
+        return features, reals
+
+    def encode(self, name: str, side: Tensor) -> Tensor:
+        """Features of one side.
+
+        Args:
+            name: Its name, for messages.
+            side: Features or images.
+
+        Returns:
+            Features, shape (n, d).
+        """
+        features = side if self.encoder is None else check_features(self.encoder(side), side.shape[0])
+        check_tensor(name, features, ndim=2, finite=True, nonempty=True)
+        return features
+
+    @torch.no_grad()
+    def whitening(self, features: Tensor, reals: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """What both samples are whitened by.
+
+        Args:
+            features: Generated features of this rank.
+            reals: Real features of this rank, or None with a reference.
+
+        Returns:
+            Mean (d,) and factor L (d, d) of the real features of every rank, or None without `whiten`.
+        """
+        if self.normalize != "whiten":
+            return None
+        if reals is None:
+            lower = cast("Tensor", self._target(features.device)[0])
+            return cast("FeatureStats", self.reference).mean, lower
+        mean, covariance = moments(gather_rows(reals.double())[0])
+        return mean, whitener(covariance, self.epsilon)
+
+    def whitened(self, rows: Tensor, white: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Features in the space in which they are compared.
+
+        Args:
+            rows: Features, shape (n, d).
+            white: What `whitening` returned.
+
+        Returns:
+            Features, shape (n, d).
+        """
+        return rows if white is None else whiten(rows, *(t.to(rows.device) for t in white))
+
+    @torch.no_grad()
+    def solve(self, features: Tensor, reals: Tensor | None) -> Solution:
+        """Distance of the populations and its gradient, after the batch has been added to them.
+
+        Args:
+            features: Generated features of this rank, whitened if they are to be, shape (n, d).
+            reals: Real features of this rank, or None with a reference.
+
+        Returns:
+            Distance, the same on every rank, and the gradient in this rank's rows times the number of ranks, (n, d).
+        """
+        rows, first = gather_rows(features.double())
+        everyone = None if reals is None else gather_rows(reals.double())[0]
+        check_sample("fake", rows)
+        if everyone is not None:
+            check_sample("real", everyone)
+        by = self._by_moving_averages if isinstance(self.population, EMAPopulation) else self._by_rows
+        value, gradient = by(rows, everyone)
+        return value, gradient[first : first + features.shape[0]] * world()[1]
+
+    def normalised(self, loss: Tensor, value: Tensor | None = None) -> Tensor:
+        """`sg`: the loss over its own detached value plus the constant.
+
+        Args:
+            loss: The loss.
+            value: Its value, where `loss` is only a part of it.
+
+        Returns:
+            The loss as it is differentiated.
+        """
+        if self.normalize != "sg":
+            return loss
+        return loss / ((loss if value is None else value.to(loss)).detach().abs() + self.constant)
+
+    def _by_rows(self, rows: Tensor, reals: Tensor | None) -> Solution:
+        fakes, n = rows, rows.shape[0]
+        queued = isinstance(self.population, QueuePopulation)
+        if queued:
+            fakes = cast("Queue", self.states[0]).push(rows)
+            reals = None if reals is None else cast("Queue", self.states[1]).push(reals)
+        if queued and self.plan == "gaussian":  # far more rows than features: moments are cheaper than factors
+            target = self._target(rows.device)[1] if reals is None else FeatureStats.from_features(reals).factor(0)
+            transport = map_to_root(*moments(fakes), target)
+            value, gradient = transport.distance, 2 * (rows - transport(rows)) / fakes.shape[0]
+        elif reals is None:
+            value, gradient = value_and_gradient(fakes, self._target(rows.device)[1], ddof=0)
+        else:
+            value, gradient = PLANS[self.plan](fakes, reals, self.options, self.generator)
+        weight = n / fakes.shape[0] if self.rescale else 1.0  # 1 - beta
+        return value, gradient[:n] / weight
+
+    def _by_moving_averages(self, rows: Tensor, reals: Tensor | None) -> Solution:
+        own, other = (cast("MovingMoments", state) for state in self.states)
+        beta = own.mix(rows)
+        if reals is not None:
+            other.mix(reals)
+
+        def fresh() -> GaussianMap:
+            if reals is None:
+                return map_to_root(own.mean, own.covariance, self._target(rows.device)[1])
+            return gaussian_map(own.mean, own.covariance, other.mean, other.covariance)
+
+        transport = self.lazy_map.get(fresh)
+        weight = 1.0 if self.rescale else 1 - beta
+        return transport.distance, weight * 2 * (rows - transport(rows)) / rows.shape[0]
+
+    def _target(self, device: torch.device) -> tuple[Tensor | None, Factor]:
+        # the reference as it is compared with, and its whitener; computed once for as long as it stays the same
+        reference = cast("FeatureStats", self.reference)
+        if self._prepared is None or self._prepared[0] is not reference.scatter or self._prepared[1] != device:
+            factor, lower = reference.factor(0), None
+            mean, root = factor.mean, factor.factor / factor.scale
+            if self.normalize == "whiten":
+                lower = whitener(reference.covariance(0), self.epsilon)
+                mean, root = torch.zeros_like(mean), whiten(root, torch.zeros_like(mean), lower)  # F L^-T
+                lower = lower.to(device)
+            self._prepared = reference.scatter, device, lower, Factor(mean.to(device), root.to(device))
+        return self._prepared[2:]
+
+    def get_extra_state(self) -> Tensor:
+        """State of the random directions; part of `state_dict`, as the populations' buffers are.
+
+        Returns:
+            The generator's state, uint8.
+        """
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over a state.
 
         Args:
             state: What `get_extra_state` returned.
         """
-        for own, saved in zip(self._states, state["populations"], strict=True):
-            own.load(saved)
-        self._steps = state["steps"]
-        self._map = None if state["map"] is None else GaussianMap(*state["map"])
-        self.generator.set_state(state["generator"])
-
-
-class VirtualBatch:
-    """The two passes of `TransportLoss.virtual_batch`.
-
-    Args:
-        loss: The loss.
-    """
-
-    def __init__(self, loss: TransportLoss) -> None:
-        self._loss = loss
-        self._seen: list[tuple[Tensor, Tensor | None]] = []
-        self._solution: tuple[Tensor, Tensor, Tensor] | None = None
-        self._next = 0
-
-    @torch.no_grad()
-    def observe(self, fake: Tensor, real: Tensor | None = None) -> None:
-        """First pass: remember a micro-batch's features.
-
-        Args:
-            fake: Generated features or images.
-            real: Real features or images that belong to the batch; needed without a reference.
-
-        Raises:
-            RuntimeError: If the second pass has begun.
-            ValueError: If the loss whitens by the batch's own reals, of which a micro-batch has only a part.
-        """
-        if self._solution is not None:
-            raise RuntimeError("virtual_batch: observe every micro-batch before the first loss")
-        if self._loss.normalize == "whiten" and real is not None:
-            raise ValueError(
-                "virtual_batch: whiten needs a reference, because a micro-batch's reals are not the batch's"
-            )
-        features, reals = self._loss._features(fake, real)
-        self._seen.append((features.detach().double(), None if reals is None else reals.double()))
-
-    def loss(self, fake: Tensor) -> Tensor:
-        """Second pass: the part of the loss that belongs to the next micro-batch.
-
-        Args:
-            fake: The same images or features as in the first pass, now with a graph.
-
-        Returns:
-            A scalar; over the micro-batches, values and gradients add up to the whole batch's.
-
-        Raises:
-            ValueError: If the features are not those of the first pass, or there are more of them.
-        """
-        if self._solution is None:
-            self._solution = self._solve()
-        value, gradient, rows = self._solution
-        loss = self._loss
-        features = fake if loss.encoder is None else check_features(loss.encoder(fake), fake.shape[0])
-        if loss.normalize == "whiten":
-            features = loss._whitened_by_reference(features)
-        start, stop = self._next, self._next + features.shape[0]
-        if stop > rows.shape[0]:
-            raise ValueError(f"fake: expected at most {rows.shape[0] - start} more features, got {features.shape[0]}")
-        gap = float((features.detach().double() - rows[start:stop]).abs().max())
-        if not gap <= 1e-4 * float(rows.abs().max()):
-            raise ValueError(
-                f"fake: expected the features of the first pass, got a difference of {gap:.3g}; batch normalisation "
-                "in training mode or another random state between the passes makes virtual batches inexact"
-            )
-        self._next = stop
-        share = features.shape[0] / rows.shape[0]
-        local: Tensor = _Regression.apply(
-            features, (value * share).to(features.dtype), gradient[start:stop].to(features.dtype)
-        )
-        return local / (float(value.abs()) + loss.constant) if loss.normalize == "sg" else local
-
-    def finish(self) -> None:
-        """Check that the second pass saw every feature of the first.
-
-        Raises:
-            RuntimeError: If it did not.
-        """
-        total = sum(f.shape[0] for f, _ in self._seen)
-        if self._next != total:
-            raise RuntimeError(f"virtual_batch: the second pass saw {self._next} of {total} features")
-
-    def _solve(self) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._seen:
-            raise ValueError("virtual_batch: observe at least one micro-batch before the first loss")
-        fake = torch.cat([f for f, _ in self._seen])
-        reals = [r for _, r in self._seen if r is not None]
-        value, gradient, first = self._loss._solve(fake, torch.cat(reals) if reals else None)
-        return value, gradient[first : first + fake.shape[0]] * world()[1], fake
+        self.generator.set_state(state.cpu())
 
 
 class MultiEncoderLoss(nn.Module):
@@ -410,17 +365,3 @@ class MultiEncoderLoss(nn.Module):
             given = real if cast("TransportLoss", loss).reference is None else None
             total = total + weight * loss(fake, given).to(total.dtype)
         return total
-
-
-class _Regression(torch.autograd.Function):
-    """A value with a gradient that was computed beside it."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient, features)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, features = ctx.saved_tensors  # type: ignore[attr-defined]
-        return OnceDifferentiable.apply(gradient * grad, features), None, None

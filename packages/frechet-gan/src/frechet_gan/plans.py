@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from frechet_gan.distance import frechet_distance
+from frechet_gan.distance import value_and_gradient
 from frechet_gan.mmd import GaussianKernel, mmd, squared_distances
 
 PlanName = Literal["gaussian", "mean", "bures", "assignment", "sinkhorn", "sliced", "max_sliced", "mmd"]
@@ -56,10 +56,7 @@ def gaussian_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: t
         Distance and gradient.
     """
     del options, generator
-    with torch.enable_grad():
-        x = fake.detach().requires_grad_()
-        value = frechet_distance(x, real, ddof=0)
-    return value.detach(), torch.autograd.grad(value, x)[0]
+    return value_and_gradient(fake, real, ddof=0)
 
 
 def mean_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:

@@ -6,13 +6,15 @@ means). With weight 1 - β of the batch, the gradient in a feature is $(1-\beta)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from core_tensor.checks import check_number
-from torch import Tensor
+from torch import Tensor, nn
 
+from frechet_gan.gaussian import GaussianMap
 from frechet_gan.stats import FeatureStats
 
 
@@ -56,119 +58,127 @@ class EMAPopulation:
 Population = BatchPopulation | QueuePopulation | EMAPopulation
 
 
-class MovingMoments:
-    """State of an `EMAPopulation`: mean and covariance (divisor n) of the mixture.
+class State(nn.Module):
+    """Buffers whose shapes are not known before the first batch; they follow the module's device but stay float64."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name, own in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and own is not None:
+                self._buffers[name] = torch.empty_like(saved, device=own.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class MovingMoments(State):
+    """State of an `EMAPopulation`: number of rows seen, mean and covariance (divisor n) of the mixture.
 
     Args:
         options: The population.
     """
 
-    def __init__(self, options: EMAPopulation) -> None:
-        self.options = options
-        self.seen = 0
-        self.mean: Tensor | None = None
-        self.covariance: Tensor | None = None
+    seen: Tensor
+    mean: Tensor
+    covariance: Tensor
 
-    def mix(self, batch: FeatureStats) -> float:
+    def __init__(self, options: EMAPopulation) -> None:
+        super().__init__()
+        self.options = options
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("covariance", torch.zeros(0, 0, dtype=torch.float64))
+
+    def mix(self, rows: Tensor) -> float:
         """Add a batch.
 
         Mixing raw moments with weights β and 1 - β is, about the means and without cancellation,
         Σ = βΣ_old + (1-β)Σ_batch + β(1-β)(μ_old - μ_batch)(μ_old - μ_batch)ᵀ.
 
         Args:
-            batch: The batch's statistics.
+            rows: The batch, shape (n, d).
 
         Returns:
             β, the weight the past had.
         """
+        batch = FeatureStats.from_features(rows)
         mean, covariance = batch.mean, batch.scatter / batch.count
-        if self.mean is None or self.covariance is None:
-            beta = 0.0
-            self.mean, self.covariance = mean, covariance
-        else:
-            beta = self.options.beta
-            if self.seen < self.options.warmup:
-                beta = min(beta, self.seen / (self.seen + batch.count))
+        seen = int(self.seen)
+        beta = self.options.beta if seen else 0.0
+        if seen < self.options.warmup:
+            beta = min(beta, seen / (seen + batch.count))
+        if seen:
             shift = self.mean.to(mean) - mean
-            self.covariance = beta * self.covariance.to(mean) + (1 - beta) * covariance
-            self.covariance = self.covariance + beta * (1 - beta) * torch.outer(shift, shift)
-            self.mean = mean + beta * shift
+            covariance = beta * self.covariance.to(mean) + (1 - beta) * covariance
+            covariance += beta * (1 - beta) * torch.outer(shift, shift)
+            mean = mean + beta * shift
+        self.mean, self.covariance = mean, covariance
         self.seen += batch.count
         return beta
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the mixture.
 
-        Returns:
-            Mean (d,) and covariance with divisor n (d, d).
-
-        Raises:
-            RuntimeError: Before the first batch.
-        """
-        if self.mean is None or self.covariance is None:
-            raise RuntimeError("EMAPopulation: no batch was seen yet")
-        return self.mean, self.covariance
-
-    def state(self) -> dict[str, Any]:
-        """Everything needed to go on.
-
-        Returns:
-            Tensors and numbers.
-        """
-        return {"seen": self.seen, "mean": self.mean, "covariance": self.covariance}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state.
-
-        Args:
-            state: What `state` returned.
-        """
-        self.seen, self.mean, self.covariance = state["seen"], state["mean"], state["covariance"]
-
-
-class Queue:
+class Queue(State):
     """State of a `QueuePopulation`: the last features, oldest first.
 
     Args:
         options: The population.
     """
 
-    def __init__(self, options: QueuePopulation) -> None:
-        self.options = options
-        self.rows: Tensor | None = None
+    rows: Tensor
 
-    def joined(self, batch: Tensor) -> Tensor:
-        """The batch followed by the queue.
+    def __init__(self, options: QueuePopulation) -> None:
+        super().__init__()
+        self.options = options
+        self.register_buffer("rows", torch.zeros(0, 0, dtype=torch.float64))
+
+    def push(self, batch: Tensor) -> Tensor:
+        """Append a batch and drop the oldest features beyond the size.
 
         Args:
             batch: Features, shape (n, d), float64.
 
         Returns:
-            Features, shape (n + queued, d).
+            The batch followed by what was queued before it, shape (n + queued, d).
         """
-        return batch if self.rows is None else torch.cat([batch, self.rows.to(batch)])
+        held = self.rows.to(batch) if self.rows.numel() else batch[:0]
+        self.rows = torch.cat([held, batch])[-self.options.size :].clone()
+        return torch.cat([batch, held])
 
-    def push(self, batch: Tensor) -> None:
-        """Append a batch and drop the oldest features beyond the size.
+
+class LazyMap(State):
+    """The Gaussian map of a moving average, computed anew every so many steps.
+
+    Args:
+        every: Number of steps.
+    """
+
+    steps: Tensor
+    source: Tensor
+    target: Tensor
+    matrix: Tensor
+    distance: Tensor
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every = every
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        for name in ("source", "target", "matrix", "distance"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
+
+    def get(self, compute: Callable[[], GaussianMap]) -> GaussianMap:
+        """The map of this step.
 
         Args:
-            batch: Features, shape (n, d).
-        """
-        rows = batch.detach() if self.rows is None else torch.cat([self.rows.to(batch), batch.detach()])
-        self.rows = rows[-self.options.size :].clone()
-
-    def state(self) -> dict[str, Any]:
-        """Everything needed to go on.
+            compute: Computes it; called at steps 0, k, 2k, ...
 
         Returns:
-            The queued features.
+            The map, of this step or an earlier one.
         """
-        return {"rows": self.rows}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state.
-
-        Args:
-            state: What `state` returned.
-        """
-        self.rows = state["rows"]
+        if int(self.steps) % self.every == 0:
+            fresh = compute()
+            self.source, self.target = fresh.source, fresh.target
+            self.matrix, self.distance = fresh.matrix, fresh.distance
+        self.steps += 1
+        return GaussianMap(self.source, self.target, self.matrix, self.distance)

@@ -13,6 +13,8 @@ from core_tensor.checks import check_choice, check_number, check_tensor
 from core_tensor.files import atomic_path
 from torch import Tensor
 
+from frechet_gan.factors import Factor, triangular_root
+
 
 class FeatureStats:
     """Count, mean and centred second moments of a stream of features, in float64.
@@ -35,6 +37,7 @@ class FeatureStats:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._root: tuple[Tensor, Tensor] | None = None  # a scatter and its root, kept until there is another scatter
         self._fixed: Tensor | None = None  # the covariance of a file that does not say how many rows it is of
 
     @property
@@ -54,12 +57,30 @@ class FeatureStats:
         Raises:
             ValueError: If fewer than two rows were seen.
         """
+        self._check_count(ddof)
+        return self._fixed if self._fixed is not None else self.scatter / (self.count - ddof)
+
+    def factor(self, ddof: int = 1) -> Factor:
+        """The Gaussian by the root of its covariance, which is computed once for as long as no rows are added.
+
+        Args:
+            ddof: The covariance's divisor is n - ddof.
+
+        Returns:
+            Mean, upper triangular factor and scale.
+
+        Raises:
+            ValueError: If fewer than two rows were seen.
+        """
+        self._check_count(ddof)
+        if self._root is None or self._root[0] is not self.scatter:
+            self._root = self.scatter, triangular_root(self.scatter)
+        return Factor(self.mean, self._root[1], 1.0 if self._fixed is not None else (self.count - ddof) ** 0.5)
+
+    def _check_count(self, ddof: int) -> None:
         check_choice("ddof", ddof, (0, 1))
-        if self._fixed is not None:
-            return self._fixed
-        if self.count < 2:
+        if self._fixed is None and self.count < 2:
             raise ValueError(f"FeatureStats: expected at least two samples, got {self.count}")
-        return self.scatter / (self.count - ddof)
 
     def update(self, features: Tensor) -> FeatureStats:
         """Add a batch.
