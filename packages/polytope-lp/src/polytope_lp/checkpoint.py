@@ -9,15 +9,15 @@ import torch
 from core_tensor.files import atomic_path
 from torch import Tensor
 
-from polytope_lp import accelerated, lbfgs
-from polytope_lp.continuation import Stage
+from polytope_lp import accelerated, lbfgs, second_order
+from polytope_lp.continuation import Stage, State
 from polytope_lp.evaluation import Evaluation
 from polytope_lp.options import Options
 from polytope_lp.problem import MatchingProblem
 from polytope_lp.search import Incumbent, Search
 
 _VECTORS = ("point", "gradient", "extrapolated")
-_NUMBERS = ("value", "decrement", "momentum", "lipschitz")
+_NUMBERS = ("value", "decrement", "momentum", "lipschitz", "damping")
 
 
 class Saver:
@@ -106,6 +106,8 @@ def save(path: Path, search: Search, stage: Stage, mark: str) -> None:
         "iterations": stage.iterations,
         "previous": repr(stage.previous),
         "share": repr(stage.share),
+        "reached": repr(stage.reached),
+        "at": stage.at,
     }
     if search.last is not None:
         _put("last", search.last, arrays, meta)
@@ -148,11 +150,13 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
         raise ValueError(f"checkpoint: {mine} belongs to another problem")
     numbers = {name: float(text) for name, text in meta["numbers"].items()}
     vectors = {name: arrays[name] for name in _VECTORS if name in arrays}
-    state: lbfgs.LbfgsState | accelerated.AcceleratedState
+    state: State
     if meta["kind"] == "LbfgsState":
         steps = tuple(arrays["steps"]) if "steps" in arrays else ()
         changes = tuple(arrays["changes"]) if "changes" in arrays else ()
         state = lbfgs.LbfgsState(**vectors, **numbers, steps=steps, changes=changes, stalled=meta["stalled"])  # type: ignore[arg-type]
+    elif meta["kind"] == "NewtonState":
+        state = second_order.NewtonState(**vectors, **numbers, stalled=meta["stalled"])  # type: ignore[arg-type]
     else:
         state = accelerated.AcceleratedState(**vectors, **numbers, stalled=meta["stalled"])  # type: ignore[arg-type]
     search.gamma, search.lower = float(meta["gamma"]), float(meta["lower"])
@@ -163,7 +167,15 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
     best = _get("best", arrays, meta)
     if best is not None:
         search.incumbent = Incumbent(best, arrays.get("best_anchor", search.anchor) if meta["best_anchored"] else None)
-    return Stage(state, meta["proximal"], meta["iterations"], float(meta["previous"]), float(meta["share"]))
+    return Stage(
+        state,
+        meta["proximal"],
+        meta["iterations"],
+        float(meta["previous"]),
+        float(meta["share"]),
+        float(meta["reached"]),
+        meta["at"],
+    )
 
 
 def _put(name: str, found: Evaluation, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from core_tensor.dual_pass import TOTALS
 from torch import Tensor
 
 from polytope_lp.problem import MatchingProblem
+from polytope_lp.second_order import block_curvature
 
 KEEP = 1.0 - 1e-12
 """Budgets are met up to this factor, so that no order of summation finds them exceeded."""
@@ -60,6 +61,7 @@ class Dual(Protocol):
         free: Rows whose multiplier has no sign (equations), shape (rows,), bool.
         budgets: Right-hand sides b, shape (rows,), float64.
         blocks: Number of blocks of the whole problem.
+        variables: Number of variables of the whole problem.
         ceiling: Greatest value that c'x takes on the blocks: a lower bound above it proves infeasibility.
         gamma_start: Ridge weight at which smoothing is comparable to the costs themselves.
     """
@@ -68,6 +70,7 @@ class Dual(Protocol):
     free: Tensor
     budgets: Tensor
     blocks: int
+    variables: int
     ceiling: float
     gamma_start: float
 
@@ -83,6 +86,16 @@ class Dual(Protocol):
 
     def primal(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
         """The projected primal (of this rank's blocks), before repair.
+
+        Args:
+            lam: Multipliers, shape (rows,), float64.
+            gamma: Weight of the ridge.
+            anchor: Proximal centre, or None for the origin.
+        """
+        ...
+
+    def curvature(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
+        r"""Generalised Hessian of the negative dual, $A P A' / \gamma$ with P the derivative of the projections.
 
         Args:
             lam: Multipliers, shape (rows,), float64.
@@ -133,7 +146,7 @@ class FusedDual:
             torch.distributed.all_reduce(nonnegative, group=group)
             nonnegative[0] = each[0]
         self.repairable = bool(nonnegative[0]) and not problem.data.equality
-        self.blocks = int(nonnegative[1])
+        self.blocks, self.variables = int(nonnegative[1]), int(totals[2])
         self.scale = torch.exp2(-torch.round(torch.log2(torch.where(square > 0, square, 1.0)) / 2))
         self.load_bound, self.spent_bound, self.total_bound = load, spent, totals
         self.ceiling = float(totals[0]) * (1 + 1e-9)
@@ -219,6 +232,27 @@ class FusedDual:
             at = slice(int(data.offsets[begin] - data.offsets[0]), int(data.offsets[end] - data.offsets[0]))
             x[at] = primal_piece(problem, begin, end, lam, gamma, None if anchor is None else anchor[at], None)
         return x
+
+    def curvature(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
+        """See `Dual.curvature`.
+
+        Args:
+            lam: Multipliers, shape (rows,), float64.
+            gamma: Weight of the ridge.
+            anchor: Proximal centre, shape (variables,), or None for the origin.
+
+        Returns:
+            Shape (rows, rows), float64.
+        """
+        problem, rows, origin = self.problem, self.budgets.shape[0], self.problem.data.offsets[0]
+        total = torch.zeros(rows, rows, dtype=torch.float64)
+        for begin, end in problem.pieces():
+            at = slice(int(problem.data.offsets[begin] - origin), int(problem.data.offsets[end] - origin))
+            x = primal_piece(problem, begin, end, lam, gamma, None if anchor is None else anchor[at], None)
+            total += torch.from_numpy(block_curvature(problem.slice(begin, end), x, rows))
+        if self.group is not None:
+            torch.distributed.all_reduce(total, group=self.group)
+        return total / gamma
 
     def elapsed(self) -> float:
         """See `Dual.elapsed`.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core_tensor.checks import check_choice, check_number
 
-METHODS = ("auto", "lbfgs", "accelerated")
+METHODS = ("auto", "lbfgs", "accelerated", "newton")
 SMALLEST_TOL = 1e-11
 """Sums of millions of float64 terms carry errors of about this relative size; no certificate can claim less."""
 
@@ -18,7 +18,8 @@ class Options:
         tol: Relative gap between the certified bounds at which the solver stops.
         time_limit: Seconds after which the best point so far is returned; None for no limit.
         evaluations: Evaluations of the dual after which the best point so far is returned.
-        method: Optimiser of each smoothed problem: `lbfgs`, `accelerated`, or `auto`, which is `lbfgs`.
+        method: Optimiser of each smoothed problem: `lbfgs`, `accelerated`, `newton` (proximal, dense in the rows), or
+            `auto`: `newton` for small problems and where `lbfgs` makes no progress, else `lbfgs`.
         gamma: Fixed weight of the ridge; None adapts it to `tol`.
         proximal: Whether the proximal outer loop is used; None lets the policy decide.
         memory: Pairs that L-BFGS keeps.

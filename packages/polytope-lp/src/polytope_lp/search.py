@@ -138,7 +138,11 @@ class Search:
             The term, in the unit of the objective.
         """
         found = self.last
-        return 0.0 if found is None else max(found.value - found.cost - float(found.lam @ found.gradient), 0.0)
+        if found is None:
+            return 0.0
+        priced = float(found.lam @ found.gradient)
+        moved = found.value - found.cost - priced
+        return moved if moved > 1e-14 * (abs(found.value) + abs(found.cost) + abs(priced)) else 0.0
 
     def measured(self) -> tuple[float, float]:
         """The two parts of the gap at the last evaluation, both relative.
