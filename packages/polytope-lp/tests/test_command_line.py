@@ -100,3 +100,108 @@ def test_bad_files_end_with_one_line_and_code_2(tmp_path, damage):
     assert result.output.startswith("Error: ")
     assert len(result.output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def _market(tmp_path, sources=1500):
+    problem, out = tmp_path / "problem", tmp_path / "out"
+    _run("generate", "--sources", sources, "--destinations", 20, "-o", problem)
+    _run("solve", problem, "-o", out)
+    return problem, out
+
+
+def test_policy_is_exported_with_its_scorer_and_scores_a_file(tmp_path):
+    problem, out = _market(tmp_path)
+    policy, scorer = tmp_path / "p.json", tmp_path / "scorer.py"
+    exported = json.loads(_run("export-policy", out, "-o", policy, "--scorer", scorer, "--json").output)
+    assert exported["destinations"] == 20
+    assert "def score" in scorer.read_text()
+    edges = next((problem / "edges").glob("*.parquet"))
+    scored = json.loads(_run("score", policy, edges, "-o", tmp_path / "x.parquet", "--json").output)
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert scored["value"] == pytest.approx(-certificate["objective"], rel=1e-2)
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table.column_names == ["source", "destination", "x"]
+    assert sum(table["x"].to_pylist()) == pytest.approx(scored["allocated"])
+    assert "not a policy file" in _run("score", edges, edges, "-o", tmp_path / "y.parquet", code=2).output
+    assert "expected .npz or .json" in _run("export-policy", out, "-o", tmp_path / "p.bin", code=2).output
+    _run("export-policy", out, "-o", tmp_path / "sharp.npz", "--gamma", 1e-5)
+    assert Policy.load(tmp_path / "sharp.npz").gamma == 1e-5
+
+
+def test_pacing_reads_what_was_spent(tmp_path):
+    _, out = _market(tmp_path)
+    prices = pq.read_table(out / "prices.parquet")
+    spent = pa.table({"destination": prices["destination"], "spent": [0.5 * v for v in prices["load"].to_pylist()]})
+    pq.write_table(spent, tmp_path / "spent.parquet")
+    report = tmp_path / "report.parquet"
+    args = ("pacing", out, "--spent", tmp_path / "spent.parquet", "--elapsed", 0.5, "-o", report)
+    assert json.loads(_run(*args, "--json").output)["states"] == {"on plan": 20}
+    assert pq.read_table(report).num_rows == 20
+    assert "on plan" in _run(*args).output
+    assert "elapsed" in _run("pacing", out, "--spent", tmp_path / "spent.parquet", "--elapsed", 2, code=2).output
+    pq.write_table(pa.table({"destination": [999], "spent": [1.0]}), tmp_path / "spent.parquet")
+    assert "without a budget" in _run(*args, code=2).output
+
+
+def test_solutions_warm_start_others_and_draw(tmp_path):
+    pytest.importorskip("matplotlib")
+    problem, out = _market(tmp_path)
+    cold = json.loads((out / "certificate.json").read_text())
+    args = ("solve", problem, "-o", tmp_path / "again", "--warm-start", out, "--plot", "--json")
+    warm = json.loads(_run(*args).output)
+    assert warm["evaluations"] < cold["evaluations"]
+    assert (tmp_path / "again" / "convergence.png").stat().st_size > 10_000
+    _run("generate", "--sources", 500, "--destinations", 12, "-o", tmp_path / "other")
+    assert "prices" in _run("solve", tmp_path / "other", "-o", out, "--warm-start", out, code=2).output
+
+
+def test_columns_are_named_on_the_command_line_and_remembered(tmp_path):
+    edges, budgets, out = tmp_path / "edges.parquet", tmp_path / "b.parquet", tmp_path / "out"
+    renamed = {
+        "user": EDGES["source"],
+        "ad": EDGES["destination"],
+        "worth": EDGES["value"],
+        "bid": [1.0, 1.0, 2.0, 1.0],
+    }
+    pq.write_table(pa.table(renamed), edges)
+    pq.write_table(pa.table({"ad": ["y", "x"], "money": [1.0, 2.0], "views": [5.0, 1.5]}), budgets)
+    pq.write_table(pa.table({"user": ["a", "b", "c"], "cap": [1.0, 0.5, 1.0]}), tmp_path / "caps.parquet")
+    named = ("source=user", "destination=ad", "value=worth", "budget=money,views", "cost=bid,one")
+    flags = [flag for pair in named for flag in ("--column", pair)]
+    run = ("solve", edges, "--budgets", budgets, "--sources", tmp_path / "caps.parquet", *flags, "-o", out)
+    assert "'one'" in _run(*run, code=2).output
+    pq.write_table(pa.table(renamed | {"one": [1.0] * 4}), edges)
+    _run(*run, "--tol", 1e-6)
+    assert _run("verify", out).output.startswith("every claim holds")
+    assert pq.read_table(out / "prices.parquet")["resource"].to_pylist() == ["money", "money", "views", "views"]
+    pq.write_table(pa.table({"user": ["a", "b", "c"], "cap": [1.0, 0.4, 1.0]}), tmp_path / "caps.parquet")
+    assert "changed" in _run("verify", out, code=1).output
+    assert "NAME=COLUMN" in _run("solve", edges, "--budgets", budgets, "--column", "user", "-o", out, code=2).output
+
+
+def test_bench_and_demo_print_their_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    timed = json.loads(_run("bench", "--sources", 2000, "--destinations", 30, "--json").output)
+    assert timed["status"] == "optimal"
+    assert [row["gamma"] for row in timed["ridges"]] == [0.1, 0.01, 0.001, 0.0001]
+    shown = json.loads(_run("demo", "--sources", 3000, "-o", tmp_path / "demo", "--json").output)
+    assert shown["verified"]
+    assert shown["gap"] <= 1e-4
+    assert (tmp_path / "demo" / "convergence.png").exists()
+
+
+def test_infeasible_budgets_end_with_a_certificate_in_the_folder(tmp_path):
+    edges, budgets, out = tmp_path / "edges.parquet", tmp_path / "b.parquet", tmp_path / "out"
+    pq.write_table(pa.table(EDGES), edges)
+    pq.write_table(pa.table({"destination": ["y", "x"], "budget": [1.0, 9.0], "sense": ["<=", "="]}), budgets)
+    solved = json.loads(_run("solve", edges, "--budgets", budgets, "-o", out, "--json").output)
+    assert solved["status"] == "infeasible"
+    assert solved["evaluations"] < 500
+    _run("verify", out)
+
+
+def test_help_lists_every_command():
+    text = _run("--help").output
+    for command in ("generate", "solve", "verify", "export-policy", "score", "pacing", "bench", "demo"):
+        assert command in text
+        assert "Usage" in _run(command, "--help").output

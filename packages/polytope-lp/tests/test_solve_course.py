@@ -1,5 +1,6 @@
 """The same answer by every road: several ranks, a killed and resumed run, the other optimiser, a warm start."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -62,8 +63,19 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
     path = tmp_path / "state.npz"
     solve(generate(MARKET), 1e-4, checkpoint=path, checkpoint_every=1)
-    with pytest.raises(ValueError, match="checkpoint"):
+    with pytest.raises(ValueError, match="another problem"):
         solve(generate(Marketplace(sources=3000, destinations=40)), 1e-4, checkpoint=path)
+    problem = generate(MARKET)
+    other = [
+        dataclasses.replace(problem, budgets=problem.budgets * torch.linspace(0.9, 1.1, 40, dtype=torch.float64)),
+        dataclasses.replace(problem, data=dataclasses.replace(problem.data, cap=2 * problem.data.cap)),
+    ]
+    for changed in other:
+        with pytest.raises(ValueError, match="another problem"):
+            solve(changed, 1e-4, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        solve(problem, 1e-4, checkpoint=path)
 
 
 def test_accelerated_gradient_certifies_too():

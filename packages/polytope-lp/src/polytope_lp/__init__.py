@@ -2,6 +2,7 @@
 
 from polytope_lp.block_lp import BlockLP
 from polytope_lp.block_solution import BlockSolution, linprog_blocks
+from polytope_lp.columns import Columns
 from polytope_lp.generate import Marketplace, generate
 from polytope_lp.options import Options
 from polytope_lp.polytopes import (
@@ -19,10 +20,12 @@ from polytope_lp.polytopes import (
     simplex,
 )
 from polytope_lp.problem import MatchingProblem
+from polytope_lp.ridge import ridge_allocation
+from polytope_lp.rounding import Rounded
 from polytope_lp.serving import Policy
 from polytope_lp.solution import Solution
 from polytope_lp.solve import solve
-from polytope_lp.tables import Columns, from_arrow, read_problem
+from polytope_lp.tables import from_arrow, read_problem
 
 __all__ = [
     "Assignment",
@@ -38,6 +41,7 @@ __all__ = [
     "Policy",
     "Polytope",
     "Ranking",
+    "Rounded",
     "Slate",
     "Solution",
     "VertexList",
@@ -48,6 +52,7 @@ __all__ = [
     "knapsack",
     "linprog_blocks",
     "read_problem",
+    "ridge_allocation",
     "simplex",
     "solve",
 ]

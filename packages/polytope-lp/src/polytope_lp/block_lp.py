@@ -9,7 +9,7 @@ several rows per variable, signs mixed, blocks of any `Polytope` or of plain bou
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse
@@ -17,7 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from polytope_lp.newton import Conic
-from polytope_lp.polytopes import Face, Polytope
+from polytope_lp.polytopes import CappedBox, Face, Polytope
+
+if TYPE_CHECKING:
+    from polytope_lp.problem import MatchingProblem
 
 Array = NDArray[np.float64]
 
@@ -117,6 +120,27 @@ class BlockLP:
             raise ValueError(f"blocks: expected {n} variables in all, got {total}")
         A = scipy.sparse.csr_array(scipy.sparse.vstack([rows_ub, rows_eq]))
         return cls(costs, A, np.concatenate([rhs_ub, rhs_eq]), rhs_ub.size, groups)
+
+    @classmethod
+    def from_matching(cls, problem: "MatchingProblem") -> "BlockLP":
+        """A matching problem as a general LP: its inequalities first, then its equations.
+
+        Args:
+            problem: The problem.
+
+        Returns:
+            The LP.
+        """
+        d = problem.data
+        n, rows = d.variables, d.index.reshape(d.variables, -1)
+        k = rows.shape[1]
+        a = np.ones(n * k) if d.coefficient is None else d.coefficient.double().numpy().ravel()
+        A = scipy.sparse.csr_array((a, (rows.numpy().ravel(), np.repeat(np.arange(n), k))), shape=(problem.rows, n))
+        equal, b = problem.equality.numpy(), problem.budgets.numpy()
+        upper, weight = (None if part is None else part.double() for part in (d.upper, d.weight))
+        kind = CappedBox(d.cap, upper, weight, d.equality)
+        lengths = np.diff(d.offsets.numpy())
+        return cls.build(d.cost.double().numpy(), A[~equal], b[~equal], A[equal], b[equal], blocks=[(kind, lengths)])
 
     def pieces(self) -> Iterator[tuple[slice, Group]]:
         """The groups with the variables that each takes.

@@ -1,5 +1,6 @@
 """Checkpoints: the whole state of a run as one npz file, so that a killed run continues bit by bit."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,21 @@ class Saver:
 
 
 def fingerprint(problem: MatchingProblem) -> str:
-    """A short description that two different problems are unlikely to share.
+    """A digest of all data of a problem, so that a checkpoint of another one is refused.
 
     Args:
         problem: The problem or shard.
 
     Returns:
-        Sizes and a few sums.
+        Sizes, and a 128-bit digest of every array.
     """
-    d = problem.data
-    head = slice(0, 1 << 16)
-    return (
-        f"{d.blocks}/{d.variables}/{problem.rows}/{problem.first_block}/{float(problem.budgets.sum())!r}/"
-        f"{float(d.cost[head].double().sum())!r}/{int(d.index[head].sum())}"
-    )
+    d, digest = problem.data, hashlib.blake2b(digest_size=16)
+    parts = (d.offsets, d.index, d.cost, d.coefficient, d.cap, d.upper, d.weight, problem.budgets, problem.equality)
+    for part in parts:
+        digest.update(b"-" if part is None else f"{tuple(part.shape)}{part.dtype}".encode())
+        if part is not None:
+            digest.update(part.contiguous().numpy().reshape(-1).view(np.uint8).data)
+    return f"{d.blocks}/{d.variables}/{problem.rows}/{problem.first_block}/{d.equality}/{digest.hexdigest()}"
 
 
 def rank_path(path: Path, search: Search) -> Path:
@@ -141,7 +143,7 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
         return None
     mine = rank_path(path, search)
     try:
-        with np.load(mine, allow_pickle=False) as file:
+        with mine.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             meta = json.loads(bytes(file["meta"]))
             arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
     except Exception as error:

@@ -10,12 +10,17 @@ from core_tensor.cli import command_line, emit, json_option, progress, table
 from polytope_lp.generate import KINDS, Marketplace
 
 OUT = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
 EXISTING = click.Path(path_type=Path)
 
 
 @command_line("polytope-lp")
 def main() -> None:
-    """Web-scale matching LPs: dual decomposition and projection onto any polytope."""
+    """Web-scale matching LPs: dual decomposition and projection onto any polytope.
+
+    Start with `polytope-lp demo`. Your own data: one Parquet table of edges (source, destination, value, cost), one of
+    budgets (destination, budget), then `polytope-lp solve edges.parquet --budgets budgets.parquet -o out/`.
+    """
 
 
 @main.command()
@@ -42,31 +47,51 @@ def generate(out: Path, as_json: bool, **given: Any) -> None:
 @main.command()
 @click.argument("problem", type=EXISTING)
 @click.option("--budgets", type=EXISTING, help="Parquet file of budgets, if PROBLEM is a file of edges.")
+@click.option("--sources", type=EXISTING, help="Parquet file of caps by source (source, cap), where they differ.")
 @click.option("--cap", type=float, help="Most that one source may be matched; the problem's own (else 1) if absent.")
 @click.option("--upper", type=float, help="Most of one edge; the problem's own if absent.")
+@click.option(
+    "--column",
+    "named",
+    multiple=True,
+    metavar="NAME=COLUMN",
+    help="What a column is called: --column source=user --column cost=bid; several budgets per destination as "
+    "--column budget=money,views --column cost=bid,ones. Names as in polytope_lp.Columns.",
+)
 @click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
 @click.option("--time-limit", type=float, help="Seconds after which the best point so far is written.")
 @click.option("--threads", type=int, help="CPU threads; all that torch finds if absent.", show_default="all")
 @click.option("--allow-unused-budgets", is_flag=True, help="Let budgets without any edge pass.")
+@click.option("--warm-start", type=EXISTING, help="Solution folder of a like problem whose prices to start from.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder.")
+@click.option("--plot", is_flag=True, help="Also draw convergence.png (needs polytope-lp[plot]).")
 @click.option("-o", "--out", type=OUT, required=True, help="Solution folder to write.")
 @json_option
 def solve(
     problem: Path,
     budgets: Path | None,
+    sources: Path | None,
     cap: float | None,
     upper: float | None,
+    named: tuple[str, ...],
     tol: float,
     time_limit: float | None,
     threads: int | None,
     allow_unused_budgets: bool,
+    warm_start: Path | None,
     resume: bool,
+    plot: bool,
     out: Path,
     as_json: bool,
 ) -> None:
-    """Solve a problem folder, or a Parquet file of edges, to a certified gap."""
+    """Solve a problem folder, or a Parquet file of edges, to a certified gap.
+
+    Writes primal.arrow (source, destination, x), prices.parquet, certificate.json, history.parquet, policy.npz and
+    input.json. A run that is killed leaves checkpoint.npz behind, from which --resume goes on.
+    """
     import torch
 
+    from polytope_lp.columns import columns_of
     from polytope_lp.folders import write_solution
     from polytope_lp.options import Options
     from polytope_lp.solve import solve as run
@@ -74,10 +99,17 @@ def solve(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    described = None if cap is None and upper is None else {"cap": cap, "upper": upper}
+    described = None if cap is None and upper is None else {"cap": 1.0 if cap is None else cap, "upper": upper}
+    columns = _columns(named)
     loaded = read_problem(
-        problem, budgets, None if described is None else polytope_of(described), allow_unused=allow_unused_budgets
+        problem,
+        budgets,
+        None if described is None else polytope_of(described),
+        columns_of(columns) if columns else None,
+        sources=sources,
+        allow_unused=allow_unused_budgets,
     )
+    start = None if warm_start is None else _prices(warm_start, loaded.rows)
     state = out / "checkpoint.npz"
     if not resume:
         state.unlink(missing_ok=True)
@@ -90,10 +122,15 @@ def solve(
             gap = "-" if entry["gap"] is None else f"{entry['gap']:.2e}"
             bar.set_postfix(gap=gap, violation=f"{entry['violation']:.1e}", gamma=f"{entry['gamma']:.1e}")
 
-        solution = run(loaded, options=options, report=report)
-    write_solution(solution, out, problem, budgets, {"polytope": described, "allow_unused": allow_unused_budgets})
+        solution = run(loaded, options=options, report=report, warm_start=start)
+    read = {"polytope": described, "columns": columns, "allow_unused": allow_unused_budgets}
+    write_solution(solution, out, problem, budgets, read, sources)
     state.unlink(missing_ok=True)
     result = {"out": str(out), **solution.certificate()}
+    if plot:
+        from polytope_lp.plots import picture
+
+        result["picture"] = str(picture(solution, out / "convergence.png"))
     emit(result, as_json, lambda: _describe(result))
 
 
@@ -117,6 +154,101 @@ def verify(ctx: click.Context, out: Path, as_json: bool) -> None:
         ctx.exit(1)
 
 
+@main.command("export-policy")
+@click.argument("out", type=EXISTING)
+@click.option("-o", "--policy", type=FILE, required=True, help="File to write: .npz or .json.")
+@click.option("--gamma", type=float, help="Sharpness; smaller is sharper. The solution's own if absent.")
+@click.option("--scorer", type=FILE, help="Also write the scoring code as one Python file that needs numpy only.")
+@json_option
+def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | None, as_json: bool) -> None:
+    """Export the prices of a solution as a rule that allocates unseen sources at request time."""
+    import dataclasses
+
+    from core_tensor.files import write_text
+
+    from polytope_lp import serving
+
+    rule = serving.Policy.load(out / "policy.npz")
+    if gamma is not None:
+        rule = dataclasses.replace(rule, gamma=gamma)
+    rule.save(policy)
+    if scorer is not None:
+        write_text(scorer, Path(serving.__file__).read_text(encoding="utf-8"))
+    result = {
+        "policy": str(policy),
+        "scorer": scorer and str(scorer),
+        "destinations": rule.lam.size // rule.resources,
+        "gamma": rule.gamma,
+        "needs": list(rule.needs),
+    }
+    emit(result, as_json, lambda: _describe(result))
+
+
+@main.command()
+@click.argument("policy", type=FILE)
+@click.argument("edges", type=FILE)
+@click.option("--column", "named", multiple=True, metavar="NAME=COLUMN", help="As in `solve`.")
+@click.option("-o", "--out", type=FILE, required=True, help="Parquet file to write: source, destination, x.")
+@json_option
+def score(policy: Path, edges: Path, named: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Allocate the sources of a Parquet file of EDGES by an exported POLICY (or a solution's policy.npz)."""
+    from polytope_lp.columns import columns_of
+    from polytope_lp.scoring import score_file
+    from polytope_lp.serving import Policy
+
+    result = score_file(Policy.load(policy), edges, columns_of(_columns(named)), out)
+    emit(result, as_json, lambda: _describe(result))
+
+
+@main.command()
+@click.argument("out", type=EXISTING)
+@click.option("--spent", type=FILE, required=True, help="Parquet file: destination, spent (and resource).")
+@click.option("--elapsed", type=float, required=True, help="Part of the period that has passed, in (0, 1].")
+@click.option("-o", "--report", type=FILE, help="Parquet file for the whole report; the ten worst are printed.")
+@json_option
+def pacing(out: Path, spent: Path, elapsed: float, report: Path | None, as_json: bool) -> None:
+    """Compare what the budgets have spent with the plan of a solution folder."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+    from core_tensor.files import atomic_path
+
+    from polytope_lp.folders import solution_again
+    from polytope_lp.pacing import spent_by_row
+    from polytope_lp.tables import read_table
+
+    solution = solution_again(out)
+    found = solution.pacing(spent_by_row(read_table(spent), solution.problem), elapsed)
+    if report is not None:
+        with atomic_path(report) as temporary:
+            pq.write_table(found, temporary)
+    states = {row["values"]: row["counts"] for row in pc.value_counts(found["state"]).to_pylist()}
+    off = pc.abs(pc.subtract(found["projected"], found["planned"]))
+    worst = found.take(pc.sort_indices(off, sort_keys=[("", "descending")])[:10])
+    result = {"budgets": found.num_rows, "states": states, "report": report and str(report)}
+    emit(result, as_json, lambda: f"{states}\n" + table(worst.to_pylist()))
+
+
+@main.command()
+@click.option("--sources", type=int, default=100_000, help="Number of sources.")
+@click.option("--destinations", type=int, default=1000, help="Number of destinations.")
+@click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
+@click.option("--threads", type=int, help="CPU threads; all that torch finds if absent.", show_default="all")
+@json_option
+def bench(sources: int, destinations: int, tol: float, threads: int | None, as_json: bool) -> None:
+    """Time this machine: one evaluation of the dual at several ridges, and a solve to a certified gap.
+
+    Comparisons with other solvers are in the repository: `uvx nox -s bench -- polytope-lp`.
+    """
+    import torch
+
+    from polytope_lp.timing import time_machine
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = time_machine(Marketplace(sources=sources, destinations=destinations), tol)
+    emit(result, as_json, lambda: f"{_describe(result)}\n\n{table(result['ridges'])}")
+
+
 @main.command()
 @click.option("--sources", type=int, default=200_000, help="Number of sources.")
 @click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
@@ -130,6 +262,27 @@ def demo(sources: int, tol: float, out: Path, as_json: bool) -> None:
     result = run(sources, tol, out)
     result["seconds_total"] = round(time.monotonic() - started, 2)
     emit(result, as_json, lambda: _describe(result))
+
+
+def _columns(named: tuple[str, ...]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for pair in named:
+        name, equals, column = pair.partition("=")
+        if not equals or not column:
+            raise ValueError(f"--column: expected NAME=COLUMN, got {pair!r}")
+        result[name] = column.split(",") if "," in column else column
+    return result
+
+
+def _prices(out: Path, rows: int) -> Any:
+    import numpy as np
+
+    from polytope_lp.tables import read_table
+
+    lam = np.asarray(read_table(out / "prices.parquet").column("price"), dtype=np.float64).copy()
+    if lam.shape[0] != rows:
+        raise ValueError(f"--warm-start: {out} has {lam.shape[0]} prices, but this problem has {rows} rows")
+    return lam
 
 
 def _describe(result: dict[str, Any]) -> str:

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from core_tensor.files import atomic_path, read_json, write_json
 from numpy.typing import NDArray
 
+from polytope_lp.columns import columns_of
 from polytope_lp.generate import Budgets, EdgeBatch, Marketplace, edge_batches
 from polytope_lp.problem import MatchingProblem
 from polytope_lp.serving import Policy
 from polytope_lp.solution import Solution
-from polytope_lp.tables import Columns, input_hashes, read_problem
+from polytope_lp.tables import input_hashes, polytope_of, read_problem
 from polytope_lp.verify import check_claims
 
 BATCHES_PER_FILE = 64
@@ -77,7 +79,12 @@ def _writer(path: Path) -> Iterator[Callable[[EdgeBatch], None]]:
 
 
 def write_solution(
-    solution: Solution, out: str | Path, path: str | Path, budgets: str | Path | None, read: dict[str, Any]
+    solution: Solution,
+    out: str | Path,
+    path: str | Path,
+    budgets: str | Path | None,
+    read: dict[str, Any],
+    sources: str | Path | None = None,
 ) -> None:
     """Write a solution: primal (Arrow stream), prices, certificate, history, policy, and what it was made from.
 
@@ -87,6 +94,7 @@ def write_solution(
         path: The problem's folder or edge file.
         budgets: The problem's budget file, or None.
         read: How the problem was read: arguments of `read_problem` as JSON.
+        sources: The problem's file of sources, or None.
     """
     root = Path(out)
     reader = solution.primal()
@@ -107,8 +115,9 @@ def write_solution(
         {
             "path": str(Path(path).resolve()),
             "budgets": None if budgets is None else str(Path(budgets).resolve()),
+            "sources": None if sources is None else str(Path(sources).resolve()),
             "read": read,
-            "sha256": input_hashes(path, budgets),
+            "sha256": input_hashes(Path(path).resolve(), budgets and Path(budgets).resolve(), sources),
         },
     )
     write_json(root / "certificate.json", solution.certificate())
@@ -141,7 +150,8 @@ def verify_folder(out: str | Path) -> dict[str, Any]:
     if lam.shape[0] != problem.rows:
         raise ValueError(f"{root}: prices of {lam.shape[0]} destinations, but the problem has {problem.rows}")
     result = check_claims(problem, dense_primal(problem, primal), lam, claims)
-    result["input_unchanged"] = input_hashes(given["path"], given["budgets"]) == given["sha256"]
+    digests = input_hashes(given["path"], given["budgets"], given["sources"])
+    result["input_unchanged"] = sorted(digests.values()) == sorted(given["sha256"].values())
     if not result["input_unchanged"]:
         result["ok"] = False
         result["problems"].append("the input's files have changed since it was solved")
@@ -157,15 +167,52 @@ def problem_again(given: dict[str, Any]) -> MatchingProblem:
     Returns:
         The problem.
     """
-    from polytope_lp.tables import polytope_of
-
     read = given["read"]
     return read_problem(
         given["path"],
         given["budgets"],
         None if read.get("polytope") is None else polytope_of(read["polytope"]),
-        Columns(**read.get("columns", {})),
+        columns_of(read["columns"]) if read.get("columns") else None,
+        sources=given.get("sources"),
         allow_unused=read.get("allow_unused", False),
+    )
+
+
+def solution_again(out: str | Path) -> Solution:
+    """A solution folder as a `Solution`, for reports that need its prices and loads (not its primal).
+
+    Args:
+        out: Folder that `write_solution` wrote.
+
+    Returns:
+        The solution.
+
+    Raises:
+        ValueError: If a file is missing or unreadable.
+    """
+    root = Path(out)
+    if not (root / "certificate.json").exists():
+        raise ValueError(f"{root}: expected a solution folder with certificate.json")
+    claims, problem = read_json(root / "certificate.json"), problem_again(read_json(root / "input.json"))
+    try:
+        prices = pq.read_table(root / "prices.parquet")
+        history = pq.read_table(root / "history.parquet").to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{root}: not a readable solution ({error})") from error
+    lam, load = (torch.from_numpy(np.asarray(prices.column(name)).copy()) for name in ("price", "load"))
+    if lam.shape[0] != problem.rows:
+        raise ValueError(f"{root}: prices of {lam.shape[0]} rows, but the problem has {problem.rows}")
+    infinite = {name: float("inf") for name in ("upper_bound", "gap") if claims[name] is None}
+    names = ("status", "objective", "lower_bound", "upper_bound", "gap", "max_violation", "evaluations", "seconds")
+    return Solution(
+        **{name: (claims | infinite)[name] for name in (*names, "gamma")},
+        lam=lam,
+        load=load,
+        history=history,
+        primal_lam=torch.from_numpy(Policy.load(root / "policy.npz").lam),
+        shrink=None,
+        anchor=None,
+        problem=problem,
     )
 
 

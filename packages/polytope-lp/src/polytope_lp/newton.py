@@ -31,7 +31,7 @@ DENSE_ROWS = 1200
 
 @dataclass(frozen=True)
 class Conic:
-    """An LP in equations over a product of polyhedra.
+    r"""An LP in equations over a product of polyhedra.
 
     Attributes:
         A: Matrix, shape (m, n), CSC.
@@ -39,6 +39,7 @@ class Conic:
         c: Costs, shape (n,).
         project: Projection of a point onto C.
         face: Face of a projected point: given the point it came from, and its projection.
+        ridge: Weights q of a term $\frac12 \sum_j q_j x_j^2$ in the objective, equal within every block; shape (n,).
     """
 
     A: scipy.sparse.csc_array
@@ -46,6 +47,7 @@ class Conic:
     c: Array
     project: Callable[[Array], Array]
     face: Callable[[Array, Array], Face]
+    ridge: Array | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def solve_exact(
         x, lam, steps = _step(lp, x, lam, gamma, delta, max(0.1 * min(best.primal, best.dual, 1.0), tol / 10))
         newton += steps
         primal = float(np.linalg.norm(lp.A @ x - lp.b)) / (1 + float(np.linalg.norm(lp.b)))
-        reduced = lp.c + lp.A.T @ lam
+        reduced = lp.c + lp.ridge * x + lp.A.T @ lam
         dual = float(np.linalg.norm(x - lp.project(x - reduced))) / (1 + float(np.linalg.norm(lp.c)))
         found = Exact(x, lam, primal, dual, k + 1, newton)
         since += 1
@@ -131,24 +133,25 @@ def solve_exact(
 def _step(
     lp: Conic, centre: Array, start: Array, gamma: float, delta: float, tol: float, most: int = 60
 ) -> tuple[Array, Array, int]:
-    lam, scale = start, 1 + float(np.linalg.norm(lp.b))
+    lam, scale, weight = start, 1 + float(np.linalg.norm(lp.b)), gamma + lp.ridge
 
     def value(x: Array, lam: Array) -> float:
         move, shift = x - centre, lam - start
-        return float(lp.c @ x + gamma / 2 * move @ move + lam @ (lp.A @ x - lp.b) - delta / 2 * shift @ shift)
+        bent = float(lp.c @ x + gamma / 2 * move @ move + (lp.ridge * x) @ x / 2)
+        return bent + float(lam @ (lp.A @ x - lp.b) - delta / 2 * shift @ shift)
 
-    point = centre - (lp.c + lp.A.T @ lam) / gamma
+    point = (gamma * centre - lp.c - lp.A.T @ lam) / weight
     x = lp.project(point)
     now = value(x, lam)
     for step in range(most):
         gradient = lp.A @ x - lp.b - delta * (lam - start)
         if float(np.linalg.norm(gradient)) <= tol * scale:
             return x, lam, step
-        direction = _newton_direction(lp, lp.face(point, x), gradient, gamma, delta)
+        direction = _newton_direction(lp, lp.face(point, x), gradient, weight, delta)
         slope, t = float(gradient @ direction), 1.0
         while True:
             trial = lam + t * direction
-            target = centre - (lp.c + lp.A.T @ trial) / gamma
+            target = (gamma * centre - lp.c - lp.A.T @ trial) / weight
             reached = lp.project(target)
             then = value(reached, trial)
             if then >= now + 1e-4 * t * slope - 1e-13 * abs(now) or t < 1e-10:
@@ -160,22 +163,36 @@ def _step(
     return x, lam, most
 
 
-def _newton_direction(lp: Conic, face: Face, gradient: Array, gamma: float, delta: float) -> Array:
-    # (A P A' / gamma + delta I) d = gradient
-    B = lp.A[:, np.flatnonzero(face.free)]
-    H = B @ B.T
-    if face.cuts is not None and face.cuts.shape[1]:
-        W = lp.A @ face.cuts
-        H = H - W @ W.T
-    if face.spans is not None and face.spans.shape[1]:
-        W = lp.A @ face.spans
-        H = H + W @ W.T
-    m = lp.b.size
+def _newton_direction(lp: Conic, face: Face, gradient: Array, weight: Array | float, delta: float) -> Array:
+    # (A P D^-1 A' + delta I) d = gradient, D = diag(weight), which is constant within every block
+    H, m = curvature(lp.A, face, 1.0 / np.broadcast_to(weight, lp.c.shape)), lp.b.size
     if m <= DENSE_ROWS:
-        dense = H.toarray() / gamma
+        dense = H.toarray()
         dense.flat[:: m + 1] += delta
         factor = scipy.linalg.cho_factor(dense, overwrite_a=True, check_finite=False)
         return np.asarray(scipy.linalg.cho_solve(factor, gradient, check_finite=False))
-    system = (H / gamma + delta * scipy.sparse.eye_array(m)).tocsc()
+    system = (H + delta * scipy.sparse.eye_array(m)).tocsc()
     solver = scipy.sparse.linalg.splu(system, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
     return np.asarray(solver.solve(gradient))
+
+
+def curvature(A: scipy.sparse.csc_array, face: Face, scale: Array) -> scipy.sparse.csc_array:
+    """$A P S A'$ with the generalised Jacobian P of a projection and S = diag(scale), constant within every block.
+
+    Args:
+        A: Matrix, shape (m, n), CSC.
+        face: The generalised Jacobian.
+        scale: Positive numbers, shape (n,).
+
+    Returns:
+        Shape (m, m).
+    """
+    root = np.sqrt(scale)
+    free = np.flatnonzero(face.free)
+    B = A[:, free] @ scipy.sparse.diags_array(root[free])
+    H = B @ B.T
+    for columns, sign in ((face.cuts, -1.0), (face.spans, 1.0)):
+        if columns is not None and columns.shape[1]:
+            W = A @ (scipy.sparse.diags_array(root) @ columns)
+            H = H + sign * (W @ W.T)
+    return scipy.sparse.csc_array(H)

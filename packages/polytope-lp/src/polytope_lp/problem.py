@@ -33,6 +33,8 @@ class MatchingProblem:
         destination_keys: What the user calls the rows: an Arrow array, or None for 0, 1, 2, ...
         skipped: Sources without edges, which were left out.
         first_block: Number of the first block within the whole problem, for shards.
+        resources: Names of the budgets, where every destination has several; row k * destinations + j is budget k of
+            destination j.
     """
 
     data: BlockData
@@ -44,6 +46,7 @@ class MatchingProblem:
     skipped: int = 0
     first_block: int = 0
     sharded: bool = field(default=False)
+    resources: tuple[str, ...] = ()
 
     @classmethod
     def from_arrays(
@@ -58,6 +61,7 @@ class MatchingProblem:
         equality: ArrayLike | Tensor | None = None,
         source_keys: Any = None,
         destination_keys: Any = None,
+        resources: tuple[str, ...] = (),
         allow_unused: bool = False,
     ) -> "MatchingProblem":
         """Build a problem from arrays and check all of it.
@@ -73,6 +77,8 @@ class MatchingProblem:
             equality: Rows that must be met exactly, shape (destinations,), bool.
             source_keys: Names of the sources.
             destination_keys: Names of the destinations.
+            resources: Names of the budgets where every destination has several; `budgets` then holds those of the first
+                for all destinations, then those of the second, and so on.
             allow_unused: Whether budgets without any edge are allowed.
 
         Returns:
@@ -111,7 +117,16 @@ class MatchingProblem:
         )
         data.check(b.shape[0])
         rows = torch.zeros(b.shape[0], dtype=torch.bool) if equality is None else torch.as_tensor(equality)
-        problem = cls(data, b, rows.bool(), chunk_bounds(lengths, b.shape[0]), source_keys, destination_keys, skipped)
+        problem = cls(
+            data,
+            b,
+            rows.bool(),
+            chunk_bounds(lengths, b.shape[0]),
+            source_keys,
+            destination_keys,
+            skipped,
+            resources=resources,
+        )
         problem._check_edges(allow_unused)
         return problem
 
@@ -125,6 +140,11 @@ class MatchingProblem:
     def rows(self) -> int:
         """Number of coupling rows."""
         return self.budgets.shape[0]
+
+    @property
+    def destinations(self) -> int:
+        """Number of destinations: rows, over the number of resources."""
+        return self.rows // max(1, len(self.resources))
 
     @cached_property
     def nonnegative(self) -> bool:
@@ -251,9 +271,11 @@ class MatchingProblem:
             row: Number of the row.
 
         Returns:
-            The key.
+            The key, and the resource if there are several.
         """
-        return row if self.destination_keys is None else self.destination_keys[row].as_py()
+        j = row % self.destinations
+        name = j if self.destination_keys is None else self.destination_keys[j].as_py()
+        return f"{name} ({self.resources[row // self.destinations]})" if self.resources else name
 
 
 def narrow_index(index: ArrayLike | Tensor, rows: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from polytope_lp.evaluation import primal_piece
 from polytope_lp.problem import MatchingProblem
 from polytope_lp.search import Search
+
+if TYPE_CHECKING:
+    from polytope_lp.rounding import Rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,20 +156,89 @@ class Solution:
         """Budgets, loads and prices by destination.
 
         Returns:
-            Columns destination, budget, load, price (the objective's fall per unit of budget), used (load / budget).
+            Columns destination, resource (where a destination has several budgets), budget, load, price (the
+            objective's fall per unit of budget), used (load / budget).
         """
         problem = self.problem
         budget = problem.budgets
         used = torch.where(budget != 0, self.load / torch.where(budget != 0, budget, 1.0), torch.nan)
         return pa.table(
             {
-                "destination": _named(problem.destination_keys, torch.arange(problem.rows), 0),
+                **row_columns(problem),
                 "budget": budget.numpy(),
                 "load": self.load.numpy(),
                 "price": self.lam.numpy(),
                 "used": pa.array(used.numpy(), from_pandas=True),
             }
         )
+
+    def sensitivity(self) -> pa.Table:
+        r"""What one more unit of each budget is worth, $\partial \text{value} / \partial b = \lambda$.
+
+        By the envelope theorem the value also changes by $x_e$ per unit of an edge's value and by $-\lambda_j x_e$ per
+        unit of its cost; gradients of the allocation itself are those of `polytope_lp.ridge_allocation`.
+
+        Returns:
+            Columns destination (and resource), budget, price, elasticity (percent of value per percent of budget) and
+            binding (whether the price is positive and the budget used up to 0.1 %), in the order of the rows.
+        """
+        lam, budget = self.lam, self.problem.budgets
+        size = max(abs(self.objective), 1e-300)
+        full = self.load >= budget * (1 - 1e-3)
+        return pa.table(
+            {
+                **row_columns(self.problem),
+                "budget": budget.numpy(),
+                "price": lam.numpy(),
+                "elasticity": (lam * budget / size).numpy(),
+                "binding": ((lam != 0) & full).numpy(),
+            }
+        )
+
+    def value_bound(self, budgets: Any) -> float:
+        r"""How much could be gained at most if the budgets were others: a certified bound, without solving again.
+
+        Args:
+            budgets: Other right-hand sides b', shape (rows,).
+
+        Returns:
+            $-\text{lower} + \lambda'(b' - b)$, which no allocation within b' exceeds (weak duality at these prices).
+
+        Raises:
+            ValueError: If the shape does not fit or a value is not finite.
+        """
+        other = torch.as_tensor(budgets, dtype=torch.float64).reshape(-1)
+        if other.shape != self.problem.budgets.shape or not bool(torch.isfinite(other).all()):
+            raise ValueError(f"budgets: expected {self.problem.rows} finite values, got shape {tuple(other.shape)}")
+        return -self.lower_bound + float(self.lam @ (other - self.problem.budgets))
+
+    def rounded(self, method: str = "greedy", seed: int = 0) -> "Rounded":
+        """Whole amounts within every budget; see `polytope_lp.rounding.round_allocation`.
+
+        Args:
+            method: `greedy` or `random`.
+            seed: Seed of `random`.
+
+        Returns:
+            Amounts, value, and how far it is at most from the best.
+        """
+        from polytope_lp.rounding import round_allocation
+
+        return round_allocation(self, method, seed)
+
+    def pacing(self, spent: Any, elapsed: float) -> pa.Table:
+        """Live spending against this plan; see `polytope_lp.pacing.pacing_report`.
+
+        Args:
+            spent: What every budget has spent so far, shape (rows,).
+            elapsed: Part of the period that has passed, in (0, 1].
+
+        Returns:
+            One row per budget.
+        """
+        from polytope_lp.pacing import pacing_report
+
+        return pacing_report(self, spent, elapsed)
 
     def certificate(self) -> dict[str, Any]:
         """The claims of this solution as JSON; infinities stand as null.
@@ -201,6 +273,22 @@ class Solution:
         from polytope_lp.verify import verify_solution
 
         return verify_solution(self)
+
+
+def row_columns(problem: MatchingProblem) -> dict[str, pa.Array]:
+    """What the user calls the rows.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        Columns `destination`, and `resource` where every destination has several budgets.
+    """
+    row = torch.arange(problem.rows)
+    columns = {"destination": _named(problem.destination_keys, row % problem.destinations, 0)}
+    if problem.resources:
+        columns["resource"] = pa.array([problem.resources[k] for k in (row // problem.destinations).tolist()])
+    return columns
 
 
 def primal_schema(problem: MatchingProblem) -> pa.Schema:

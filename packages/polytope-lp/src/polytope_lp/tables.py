@@ -1,5 +1,6 @@
 """From Arrow tables and Parquet files to problems: keys, order, types, and errors that name what is wrong."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +14,10 @@ import torch
 from core_tensor.files import read_json, sha256
 from numpy.typing import NDArray
 
+from polytope_lp.columns import Columns, columns_of, names_of
+from polytope_lp.keys import Keys, Sources, key_column, numbers, require
 from polytope_lp.polytopes import CappedBox
 from polytope_lp.problem import MatchingProblem
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns.
-
-    Attributes:
-        source: Source of an edge: integers or strings.
-        destination: Destination of an edge and of a budget: integers or strings.
-        value: Value of an edge.
-        cost: What an edge takes from its destination's budget; absent means one.
-        budget: Right-hand side, in the table of budgets.
-        sense: `<=` or `=`, in the table of budgets; absent means `<=`.
-        upper: Greatest amount of an edge; absent means the polytope's own.
-        weight: Weight of an edge in its source's cap; absent means one.
-    """
-
-    source: str = "source"
-    destination: str = "destination"
-    value: str = "value"
-    cost: str = "cost"
-    budget: str = "budget"
-    sense: str = "sense"
-    upper: str = "upper"
-    weight: str = "weight"
 
 
 def from_arrow(
@@ -48,24 +26,38 @@ def from_arrow(
     polytope: CappedBox | None = None,
     columns: Columns | None = None,
     *,
+    sources: Any = None,
     allow_unused: bool = False,
 ) -> MatchingProblem:
-    """A problem from two tables: Arrow, pandas, or anything that `pyarrow.table` takes.
+    """A problem from two or three tables: Arrow, pandas, polars, or anything that `pyarrow.table` takes.
 
     Args:
         edges: Columns source, destination, value, and if needed cost, upper, weight; in any order of rows.
         budgets: Columns destination, budget, and if needed sense.
         polytope: What a source may do; at most one match per source if None.
         columns: Names of the columns.
+        sources: Columns source and cap, where caps differ; sources without edges are skipped and counted.
         allow_unused: Whether budgets without any edge are allowed.
 
     Returns:
         The problem.
+
+    Raises:
+        ValueError: If a column is missing, or a value, key or order does not fit.
+        TypeError: If a table is none.
     """
     names = columns or Columns()
     table = _table("edges", edges)
+    whole = None if sources is None else _table("sources", sources)
     return _assemble(
-        [table.num_rows], lambda: iter(table.to_batches()), table.schema, budgets, polytope, names, allow_unused
+        [table.num_rows],
+        lambda: iter(table.to_batches()),
+        table.schema,
+        _table("budgets", budgets),
+        whole,
+        polytope,
+        names,
+        allow_unused,
     )
 
 
@@ -75,9 +67,12 @@ def read_problem(
     polytope: CappedBox | None = None,
     columns: Columns | None = None,
     *,
+    sources: str | Path | None = None,
     allow_unused: bool = False,
 ) -> MatchingProblem:
     """A problem from a folder (`edges/*.parquet`, `budgets.parquet`, `problem.json`) or from Parquet files.
+
+    A folder may also hold `sources.parquet` (source and cap), and `problem.json` the names of columns in `columns`.
 
     Edges are streamed; nothing is held twice when they are sorted by source.
 
@@ -85,7 +80,8 @@ def read_problem(
         path: The folder, or the Parquet file of the edges.
         budgets: Parquet file of the budgets; the folder's own if None.
         polytope: What a source may do; what `problem.json` says (at most one match per source) if None.
-        columns: Names of the columns.
+        columns: Names of the columns; those of `problem.json` if None.
+        sources: Parquet file of the sources' caps; the folder's own if None.
         allow_unused: Whether budgets without any edge are allowed.
 
     Returns:
@@ -97,22 +93,25 @@ def read_problem(
     files, budget_file, described = locate(path, budgets)
     if polytope is None:
         polytope = polytope_of(described.get("polytope", {}))
-    sources = [_open(file) for file in files]
+    if columns is None:
+        columns = columns_of(described.get("columns", {}))
+    caps = Path(path) / "sources.parquet" if sources is None else Path(sources)
+    whole = read_table(caps) if sources is not None or caps.exists() else None
+    readers = [_open(file) for file in files]
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for file, source in zip(files, sources, strict=True):
+        for file, source in zip(files, readers, strict=True):
             try:
                 yield from source.iter_batches(batch_size=1 << 17)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
 
-    schema = sources[0].schema_arrow
-    for file, source in zip(files, sources, strict=True):
+    schema = readers[0].schema_arrow
+    for file, source in zip(files, readers, strict=True):
         if not source.schema_arrow.equals(schema):
             raise ValueError(f"{file}: columns or types differ from those of {files[0]}")
-    counts = [source.metadata.num_rows for source in sources]
-    table = _open(budget_file).read()
-    return _assemble(counts, batches, schema, table, polytope, columns or Columns(), allow_unused)
+    counts = [source.metadata.num_rows for source in readers]
+    return _assemble(counts, batches, schema, read_table(budget_file), whole, polytope, columns, allow_unused)
 
 
 def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Path, dict[str, Any]]:
@@ -142,18 +141,20 @@ def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Pa
     return [root], Path(budgets), {}
 
 
-def input_hashes(path: str | Path, budgets: str | Path | None) -> dict[str, str]:
+def input_hashes(path: str | Path, budgets: str | Path | None, sources: str | Path | None = None) -> dict[str, str]:
     """SHA-256 of every file of a problem.
 
     Args:
         path: As in `read_problem`.
         budgets: As in `read_problem`.
+        sources: As in `read_problem`.
 
     Returns:
         Digest by path.
     """
     files, budget_file, _ = locate(path, budgets)
-    return {str(file): sha256(file) for file in [*files, budget_file]}
+    more = [Path(sources) if sources else Path(path) / "sources.parquet", Path(path) / "problem.json"]
+    return {str(file): sha256(file) for file in [*files, budget_file, *(file for file in more if file.exists())]}
 
 
 def polytope_of(described: dict[str, Any]) -> CappedBox:
@@ -193,180 +194,168 @@ def _open(file: Path) -> pq.ParquetFile:
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
 
 
-def _numbers(name: str, column: Any, dtype: Any) -> NDArray[Any]:
-    kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise ValueError(f"{name}: expected a column of numbers, got {kind}")
-    if column.null_count:
-        raise ValueError(f"{name}: expected numbers, got {column.null_count} nulls")
-    values = np.asarray(column, dtype=dtype)
-    if not np.isfinite(values).all():
-        at = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}: expected finite values, got {values[at]} in row {at}")
-    return values
+def read_table(file: Path) -> pa.Table:
+    """Read a Parquet file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If it is missing or unreadable.
+    """
+    try:
+        return _open(file).read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
 
 
-class _Keys:
-    """Numbers for the keys of the destinations, and for strings of the sources."""
+@dataclass
+class _Edges:
+    """The edges as arrays, in the order of the rows.
 
-    def __init__(self, table: pa.Table, names: Columns) -> None:
-        column = _require(table.schema, table, "budgets", names.destination)
-        self.keys = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if self.keys.null_count:
-            raise ValueError(f"budgets.{names.destination}: expected keys, got {self.keys.null_count} nulls")
-        if len(pc.unique(self.keys)) != len(self.keys):
-            raise ValueError(f"budgets.{names.destination}: expected each destination once")
-        whole = pa.types.is_integer(self.keys.type)
-        self.plain = whole and np.array_equal(np.asarray(self.keys), np.arange(len(self.keys)))
+    Attributes:
+        index: Rows of A, shape (edges,) or (edges, rows per edge), int32.
+        arrays: Values, costs, upper bounds and weights by column.
+        costs: Columns of the costs; None where they are ones.
+        sources: Runs of equal sources.
+    """
 
-    def rows(self, column: pa.Array) -> NDArray[np.int32]:
-        # Row of every key; an unknown one is an error.
-        if column.null_count:
-            raise ValueError(f"edges.destination: expected keys, got {column.null_count} nulls")
-        if self.plain and pa.types.is_integer(column.type):
-            numbers = np.asarray(column)
-            bad = (numbers < 0) | (numbers >= len(self.keys))
-            if bad.any():
-                raise ValueError(f"edges.destination: {numbers[bad][0]} has no budget")
-            return numbers.astype(np.int32)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        try:
-            found = pc.index_in(column.cast(self.keys.type), self.keys)
-        except pa.ArrowException as error:
-            raise ValueError(
-                f"edges.destination: {column.type} keys do not fit the {self.keys.type} keys of the budgets"
-            ) from error
-        if found.null_count:
-            unknown = column.filter(pc.is_null(found))[0].as_py()
-            raise ValueError(f"edges.destination: {unknown!r} has no budget")
-        return np.asarray(found, dtype=np.int32)
+    index: NDArray[np.int32]
+    arrays: dict[str, NDArray[Any]]
+    costs: list[str | None]
+    sources: Sources
 
+    @classmethod
+    def read(cls, total: int, batches: Any, schema: pa.Schema, keys: Keys, names: Columns) -> "_Edges":
+        rows, costs = names_of(names.destination), names_of(names.cost)
+        for name in (names.source, *rows, names.value):
+            if schema.get_field_index(name) < 0:
+                raise ValueError(f"edges: expected a column {name!r}, got {', '.join(schema.names)}")
+        dtype = np.float32 if pa.types.is_float32(schema.field(names.value).type) else np.float64
+        there = [name if names.optional(name, schema, "edges") else None for name in costs]
+        extra = [name for name in (names.upper, names.weight) if names.optional(name, schema, "edges")]
+        columns = dict.fromkeys([names.value, *(name for name in there if name), *extra])
+        arrays = {name: np.empty(total, dtype) for name in columns}
+        per_edge = len(rows) * len(names_of(names.budget))
+        index = np.empty(total if per_edge == 1 else (total, per_edge), np.int32)
+        sources, at = Sources(), 0
+        for batch in batches():
+            if batch.num_rows == 0:
+                continue
+            to = slice(at, at + batch.num_rows)
+            sources.add(batch.column(names.source))
+            found = [keys.rows(batch.column(name)) for name in rows]
+            if per_edge == 1:
+                index[to] = found[0]
+            else:  # several destinations, or row k * destinations + j for budget k of destination j
+                shifts = [0] * len(rows) if len(rows) > 1 else [k * len(keys.keys) for k in range(per_edge)]
+                for k, shift in enumerate(shifts):
+                    index[to, k] = found[k if len(rows) > 1 else 0] + shift
+            for name, array in arrays.items():
+                array[to] = numbers(f"edges.{name}", batch.column(name), dtype)
+            at += batch.num_rows
+        return cls(index, arrays, there * (per_edge if len(there) == 1 else 1), sources)
 
-def _require(schema: pa.Schema, holder: Any, table: str, name: str) -> Any:
-    if schema.get_field_index(name) < 0:
-        raise ValueError(f"{table}: expected a column {name!r}, got {', '.join(schema.names)}")
-    return holder.column(name)
+    def sorted(self) -> tuple[NDArray[np.int64], Any]:
+        # Bring equal sources together; offsets and keys.
+        offsets, source_keys, order = self.sources.finish()
+        if order is not None:
+            self.index = self.index[order]
+            self.arrays = {name: array[order] for name, array in self.arrays.items()}
+        return offsets, source_keys
 
-
-class _Sources:
-    """Runs of equal source keys, in the order of the rows."""
-
-    def __init__(self) -> None:
-        self.starts: list[NDArray[np.int64]] = []
-        self.keys: list[Any] = []
-        self.seen, self.rising = 0, True
-        self.last: Any = None
-
-    def add(self, column: Any) -> None:
-        if column.null_count:
-            raise ValueError(f"edges.source: expected keys, got {column.null_count} nulls")
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_integer(column.type):
-            numbers = np.asarray(column)
-            change = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
-            self.rising &= bool((numbers[1:] >= numbers[:-1]).all())
-            self.rising &= self.last is None or bool(numbers[0] >= self.last)
-            first = self.last is None or numbers[0] != self.last
-            self.last = numbers[-1]
-        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            change = np.flatnonzero(np.asarray(pc.not_equal(column[1:], column[:-1]))) + 1
-            first = self.last is None or column[0].as_py() != self.last
-            self.last = column[-1].as_py()
-        else:
-            raise ValueError(f"edges.source: expected integers or strings, got {column.type}")
-        at = np.concatenate([[0], change]) if first else change
-        self.starts.append(at + self.seen)
-        self.keys.append(column.take(pa.array(at)))
-        self.seen += len(column)
-
-    def finish(self) -> tuple[NDArray[np.int64], Any, NDArray[np.int64] | None]:
-        # Offsets, keys, and the order that brings equal sources together (None if they are).
-        starts = np.concatenate([*self.starts, [self.seen]]).astype(np.int64)
-        keys = pa.chunked_array(self.keys).combine_chunks()
-        self.starts.clear()
-        self.keys.clear()
-        if self.rising and pa.types.is_integer(keys.type):
-            return starts, keys, None
-        encoded = keys.dictionary_encode()
-        codes, distinct = np.asarray(encoded.indices), encoded.dictionary
-        if len(distinct) == len(keys):
-            return starts, keys, None
-        lengths = np.diff(starts)
-        order = np.argsort(codes, kind="stable")
-        total = np.bincount(codes, lengths, len(distinct)).astype(np.int64)
-        runs = np.repeat(starts[:-1][order] - np.cumsum(lengths[order]) + lengths[order], lengths[order])
-        return np.concatenate([[0], np.cumsum(total)]), distinct, runs + np.arange(self.seen)
+    def cost(self) -> NDArray[Any] | None:
+        # Coefficients in the shape of the index, or None for ones.
+        if not any(self.costs):
+            return None
+        if self.index.ndim == 1:
+            return self.arrays[str(self.costs[0])]
+        ones = np.ones(self.index.shape[0], next(iter(self.arrays.values())).dtype)
+        return np.stack([ones if name is None else self.arrays[name] for name in self.costs], axis=1)
 
 
 def _assemble(
     counts: list[int],
     batches: Any,
     schema: pa.Schema,
-    budgets: Any,
+    table: pa.Table,
+    caps: pa.Table | None,
     polytope: CappedBox | None,
     names: Columns,
     allow_unused: bool,
 ) -> MatchingProblem:
-    table = _table("budgets", budgets)
-    keys = _Keys(table, names)
-    b = _numbers(f"budgets.{names.budget}", _require(table.schema, table, "budgets", names.budget), np.float64)
-    total = sum(counts)
-    if total == 0:
+    keys = Keys(table, names)
+    budgets = names_of(names.budget)
+    b = [numbers(f"budgets.{n}", require(table.schema, table, "budgets", n), np.float64) for n in budgets]
+    if sum(counts) == 0:
         raise ValueError("edges: expected at least one edge, got none")
-    for name in (names.source, names.destination, names.value):
-        if schema.get_field_index(name) < 0:
-            raise ValueError(f"edges: expected a column {name!r}, got {', '.join(schema.names)}")
-    single = pa.types.is_float32(schema.field(names.value).type)
-    dtype = np.float32 if single else np.float64
-    extra = [n for n in (names.cost, names.upper, names.weight) if schema.get_field_index(n) >= 0]
-    arrays = {name: np.empty(total, dtype) for name in (names.value, *extra)}
-    index = np.empty(total, np.int32)
-    sources, at = _Sources(), 0
-    for batch in batches():
-        if batch.num_rows == 0:
-            continue
-        to = slice(at, at + batch.num_rows)
-        sources.add(batch.column(names.source))
-        index[to] = keys.rows(batch.column(names.destination))
-        for name, array in arrays.items():
-            array[to] = _numbers(f"edges.{name}", batch.column(name), dtype)
-        at += batch.num_rows
-    offsets, source_keys, order = sources.finish()
-    if order is not None:
-        index = index[order]
-        arrays = {name: array[order] for name, array in arrays.items()}
-    shape = polytope or CappedBox()
-    if names.upper in arrays or names.weight in arrays:
-        shape = CappedBox(
-            shape.cap,
-            torch.from_numpy(arrays[names.upper]) if names.upper in arrays else shape.upper,
-            torch.from_numpy(arrays[names.weight]) if names.weight in arrays else None,
-            shape.equality,
-        )
-    return MatchingProblem.from_arrays(
+    edges = _Edges.read(sum(counts), batches, schema, keys, names)
+    offsets, source_keys = edges.sorted()
+    shape, lonely = polytope or CappedBox(), 0
+    if caps is not None:
+        shape, lonely = _capped(shape, caps, source_keys, names)
+    arrays = edges.arrays
+    upper, weight = (torch.from_numpy(arrays[n]) if n in arrays else None for n in (names.upper, names.weight))
+    if upper is not None or weight is not None:
+        shape = CappedBox(shape.cap, shape.upper if upper is None else upper, weight, shape.equality)
+    if len(names_of(names.destination)) > 1:
+        _refuse_equal_edges(offsets, edges.index[:, 0], source_keys, keys)
+    problem = MatchingProblem.from_arrays(
         offsets,
-        index,
-        arrays.pop(names.value),
-        arrays.get(names.cost),
-        b,
+        edges.index,
+        arrays[names.value],
+        edges.cost(),
+        np.concatenate(b),
         shape,
         equality=_senses(table, names),
         source_keys=_plain_keys(source_keys),
         destination_keys=None if keys.plain else keys.keys,
+        resources=budgets if len(budgets) > 1 else (),
         allow_unused=allow_unused,
     )
+    return dataclasses.replace(problem, skipped=problem.skipped + lonely)
+
+
+def _capped(shape: CappedBox, caps: pa.Table, source_keys: Any, names: Columns) -> tuple[CappedBox, int]:
+    # The caps in the order of the sources, and the number of sources without edges.
+    if isinstance(shape.cap, torch.Tensor) and shape.cap.numel() > 1:
+        raise ValueError("sources: expected caps in the polytope or in the table of sources, got both")
+    keys = key_column(caps, "sources", names.source)
+    values = numbers(f"sources.{names.cap}", require(caps.schema, caps, "sources", names.cap), np.float64)
+    try:
+        at = pc.index_in(source_keys.cast(keys.type), keys)
+    except pa.ArrowException as error:
+        raise ValueError(f"sources.{names.source}: {keys.type} keys do not fit the {source_keys.type} keys") from error
+    if at.null_count:
+        missing = source_keys.filter(pc.is_null(at))[0].as_py()
+        raise ValueError(f"sources.{names.source}: source {missing!r} of the edges has no cap")
+    if (values < 0).any():
+        raise ValueError(f"sources.{names.cap}: expected values of at least 0, got {values.min()}")
+    return dataclasses.replace(shape, cap=torch.from_numpy(values[np.asarray(at)])), len(keys) - len(source_keys)
+
+
+def _refuse_equal_edges(offsets: NDArray[np.int64], first: NDArray[np.int32], source_keys: Any, keys: Keys) -> None:
+    # The first destination names an edge in the primal, so a source may have it only once.
+    block = np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
+    order = np.lexsort((first, block))
+    equal = (np.diff(block[order]) == 0) & (np.diff(first[order]) == 0)
+    if equal.any():
+        at = order[int(np.flatnonzero(equal)[0])]
+        source, row = source_keys[int(block[at])].as_py(), keys.keys[int(first[at])].as_py()
+        raise ValueError(f"edges: source {source} and first destination {row} stand in more than one edge")
 
 
 def _senses(table: pa.Table, names: Columns) -> NDArray[np.bool_] | None:
-    if table.schema.get_field_index(names.sense) < 0:
+    if not names.optional(names.sense, table.schema, "budgets"):
         return None
     senses = table.column(names.sense).to_pylist()
     wrong = [s for s in senses if s not in {"<=", "="}]
     if wrong:
         raise ValueError(f"budgets.{names.sense}: expected '<=' or '=', got {wrong[0]!r}")
-    return np.array([s == "=" for s in senses])
+    return np.tile(np.array([s == "=" for s in senses]), len(names_of(names.budget)))
 
 
 def _plain_keys(keys: Any) -> Any:

@@ -24,6 +24,21 @@ class Face:
     cuts: scipy.sparse.csc_array | None = None
     spans: scipy.sparse.csc_array | None = None
 
+    def apply(self, direction: NDArray[np.float64]) -> NDArray[np.float64]:
+        """P times a direction.
+
+        Args:
+            direction: Shape (n,).
+
+        Returns:
+            Shape (n,).
+        """
+        product = np.where(self.free, direction, 0.0)
+        for columns, sign in ((self.cuts, -1.0), (self.spans, 1.0)):
+            if columns is not None:
+                product = product + sign * (columns @ (columns.T @ direction))
+        return product
+
 
 class Polytope(ABC):
     r"""A family of compact polytopes $C_i$, one per block of a ragged vector.
