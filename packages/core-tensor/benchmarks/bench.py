@@ -52,5 +52,43 @@ def quantized_linear(quick: bool) -> dict[str, object]:
     return results
 
 
+def assignment(quick: bool) -> dict[str, object]:
+    """Exact assignment of n points to n others in 128 dimensions, against scipy's shortest augmenting paths."""
+    from scipy.optimize import linear_sum_assignment
+
+    results: dict[str, object] = {}
+    for n in (64, 256) if quick else (64, 256, 1024):
+        cost = torch.cdist(torch.randn(n, 128).double(), torch.randn(n, 128).double()).square()
+        pair = compare(lambda cost=cost: core_tensor.assignment(cost), lambda cost=cost: linear_sum_assignment(cost))
+        results |= {f"assignment_{n}_vs_scipy": round(pair.speedup, 2), f"assignment_{n}_detail": pair.spread()}
+    return results
+
+
+def centred_moments(quick: bool) -> dict[str, object]:
+    """Mean and scatter of float32 rows, against widening, centring and torch's float64 product."""
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        rows = x.double()
+        centred = rows - rows.mean(0)
+        return centred.mT @ centred
+
+    results: dict[str, object] = {}
+    for n, d in ((1024, 256),) if quick else ((1024, 256), (4096, 2048)):
+        x = torch.randn(n, d)
+        pair = compare(lambda x=x: core_tensor.centred_moments(x), lambda x=x: plain(x))
+        results |= {f"centred_moments_{n}_{d}_vs_torch": round(pair.speedup, 2)}
+        results |= {f"centred_moments_{n}_{d}_detail": pair.spread()}
+    return results
+
+
 if __name__ == "__main__":
-    run_bars("core-tensor", {"cd_block": cd_block, "bit_packing": bit_packing, "quantized_linear": quantized_linear})
+    run_bars(
+        "core-tensor",
+        {
+            "assignment": assignment,
+            "centred_moments": centred_moments,
+            "cd_block": cd_block,
+            "bit_packing": bit_packing,
+            "quantized_linear": quantized_linear,
+        },
+    )
