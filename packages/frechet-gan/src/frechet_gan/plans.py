@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from core_tensor import assignment
 from torch import Tensor
 
 from frechet_gan.distance import value_and_gradient
@@ -114,7 +114,7 @@ def assignment_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator:
     cost = squared_distances(fake, real)
     if n != m:  # every point of the smaller sample carries several units of mass
         cost = cost.repeat_interleave(rows // n, 0).repeat_interleave(rows // m, 1)
-    columns = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(fake.device)
+    columns = assignment(cost)
     target = real[columns // (rows // m)]  # (rows, d)
     target = target.view(n, rows // n, -1).mean(1)
     value = cost.gather(1, columns[:, None]).mean()

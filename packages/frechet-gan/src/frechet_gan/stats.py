@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from core_tensor import centred_moments
 from core_tensor.checks import check_choice, check_number, check_tensor
 from core_tensor.files import atomic_path
 from torch import Tensor
@@ -95,12 +96,9 @@ class FeatureStats:
             ValueError: If the width differs or a feature is NaN or infinite.
         """
         check_tensor("features", features, shape=(None, self.dim), finite=True)
-        rows = features.detach().to(self.mean)
-        if rows.shape[0] == 0:
-            return self
-        mean = rows.mean(0)
-        centred = rows - mean
-        self._absorb(rows.shape[0], mean, centred.mT @ centred)
+        if features.shape[0]:
+            mean, scatter = centred_moments(features)
+            self._absorb(features.shape[0], mean.to(self.mean), scatter.to(self.scatter))
         return self
 
     def merge(self, other: FeatureStats) -> FeatureStats:
