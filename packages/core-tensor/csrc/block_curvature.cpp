@@ -1,0 +1,106 @@
+// Generalised Hessian of the smoothed dual: the sum over the blocks of A_i P_i A_i', P_i the derivative of the
+// projection. Entries are added as 64-bit fixed-point numbers, so threads and ranks cannot change a result.
+#include <cmath>
+#include <vector>
+
+#include "blocks.h"
+#include "core.h"
+
+namespace {
+
+template <class T>
+struct Curvature {
+  const int64_t* offsets;
+  const int32_t* index;
+  const T* coefficient;  // null for ones
+  const double* x;
+  core_tensor::Family<T> family;
+  int64_t rows, rows_per_variable;
+  double scale;
+};
+
+// Free entries of one block, 0 < x < u, and whether its cut is tight.
+template <class T>
+bool free_entries(const Curvature<T>& p, int64_t first, int64_t n, double cap, std::vector<int64_t>& free) {
+  double total = 0.0;
+  free.clear();
+  for (int64_t k = first; k < first + n; ++k) {
+    const double x = p.x[k];
+    if (!(x > 0.0)) continue;
+    const double w = p.family.weight ? static_cast<double>(p.family.weight[k]) : 1.0;
+    const double u = p.family.upper ? static_cast<double>(p.family.upper[k * p.family.upper_stride])
+                                    : core_tensor::kInfinity;
+    total += w * x;
+    if (x < u) free.push_back(k);
+  }
+  return p.family.equality || total >= cap * (1.0 - 1e-12);
+}
+
+template <class T>
+CT_INLINE void add(const Curvature<T>& p, int64_t k, int64_t l, double factor, int64_t* H) {
+  for (int64_t e = k * p.rows_per_variable; e < (k + 1) * p.rows_per_variable; ++e) {
+    const double a = factor * (p.coefficient ? static_cast<double>(p.coefficient[e]) : 1.0);
+    for (int64_t f = l * p.rows_per_variable; f < (l + 1) * p.rows_per_variable; ++f) {
+      const double value = a * (p.coefficient ? static_cast<double>(p.coefficient[f]) : 1.0);
+      H[p.index[e] * p.rows + p.index[f]] += std::llrint(value * p.scale);
+    }
+  }
+}
+
+template <class T>
+CT_CLONES void block(const Curvature<T>& p, int64_t first, int64_t n, double cap, std::vector<int64_t>& free,
+                     int64_t* H) {
+  const bool tight = free_entries(p, first, n, cap, free);
+  if (free.empty() || (tight && free.size() == 1)) return;  // a vertex: nothing moves
+  double norm = 0.0;
+  if (tight) {
+    for (const int64_t k : free) {
+      const double w = p.family.weight ? static_cast<double>(p.family.weight[k]) : 1.0;
+      norm += w * w;
+    }
+  }
+  for (const int64_t k : free) {
+    add(p, k, k, 1.0, H);
+    if (!tight) continue;
+    const double w = (p.family.weight ? static_cast<double>(p.family.weight[k]) : 1.0) / norm;
+    for (const int64_t l : free) add(p, k, l, -w * (p.family.weight ? static_cast<double>(p.family.weight[l]) : 1.0), H);
+  }
+}
+
+template <class T>
+void curvature(const Curvature<T>& p, int64_t blocks, int64_t* H, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int64_t> free;
+    std::vector<int64_t> mine(threads > 1 ? p.rows * p.rows : 0, 0);
+    int64_t* to = threads > 1 ? mine.data() : H;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; ++b)
+      block(p, p.offsets[b], p.offsets[b + 1] - p.offsets[b], p.family.cap[b * p.family.cap_stride], free, to);
+    if (threads > 1) {
+#pragma omp critical
+      for (int64_t j = 0; j < p.rows * p.rows; ++j) H[j] += mine[j];
+    }
+  }
+}
+
+}  // namespace
+
+#define CT_BLOCK_CURVATURE(NAME, T)                                                                                    \
+  CT_EXPORT void NAME(const int64_t* offsets, const int32_t* index, const T* coefficient, const double* x,            \
+                      const double* cap, const T* upper, const T* weight, int64_t* result, int64_t base,              \
+                      int64_t blocks, int64_t rows, int64_t rows_per_variable, int64_t cap_stride,                    \
+                      int64_t upper_stride, double scale, int equality, int threads) {                                \
+    const Curvature<T> p{offsets,                                                                                     \
+                         index - base * rows_per_variable,                                                            \
+                         coefficient ? coefficient - base * rows_per_variable : nullptr,                              \
+                         x - base,                                                                                    \
+                         {cap, cap_stride, upper ? upper - base * upper_stride : nullptr, upper_stride,               \
+                          weight ? weight - base : nullptr, equality != 0},                                           \
+                         rows,                                                                                        \
+                         rows_per_variable,                                                                           \
+                         scale};                                                                                      \
+    curvature<T>(p, blocks, result, threads);                                                                         \
+  }
+CT_BLOCK_CURVATURE(ct_block_curvature_f32, float)
+CT_BLOCK_CURVATURE(ct_block_curvature_f64, double)
