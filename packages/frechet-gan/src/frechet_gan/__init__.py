@@ -1,6 +1,8 @@
 """Generators trained by Frechet distance or optimal transport in feature space."""
 
+from frechet_gan.checkpoints import load_generator, read_checkpoint
 from frechet_gan.classifier import Classifier, train_classifier
+from frechet_gan.config import PRESETS, TrainConfig
 from frechet_gan.distance import frechet_distance
 from frechet_gan.encoders import FrozenEncoder, efficientnet_lite, encode, load_encoder
 from frechet_gan.estimators import Estimate, debiased_split_distance, estimate_frechet
@@ -9,18 +11,20 @@ from frechet_gan.gaussian import GaussianMap, frechet_distance_from_moments, gau
 from frechet_gan.loss import MultiEncoderLoss, TransportLoss, VirtualBatch
 from frechet_gan.manifold import Manifold, manifold
 from frechet_gan.mmd import cmmd, kid, mmd
-from frechet_gan.networks import NetworkConfig, build_networks
+from frechet_gan.networks import Discriminator, NetworkConfig, Networks
 from frechet_gan.plans import PlanOptions
 from frechet_gan.populations import BatchPopulation, EMAPopulation, QueuePopulation
 from frechet_gan.posttrain import PosttrainConfig, PostTrainer, encoder_losses
+from frechet_gan.sampling import interpolate, sample_images
 from frechet_gan.stats import FeatureStats
-from frechet_gan.trainer import PRESETS, FrechetTrainer, TrainConfig, load_generator, sample_images
+from frechet_gan.trainer import FrechetTrainer
 
 __all__ = [
     "PRESETS",
     "Alarms",
     "BatchPopulation",
     "Classifier",
+    "Discriminator",
     "EMAPopulation",
     "EncoderReport",
     "Estimate",
@@ -31,6 +35,7 @@ __all__ = [
     "Manifold",
     "MultiEncoderLoss",
     "NetworkConfig",
+    "Networks",
     "PlanOptions",
     "PostTrainer",
     "PosttrainConfig",
@@ -39,7 +44,6 @@ __all__ = [
     "TrainConfig",
     "TransportLoss",
     "VirtualBatch",
-    "build_networks",
     "cmmd",
     "debiased_split_distance",
     "effective_rank",
@@ -51,11 +55,13 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_from_moments",
     "gaussian_map",
+    "interpolate",
     "kid",
     "load_encoder",
     "load_generator",
     "manifold",
     "mmd",
+    "read_checkpoint",
     "sample_images",
     "train_classifier",
 ]

@@ -1,28 +1,31 @@
 """The command `frechet-gan`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from core_tensor.cli import command_line, emit, json_option, progress, table
-from core_tensor.files import write_json
 from torch import Tensor
 
+from frechet_gan.checkpoints import load_generator
+from frechet_gan.config import PRESETS
 from frechet_gan.data import load_data
 from frechet_gan.demo import compare_demo, hacking_demo
 from frechet_gan.distance import frechet_distance
 from frechet_gan.encoders import encode, load_encoder
 from frechet_gan.estimators import ESTIMATORS, Estimator, estimate_frechet
-from frechet_gan.evaluation import evaluate
-from frechet_gan.images import grid, image_batches, image_files, write_image
+from frechet_gan.evaluation import Report, evaluate
+from frechet_gan.images import image_batches, image_files, write_image
 from frechet_gan.networks import KINDS, Kind, NetworkConfig
 from frechet_gan.plots import curve_figure
 from frechet_gan.populations import EMAPopulation
 from frechet_gan.posttrain import PosttrainConfig, PostTrainer, encoder_losses
-from frechet_gan.runs import heldout_encoder, read_histories, replaced, summary, train_run
+from frechet_gan.runs import heldout_encoder, posttrain_run, read_histories, summary, train_run
+from frechet_gan.sampling import sample_images
 from frechet_gan.stats import FeatureStats
-from frechet_gan.trainer import PRESETS, load_generator
 
 _encoder_option = click.option(
     "--encoder",
@@ -138,12 +141,16 @@ _data_option = click.option(
 @click.option("--loss", "method", default="frechet", type=click.Choice(list(PRESETS)), help="Method.")
 @click.option("--net", default="mlp", type=click.Choice(KINDS), help="Kind of networks.")
 @click.option("--width", default=128, type=click.IntRange(4), help="Hidden units (mlp) or channels.")
+@click.option("--features", default=64, type=click.IntRange(1), help="Width of the discriminator's feature space.")
+@click.option("--latent", default=64, type=click.IntRange(1), help="Width of the latents.")
 @click.option("--d-reg", type=click.Choice(["r1", "gp", "sn", "none"]), help="Regulariser. [default: the method's]")
 @click.option("--steps", default=1000, type=click.IntRange(1), help="Generator steps.")
 @click.option("--every", default=250, type=click.IntRange(1), help="Steps between measurements and checkpoints.")
 @click.option("--batch", default=128, type=click.IntRange(2), help="Images per step and rank.")
+@click.option("--g-batch", type=click.IntRange(2), help="Images per generator step. [default: the batch]")
 @click.option("--lr", default=5e-4, type=click.FloatRange(0, min_open=True), help="Learning rate of both networks.")
 @click.option("--ema", default=0.0, type=click.FloatRange(0, 1, max_open=True), help="Decay of averaged weights.")
+@click.option("--diff-augment", is_flag=True, help="Augment what the discriminator sees (little data).")
 @click.option("--bf16", is_flag=True, help="Networks in bfloat16; statistics stay in float64.")
 @click.option("--heldout", default="auto", help="Encoder of the metric; auto: a classifier trained on the labels.")
 @click.option("--seed", default=0, help="Seed of weights, data order and latents.")
@@ -156,51 +163,57 @@ def train(
     method: str,
     net: Kind,
     width: int,
+    features: int,
+    latent: int,
     d_reg: str | None,
     steps: int,
     every: int,
-    batch: int,
     lr: float,
-    ema: float,
-    bf16: bool,
     heldout: str,
-    seed: int,
     out: str,
     resume: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Train a generator; under torchrun, on every process."""
-    if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """Train a generator; under torchrun, on every process.
+
+    Writes a checkpoint, history.json and a grid of samples of the same latents every so many steps.
+    """
+    _join_ranks()
     found = load_data(data, size)
     spectral = d_reg == "sn" if d_reg else method == "hinge"
     shape = found.images.shape
-    network = NetworkConfig(net, shape[-1], shape[1], width=width, spectral_norm=spectral)
-    config = replaced(
-        PRESETS[method],
-        batch=batch,
-        lr_g=lr,
-        lr_d=lr,
-        ema=ema,
-        bf16=bf16,
-        seed=seed,
-        r1=None if d_reg is None else float(d_reg == "r1"),
-        gp=None if d_reg is None else 10.0 * (d_reg == "gp"),
-    )
+    network = NetworkConfig(net, shape[-1], shape[1], latent, width, features, spectral)
+    config = replace(PRESETS[method], lr_g=lr, lr_d=lr, **options)
+    if d_reg:
+        config = replace(config, r1=float(d_reg == "r1"), gp=10.0 * (d_reg == "gp"))
+    judge = heldout_encoder(heldout, found)
     history = train_run(
-        out,
-        found,
-        network,
-        config,
-        method=method,
-        steps=steps,
-        every=every,
-        heldout=heldout_encoder(heldout, found),
-        resume=resume,
+        out, found, network, config, method=method, steps=steps, every=every, heldout=judge, resume=resume
     )
     last = history["points"][-1]
     result = {"out": out, "method": method, **last}
     emit(result, as_json, f"{out}: {method}, step {last['step']}, held-out Frechet distance {last['fd']:.4g}")
+
+
+def _join_ranks() -> None:
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False))
+@click.option("--count", default=1000, type=click.IntRange(1), help="Number of images.")
+@click.option("--seed", default=0, help="Seed of the latents.")
+@click.option("--out", "-o", required=True, type=click.Path(file_okay=False), help="Folder to write PNG files to.")
+@json_option
+def sample(checkpoint: str, count: int, seed: int, out: str, as_json: bool) -> None:
+    """Write images of the generator of a CHECKPOINT, for `fd` and for other tools."""
+    generator, network = load_generator(checkpoint)
+    images = sample_images(generator, network.latent, count, seed)
+    for i, image in enumerate(progress(images, "write", count, "image")):
+        write_image(Path(out) / f"{i:06d}.png", image)
+    emit({"out": out, "count": count}, as_json, f"{out}: {count} images of {network.size} x {network.size} pixels")
 
 
 @main.command()
@@ -210,11 +223,13 @@ def train(
 @click.option("--heldout", default="auto", help="Encoder of the metric; auto: a classifier trained on the labels.")
 @click.option("--beta", default=0.999, type=click.FloatRange(0, 1, max_open=True), help="Decay of the moments.")
 @click.option("--steps", default=200, type=click.IntRange(1), help="Steps.")
+@click.option("--every", default=100, type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--batch", default=256, type=click.IntRange(2), help="Images per step and rank.")
 @click.option("--micro-batch", type=click.IntRange(2), help="Largest part held in memory. [default: the batch]")
 @click.option("--lr", default=1e-4, type=click.FloatRange(0, min_open=True), help="Learning rate of AdamW.")
 @click.option("--seed", default=0, help="Seed of the latents.")
 @click.option("--out", "-o", required=True, type=click.Path(file_okay=False), help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
 @json_option
 def posttrain(
     checkpoint: str,
@@ -223,36 +238,43 @@ def posttrain(
     heldout: str,
     beta: float,
     steps: int,
+    every: int,
     batch: int,
     micro_batch: int | None,
     lr: float,
     seed: int,
     out: str,
+    resume: bool,
     as_json: bool,
 ) -> None:
-    """Continue a CHECKPOINT by the Frechet distance on frozen encoders; report on one it never saw."""
+    """Continue a CHECKPOINT by the Frechet distance on frozen encoders; report on one it never saw.
+
+    The encoder `auto` is a classifier trained on the data's labels (another one for the loss than for the report).
+    """
+    _join_ranks()
     generator, network = load_generator(checkpoint)
     real = load_data(data, network.size)
     names = {name: heldout_encoder(name, real, seed=1) for name in encoders.split(",")}
     judge = {"held out": heldout_encoder(heldout, real)}
     loss = encoder_losses(names, real.images, EMAPopulation(beta))
-    trainer = PostTrainer(
-        generator, network, loss, PosttrainConfig(batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
-    )
-    before = evaluate(trainer.sample, real.images, names, judge)
-    trainer.warm_up(min(10 * batch, 50_000))
-    for _ in progress(range(steps), "posttrain", unit="step"):
-        trainer.step()
-    after = evaluate(trainer.sample, real.images, names, judge)
-    trainer.save(Path(out) / "checkpoint.pt")
-    write_image(Path(out) / "samples.png", grid(trainer.sample(100)), zoom=3)
-    result = {"out": out, "before": before.as_dict(), "after": after.as_dict()}
-    write_json(Path(out) / "report.json", result)
+    config = PosttrainConfig(batch=batch, micro_batch=micro_batch, lr=lr, seed=seed)
+    trainer = PostTrainer(generator, network, loss, config)
+
+    def report() -> Report:
+        return evaluate(trainer.sample, real.images, names, judge)
+
+    found = posttrain_run(out, trainer, report, steps=steps, every=every, resume=resume)
     rows = [
-        {"encoder": b.encoder, "before": b.distance["plugin"], "after": a.distance["plugin"]}
-        for b, a in zip(before.encoders, after.encoders, strict=True)
+        {
+            "encoder": b["encoder"],
+            "before": b["distance"]["plugin"],
+            "after": a["distance"]["plugin"],
+            "ratio to real, before": b["ratio"],
+            "after ": a["ratio"],
+        }
+        for b, a in zip(found["before"]["encoders"], found["after"]["encoders"], strict=True)
     ]
-    emit(result, as_json, "\n".join([table(rows), *after.alarms]))
+    emit({"out": out, **found}, as_json, "\n".join([table(rows), *found["after"]["alarms"]]))
 
 
 @main.command()
@@ -271,17 +293,25 @@ def compare(runs: tuple[str, ...], plot: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("what", default="digits", type=click.Choice(["digits", "hacking"]))
 @click.option("--out", "-o", type=click.Path(dir_okay=False), help="PNG to write. [default: frechet-gan-WHAT.png]")
-@click.option("--seconds", default=6.0, type=click.FloatRange(0.1), help="CPU seconds per training run (digits).")
+@click.option("--seconds", default=8.0, type=click.FloatRange(0.1), help="CPU seconds per training run (digits).")
 @click.option("--seeds", default=3, type=click.IntRange(1), help="Training runs per method (digits).")
+@click.option("--steps", default=600, type=click.IntRange(1), help="Generator steps (hacking).")
 @json_option
-def demo(what: str, out: str | None, seconds: float, seeds: int, as_json: bool) -> None:
+def demo(what: str, out: str | None, seconds: float, seeds: int, steps: int, as_json: bool) -> None:
     """Train on scikit-learn's real digits: Frechet loss against the baseline, or an encoder being gamed."""
     torch.set_num_threads(1)  # networks this small only lose by a second thread
     out = out or f"frechet-gan-{what}.png"
     if what == "hacking":
-        result = hacking_demo(out)
-        lines = [f"{k:20s} {v:.4g}" for k, v in result.items() if isinstance(v, float)]
-        emit(result, as_json, "\n".join([*lines, *result["gamed_alarms"], out]))
+        result = hacking_demo(out, steps)
+        rows = [
+            {
+                "generator": n,
+                "own or seen encoder": result[f"{n}_seen_fd"],
+                "held-out encoder": result[f"{n}_heldout_fd"],
+            }
+            for n in ("gamed", "honest")
+        ]
+        emit(result, as_json, "\n".join([table(rows), *(f"gamed: {a}" for a in result["gamed_alarms"]), out]))
         return
     result = compare_demo(out, seconds, seeds)
     text = (

@@ -5,8 +5,10 @@ import io
 import itertools
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,27 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from frechet_gan.images import read_folder, resize
+
+Images = Tensor | Sequence[Any]  # a tensor, or anything with a length whose items are images, alone or in a tuple
+
+
+def draw(images: Images, chosen: Tensor) -> Tensor:
+    """A batch of real images.
+
+    Args:
+        images: A tensor (n, c, h, w), or a data set that returns images (c, h, w), alone or first in a tuple; float in
+            [-1, 1], or uint8 in [0, 255].
+        chosen: Indices, shape (m,).
+
+    Returns:
+        Images in [-1, 1], shape (m, c, h, w), floating point.
+    """
+    if isinstance(images, Tensor):
+        batch = images[chosen]
+    else:
+        items = [images[i] for i in chosen.tolist()]
+        batch = torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
+    return batch.float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,17 @@ class Dataset:
 
     images: Tensor
     labels: Tensor | None
+
+    def part(self, rows: slice) -> "Dataset":
+        """Some of the images, with their labels.
+
+        Args:
+            rows: Which.
+
+        Returns:
+            A new data set.
+        """
+        return Dataset(self.images[rows], None if self.labels is None else self.labels[rows])
 
     def resized(self, size: int) -> "Dataset":
         """The same images at another size.

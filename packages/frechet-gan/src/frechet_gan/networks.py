@@ -35,6 +35,20 @@ class NetworkConfig:
     features: int = 64
     spectral_norm: bool = False
 
+    def build(self, seed: int = 0) -> "Networks":
+        """Networks with weights set by the seed; torch's global generator is left as it was.
+
+        Args:
+            seed: Seed of the initial weights.
+
+        Returns:
+            A generator (n, latent) to images (n, c, h, w) in [-1, 1], and a discriminator.
+        """
+        generators = {"mlp": _mlp_generator, "dcgan": DCGANGenerator, "resnet": ResNetGenerator}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Networks(generators[self.kind](self), Discriminator(self), self.latent)
+
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
         check_choice("channels", self.channels, (1, 3))
@@ -44,20 +58,27 @@ class NetworkConfig:
             _doublings(self.size)
 
 
-def build_networks(config: NetworkConfig, seed: int = 0) -> tuple[nn.Module, "Discriminator"]:
-    """A generator (n, latent) to images (n, c, h, w) in [-1, 1], and a discriminator, with weights set by the seed.
+@dataclass(frozen=True)
+class Networks:
+    """A generator and a discriminator, such as your own.
 
-    Args:
-        config: What to build.
-        seed: Seed of the initial weights; torch's global generator is left as it was.
-
-    Returns:
-        Generator and discriminator.
+    Attributes:
+        generator: Maps latents (n, latent) to images (n, c, h, w) in [-1, 1].
+        discriminator: Maps images to logits (n,), and by its method `features` to features (n, d).
+        latent: Width of the latents.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        generator = {"mlp": _mlp_generator, "dcgan": DCGANGenerator, "resnet": ResNetGenerator}[config.kind](config)
-        return generator, Discriminator(config)
+
+    generator: nn.Module
+    discriminator: nn.Module
+    latent: int
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.discriminator, "features", None)):
+            raise TypeError(
+                "discriminator: expected a module with a method features (images to features, shape (n, d)), "
+                f"got {type(self.discriminator).__name__}"
+            )
+        check_number("latent", self.latent, low=1, integer=True)
 
 
 class Discriminator(nn.Module):

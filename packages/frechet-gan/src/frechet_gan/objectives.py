@@ -108,28 +108,3 @@ def gradient_penalty(
     (gradient,) = torch.autograd.grad(function(between).sum(), between, create_graph=True)
     penalty: Tensor = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
     return penalty
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """DiffAugment: brightness and a shift by up to an eighth, the same kind on real and generated images.
-
-    Args:
-        images: Images, shape (n, c, h, w).
-        generator: Draws the changes.
-
-    Returns:
-        Changed images, differentiable in the given ones.
-
-    Source:
-        arXiv 2006.10738.
-    """
-    n, _, h, w = images.shape
-    images = images + (torch.rand(n, 1, 1, 1, generator=generator).to(images) - 0.5) / 2
-    reach_h, reach_w = max(h // 8, 1), max(w // 8, 1)
-    top = torch.randint(0, 2 * reach_h + 1, (n, 1), generator=generator).to(images.device)
-    left = torch.randint(0, 2 * reach_w + 1, (n, 1), generator=generator).to(images.device)
-    padded = F.pad(images, (reach_w, reach_w, reach_h, reach_h), value=-1.0)
-    rows = top + torch.arange(h, device=images.device)  # (n, h)
-    columns = left + torch.arange(w, device=images.device)  # (n, w)
-    which = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

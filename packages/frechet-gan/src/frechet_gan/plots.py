@@ -10,6 +10,7 @@ from core_tensor.files import atomic_path
 from torch import Tensor
 
 _EXTRA = "frechet-gan[plot]"
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # horizontal and vertical values by name
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
@@ -71,10 +72,7 @@ def grids_and_curves(
     count = len(grids) + bool(histories)
     figure, axes = pyplot(_EXTRA).subplots(1, count, figsize=(4.0 * count, 4.4), squeeze=False)
     for axis, (name, picture) in zip(axes[0], grids.items(), strict=False):
-        pixels = ((picture.permute(1, 2, 0).numpy() + 1) / 2).clip(0, 1)
-        axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(name, fontsize=10)
-        axis.axis("off")
+        show(axis, picture, name)
     if histories:
         curves(axes[0][-1], histories)
     if title:
@@ -82,8 +80,62 @@ def grids_and_curves(
     save(figure, path)
 
 
+def grids_and_pairs(
+    grids: Mapping[str, Tensor], series: Series, path: str | os.PathLike[str], xlabel: str = "generator steps"
+) -> None:
+    """Sample grids, and beside them distances of two generators in two encoders each.
+
+    Args:
+        grids: Pictures (c, h, w) by title.
+        series: Steps and distances by name; the first two belong to one generator.
+        path: File name.
+        xlabel: Label of the horizontal axis.
+    """
+    figure, axes = pyplot(_EXTRA).subplots(1, len(grids) + 1, figsize=(4.0 * (len(grids) + 1), 4.4))
+    for axis, (name, picture) in zip(axes, grids.items(), strict=False):
+        show(axis, picture, name)
+    styles = [("C3", "--"), ("C3", "-"), ("C0", "--"), ("C0", "-")]
+    for (name, (x, y)), (color, style) in zip(series.items(), styles, strict=False):
+        axes[-1].plot(x, y, color=color, linestyle=style, marker="o", markersize=3, label=name)
+    axes[-1].set(yscale="log", xlabel=xlabel, ylabel="Fréchet distance")
+    axes[-1].grid(alpha=0.3, which="both")
+    axes[-1].legend(fontsize=8)
+    save(figure, path)
+
+
+def tiles(pictures: Mapping[str, Tensor], path: str | os.PathLike[str], columns: int = 4) -> None:
+    """Sample grids in rows, each under its title.
+
+    Args:
+        pictures: Pictures (c, h, w) by title.
+        path: File name.
+        columns: Pictures per row.
+    """
+    rows = -(-len(pictures) // columns)
+    figure, axes = pyplot(_EXTRA).subplots(rows, columns, figsize=(3.0 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, picture) in zip(axes.flat, pictures.items(), strict=False):
+        show(axis, picture, title)
+    save(figure, path)
+
+
+def show(axis: Any, picture: Tensor, title: str = "") -> None:
+    """Draw one picture.
+
+    Args:
+        axis: Matplotlib axis.
+        picture: Pixels in [-1, 1], shape (c, h, w).
+        title: Title.
+    """
+    pixels = ((picture.permute(1, 2, 0).numpy() + 1) / 2).clip(0, 1)
+    axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Series,
     path: str | os.PathLike[str],
     *,
     xlabel: str,

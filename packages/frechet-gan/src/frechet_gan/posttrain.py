@@ -13,13 +13,14 @@ from core_tensor.checks import check_number
 from core_tensor.files import atomic_path
 from torch import Tensor, nn
 
-from frechet_gan.distributed import average_gradients, broadcast_module, world
+from frechet_gan.checkpoints import read_checkpoint
+from frechet_gan.distributed import average_gradients, broadcast_module, gather_rows, world
 from frechet_gan.encoders import Encoder
 from frechet_gan.loss import MultiEncoderLoss, TransportLoss, VirtualBatch
 from frechet_gan.networks import NetworkConfig
 from frechet_gan.populations import EMAPopulation, Population
+from frechet_gan.sampling import sample_images, update_average
 from frechet_gan.stats import FeatureStats
-from frechet_gan.trainer import read_checkpoint, sample_images, update_average
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,16 @@ class PostTrainer:
         return sample_images(self.average or self.generator, self.network.latent, count, seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, atomically; `load_generator` reads it too.
+        """Write a checkpoint, atomically; under a process group every rank has to call it, and the first one writes.
+
+        `load_generator` reads it too.
 
         Args:
             path: File name.
         """
+        random = gather_rows(self.random.get_state()[None])[0]  # one row per rank
+        if world()[0] != 0:
+            return
         state = {
             "network": asdict(self.network),
             "config": asdict(self.config),
@@ -226,7 +232,7 @@ class PostTrainer:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss": self.loss.state_dict(),
-            "random": self.random.get_state(),
+            "random": random,
             "step_count": self.step_count,
             "cpu_seconds": self.cpu_seconds,
         }
@@ -250,5 +256,5 @@ class PostTrainer:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss.load_state_dict(state["loss"])
-        self.random.set_state(state["random"])
+        self.random.set_state(state["random"][world()[0]].clone())  # set_state ignores offsets
         self.step_count, self.cpu_seconds = state["step_count"], state["cpu_seconds"]

@@ -1,25 +1,29 @@
 """A training run in a folder: checkpoint, history and samples, resumable, and tables of several of them."""
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from core_tensor.cli import progress
 from core_tensor.files import read_json, write_json
-from torch import Tensor
 
 from frechet_gan.classifier import train_classifier
+from frechet_gan.config import TrainConfig
 from frechet_gan.data import Dataset
 from frechet_gan.distance import frechet_distance
 from frechet_gan.distributed import world
 from frechet_gan.encoders import Encoder, encode, load_encoder, pixels
+from frechet_gan.evaluation import Report
 from frechet_gan.images import grid, write_image
 from frechet_gan.networks import NetworkConfig
+from frechet_gan.posttrain import PostTrainer
 from frechet_gan.stats import FeatureStats
-from frechet_gan.trainer import FrechetTrainer, TrainConfig
+from frechet_gan.trainer import FrechetTrainer
+
+_TAKEN = "out: {} holds a run already; go on with it (resume) or choose another folder"
 
 
 def heldout_encoder(name: str, data: Dataset, seed: int = 12345) -> Encoder:
@@ -79,7 +83,7 @@ def train_run(
     history: dict[str, Any] = {"method": method, "config": asdict(config), "network": asdict(network), "points": []}
     if checkpoint.exists():
         if not resume:
-            raise ValueError(f"out: {folder} holds a run already; go on with it (resume) or choose another folder")
+            raise ValueError(_TAKEN.format(folder))
         trainer.load(checkpoint)
         history = read_json(record)
         # a kill between the two writes leaves a point too many
@@ -96,8 +100,56 @@ def train_run(
             if world()[0] == 0:
                 write_json(record, history)
                 write_image(folder / f"samples_{trainer.step_count:06d}.png", grid(trainer.sample(100)), zoom=3)
-                trainer.save(checkpoint)
+            trainer.save(checkpoint)
     return history
+
+
+def posttrain_run(
+    folder: str | os.PathLike[str],
+    trainer: PostTrainer,
+    report: Callable[[], Report],
+    *,
+    steps: int,
+    every: int = 100,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Post-train with a report before and after; after a kill, go on to the same result.
+
+    Args:
+        folder: Where checkpoint, reports and samples are written.
+        trainer: The trainer, before its first step.
+        report: Evaluates the trainer's samples.
+        steps: Steps in all.
+        every: Steps between checkpoints.
+        resume: Go on from the folder's checkpoint if there is one.
+
+    Returns:
+        The reports `before` and `after`, as dictionaries.
+
+    Raises:
+        ValueError: If the folder holds a run and `resume` is not given.
+    """
+    folder = Path(folder)
+    checkpoint, record = folder / "checkpoint.pt", folder / "report.json"
+    if checkpoint.exists():
+        if not resume:
+            raise ValueError(_TAKEN.format(folder))
+        trainer.load(checkpoint)
+        found: dict[str, Any] = read_json(record)
+    else:
+        found = {"before": report().as_dict()}
+        trainer.warm_up(min(10 * trainer.config.batch, 50_000))
+        if world()[0] == 0:
+            write_json(record, found)
+    for _ in progress(range(trainer.step_count, steps), "posttrain", unit="step"):
+        trainer.step()
+        if trainer.step_count % every == 0 or trainer.step_count == steps:
+            trainer.save(checkpoint)
+    found["after"] = report().as_dict()
+    if world()[0] == 0:
+        write_json(record, found)
+        write_image(folder / "samples.png", grid(trainer.sample(100)), zoom=3)
+    return found
 
 
 def summary(histories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,55 +205,3 @@ def read_histories(folders: Iterable[str | os.PathLike[str]]) -> list[dict[str, 
             raise ValueError(f"{path}: expected the history of a run")
         found.append(history)
     return found
-
-
-def train_until(
-    trainer: FrechetTrainer, cpu_seconds: float, heldout: Encoder, reference: FeatureStats, points: int
-) -> list[dict[str, float]]:
-    """Train for a budget of CPU time, for comparisons at equal cost.
-
-    Args:
-        trainer: The trainer.
-        cpu_seconds: CPU time of training, in seconds (measurements are not counted).
-        heldout: Encoder of the metric.
-        reference: Statistics of the real images in it.
-        points: Measurements, evenly spaced in CPU time.
-
-    Returns:
-        Points with `step`, `cpu_seconds` and `fd`.
-    """
-    found = []
-    for i in range(1, points + 1):
-        while trainer.cpu_seconds < cpu_seconds * i / points:
-            trainer.step()
-        value = float(frechet_distance(encode(heldout, trainer.sample(5000)).double(), reference))
-        found.append({"step": trainer.step_count, "cpu_seconds": trainer.cpu_seconds, "fd": value})
-    return found
-
-
-def replaced(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """A configuration with the given fields changed where the value is not None.
-
-    Args:
-        config: Configuration.
-        changes: New values; None keeps the old one.
-
-    Returns:
-        A new configuration.
-    """
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
-
-
-def side_by_side(pictures: Sequence[Tensor], margin: int = 6) -> Tensor:
-    """Join pictures of equal height.
-
-    Args:
-        pictures: Pictures, shape (c, h, w).
-        margin: White pixels between them.
-
-    Returns:
-        One picture, shape (c, h, W).
-    """
-    gap = torch.ones(pictures[0].shape[0], pictures[0].shape[1], margin)
-    joined = [piece for picture in pictures for piece in (picture, gap)][:-1]
-    return torch.cat(joined, 2)

@@ -5,104 +5,31 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from core_tensor.checks import check_choice, check_number
 from core_tensor.files import atomic_path
 from torch import Tensor, nn
 
-from frechet_gan.distributed import average_gradients, broadcast_module, world
+from frechet_gan.augmentation import augment
+from frechet_gan.checkpoints import read_checkpoint
+from frechet_gan.config import TrainConfig
+from frechet_gan.data import Images, draw
+from frechet_gan.distributed import average_gradients, broadcast_module, gather_rows, world
 from frechet_gan.images import check_images
 from frechet_gan.loss import MultiEncoderLoss, TransportLoss
-from frechet_gan.networks import NetworkConfig, build_networks
+from frechet_gan.networks import NetworkConfig, Networks
 from frechet_gan.objectives import (
-    D_LOSSES,
-    DLoss,
-    augment,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
     learned_encoder_loss,
     r1_penalty,
 )
-from frechet_gan.plans import PLANS, PlanName
-
-GLoss = Literal["adversarial"] | PlanName
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        g_loss: The generator's loss: a transport plan in the discriminator's features, or `adversarial`.
-        d_loss: `bce`, `hinge`, `wgan`, or `frechet`: features learned to maximise the whitened distance.
-        r1: Weight γ of R1 on real images; 0 for none.
-        gp: Weight of WGAN-GP's penalty; 0 for none.
-        n_dis: Discriminator steps per generator step.
-        batch: Images per discriminator step and rank.
-        g_batch: Images per generator step and rank; `batch` if None.
-        micro_batch: Largest part of a generator step that is held in memory; larger steps take two exact passes.
-        normalize: Normalisation of the transport loss: `none`, `sg` or `whiten`.
-        adversarial_weight: Weight of the adversarial loss added to a transport loss.
-        lr_g: Learning rate of the generator.
-        lr_d: Learning rate of the discriminator.
-        betas: Adam's decay rates.
-        ema: Decay of the averaged generator that samples are drawn from; 0 for none.
-        diff_augment: Whether the discriminator sees augmented images only.
-        bf16: Whether networks run in bfloat16 (statistics stay in float64).
-        seed: Seed of weights, data order and latents.
-    """
-
-    g_loss: GLoss = "gaussian"
-    d_loss: DLoss = "bce"
-    r1: float = 1.0
-    gp: float = 0.0
-    n_dis: int = 1
-    batch: int = 128
-    g_batch: int | None = None
-    micro_batch: int | None = None
-    normalize: Literal["none", "sg", "whiten"] = "none"
-    adversarial_weight: float = 0.0
-    lr_g: float = 5e-4
-    lr_d: float = 5e-4
-    betas: tuple[float, float] = (0.5, 0.99)
-    ema: float = 0.0
-    diff_augment: bool = False
-    bf16: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("g_loss", self.g_loss, ("adversarial", *PLANS))
-        check_choice("d_loss", self.d_loss, D_LOSSES)
-        for name in ("n_dis", "batch"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        for name in ("r1", "gp", "adversarial_weight"):
-            check_number(name, getattr(self, name), low=0)
-        for name in ("lr_g", "lr_d"):
-            check_number(name, getattr(self, name), low=0, open_low=True)
-        check_number("ema", self.ema, low=0, high=1, open_high=True)
-        if self.d_loss == "frechet" and (self.g_loss == "adversarial" or self.adversarial_weight):
-            raise ValueError("g_loss: expected a transport plan with d_loss 'frechet', which learns no logit")
-
-
-PRESETS: dict[str, TrainConfig] = {
-    "frechet": TrainConfig(),
-    "ot": TrainConfig(g_loss="assignment"),
-    "sinkhorn": TrainConfig(g_loss="sinkhorn"),
-    "sliced": TrainConfig(g_loss="sliced"),
-    "max-sliced": TrainConfig(g_loss="max_sliced"),
-    "mmd": TrainConfig(g_loss="mmd"),
-    "advfd": TrainConfig(d_loss="frechet", normalize="whiten"),
-    "ns": TrainConfig(g_loss="adversarial"),
-    "hinge": TrainConfig(g_loss="adversarial", d_loss="hinge", r1=0.0),
-    "wgan-gp": TrainConfig(g_loss="adversarial", d_loss="wgan", r1=0.0, gp=10.0, n_dis=3),
-}
-"""Methods by the name the command line takes; `hinge` is meant for a network with spectral norm."""
+from frechet_gan.sampling import sample_images, update_average
 
 
 class FrechetTrainer:
@@ -112,8 +39,9 @@ class FrechetTrainer:
     for the transport losses (their population is the union of the ranks' batches).
 
     Args:
-        network: The networks, for checkpoints that can be read without code.
-        images: Real images, shape (n, c, size, size), in [-1, 1].
+        networks: A description of networks, which checkpoints keep, or networks of your own.
+        images: Real images, shape (n, c, h, w): a tensor, float in [-1, 1] or uint8 in [0, 255], or a data set that
+            can be indexed and returns such images (c, h, w), alone or first in a tuple.
         config: How to train.
         image_loss: A loss on images (a `TransportLoss` with an encoder, or several) used instead of the
             discriminator's features; the discriminator is not trained then.
@@ -128,25 +56,21 @@ class FrechetTrainer:
 
     def __init__(
         self,
-        network: NetworkConfig,
-        images: Tensor,
+        networks: NetworkConfig | Networks,
+        images: Images,
         config: TrainConfig | None = None,
         *,
         image_loss: TransportLoss | MultiEncoderLoss | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config = config or TrainConfig()
-        self.network = network
+        self.network = networks if isinstance(networks, NetworkConfig) else None
+        built = networks.build(config.seed) if isinstance(networks, NetworkConfig) else networks
         self.device = torch.device(device)
-        check_images("images", images)
-        if images.shape[1:] != (network.channels, network.size, network.size):
-            raise ValueError(
-                f"images: expected shape (n, {network.channels}, {network.size}, {network.size}), "
-                f"got {tuple(images.shape)}"
-            )
+        self.latent = built.latent
+        self.generator, self.discriminator = built.generator.to(self.device), built.discriminator.to(self.device)
         self.images = images
-        generator, discriminator = build_networks(network, config.seed)
-        self.generator, self.discriminator = generator.to(self.device), discriminator.to(self.device)
+        self._check_images()
         for module in (self.generator, self.discriminator):
             broadcast_module(module)
         self.average = copy.deepcopy(self.generator).requires_grad_(False) if config.ema else None
@@ -161,6 +85,14 @@ class FrechetTrainer:
         self.random = torch.Generator().manual_seed(config.seed * 1009 + world()[0])
         self.step_count = 0
         self.cpu_seconds = 0.0
+
+    def _check_images(self) -> None:
+        real = draw(self.images, torch.arange(min(len(self.images), 2)))
+        check_images("images", self.images if isinstance(self.images, Tensor) else real)
+        shape = sample_images(self.generator, self.latent, 2).shape[1:]
+        if real.shape[1:] != shape:
+            wanted, got = (f"(n, {', '.join(map(str, sizes))})" for sizes in (shape, real.shape[1:]))
+            raise ValueError(f"images: expected shape {wanted} as the generator makes them, got {got}")
 
     def step(self) -> dict[str, float]:
         """One generator step, preceded by its discriminator steps.
@@ -201,7 +133,7 @@ class FrechetTrainer:
         with self._autocast():
             if config.d_loss == "frechet":
                 loss = learned_encoder_loss(
-                    self.discriminator.features(real), self.discriminator.features(fake)
+                    self._features(real), self._features(fake)
                 ).float()
             else:
                 loss = discriminator_loss(config.d_loss, self.discriminator(real), self.discriminator(fake))
@@ -219,9 +151,14 @@ class FrechetTrainer:
         # what a gradient penalty smooths: the logit, or a random projection of learned features
         if self.config.d_loss != "frechet":
             return self.discriminator
-        direction = torch.randn(self.network.features, generator=self.random).to(self.device)
-        direction /= direction.norm()
-        return lambda images: self.discriminator.features(images) @ direction
+
+        def projection(images: Tensor) -> Tensor:
+            features = self._features(images)
+            direction = torch.randn(features.shape[1], generator=self.random).to(features)
+            projected: Tensor = features @ (direction / direction.norm())
+            return projected
+
+        return projection
 
     def _generator_step(self) -> float:
         config = self.config
@@ -252,9 +189,9 @@ class FrechetTrainer:
         total = fake.new_zeros(())
         if self.loss is not None:
             with self._autocast():
-                features = self.discriminator.features(fake)
+                features = self._features(fake)
                 with torch.no_grad():
-                    targets = self.discriminator.features(real)
+                    targets = self._features(real)
             total = total + self.loss(features, targets).float()
         if adversarial:
             with self._autocast():
@@ -267,7 +204,7 @@ class FrechetTrainer:
             raise ValueError("micro_batch: expected one transport loss without adversarial part or augmentation")
 
         def features(images: Tensor) -> Tensor:
-            return images if loss.encoder is not None else self.discriminator.features(images)
+            return images if loss.encoder is not None else self._features(images)
 
         value = 0.0
         with loss.virtual_batch() as batch:
@@ -279,6 +216,11 @@ class FrechetTrainer:
                 part.backward()
                 value += float(part.detach())
         return value
+
+    def _features(self, images: Tensor) -> Tensor:
+        discriminator: Any = self.discriminator  # its method `features` is no part of nn.Module
+        features: Tensor = discriminator.features(images)
+        return features
 
     def _generate(self, latents: Tensor) -> Tensor:
         with self._autocast():
@@ -292,11 +234,11 @@ class FrechetTrainer:
         return augment(images, self.random) if self.config.diff_augment else images
 
     def _real(self, count: int) -> Tensor:
-        chosen = torch.randint(0, self.images.shape[0], (count,), generator=self.random)
-        return self.images[chosen].to(self.device)
+        chosen = torch.randint(0, len(self.images), (count,), generator=self.random)
+        return draw(self.images, chosen).to(self.device)
 
     def _latents(self, count: int) -> Tensor:
-        return torch.randn(count, self.network.latent, generator=self.random).to(self.device)
+        return torch.randn(count, self.latent, generator=self.random).to(self.device)
 
     @property
     def sampler(self) -> nn.Module:
@@ -313,17 +255,20 @@ class FrechetTrainer:
         Returns:
             Images, shape (count, c, size, size), in [-1, 1], on the CPU.
         """
-        return sample_images(self.sampler, self.network.latent, count, seed)
+        return sample_images(self.sampler, self.latent, count, seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, atomically.
+        """Write a checkpoint, atomically; under a process group every rank has to call it, and the first one writes.
 
         Args:
             path: File name.
         """
+        random = gather_rows(self.random.get_state()[None].to(self.device))[0].cpu()  # one row per rank
+        if world()[0] != 0:
+            return
         loss = self.image_loss if self.loss is None else self.loss
         state = {
-            "network": asdict(self.network),
+            "network": None if self.network is None else asdict(self.network),
             "config": asdict(self.config),
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
@@ -331,7 +276,7 @@ class FrechetTrainer:
             "g_optimizer": self.g_optimizer.state_dict(),
             "d_optimizer": self.d_optimizer.state_dict(),
             "loss": None if loss is None else loss.state_dict(),
-            "random": self.random.get_state(),
+            "random": random,
             "step_count": self.step_count,
             "cpu_seconds": self.cpu_seconds,
         }
@@ -345,13 +290,13 @@ class FrechetTrainer:
             path: File written by `save` with the same networks and configuration.
 
         Raises:
-            ValueError: If it is no checkpoint, or one of other networks or another configuration.
+            ValueError: If it is no checkpoint, or one of other networks, another configuration or number of processes.
         """
         state = read_checkpoint(path)
-        for name, own in (("network", asdict(self.network)), ("config", asdict(self.config))):
-            if state[name] != own:
-                changed = [k for k in own if state[name].get(k) != own[k]]
-                raise ValueError(f"{path}: expected the {name} of this run, got other values of {', '.join(changed)}")
+        rank, size = world()
+        self._check_same(path, state)
+        if state["random"].shape[0] != size:
+            raise ValueError(f"{path}: expected a checkpoint of {size} processes, got {state['random'].shape[0]}")
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         if self.average is not None:
@@ -361,97 +306,13 @@ class FrechetTrainer:
         loss = self.image_loss if self.loss is None else self.loss
         if loss is not None:
             loss.load_state_dict(state["loss"])
-        self.random.set_state(state["random"])
+        self.random.set_state(state["random"][rank].clone())  # set_state ignores offsets
         self.step_count, self.cpu_seconds = state["step_count"], state["cpu_seconds"]
 
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of `FrechetTrainer.save` (no code is unpickled).
-
-    Args:
-        path: File name.
-
-    Returns:
-        Its parts by name.
-
-    Raises:
-        ValueError: If it is no such checkpoint.
-        FileNotFoundError: If there is no such file.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch raises many types for foreign files
-        raise ValueError(f"{path}: expected a checkpoint of frechet-gan ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not {"network", "config", "generator"} <= state.keys():
-        raise ValueError(f"{path}: expected a checkpoint of frechet-gan with network, config and generator")
-    return state
-
-
-def load_generator(path: str | os.PathLike[str]) -> tuple[nn.Module, NetworkConfig]:
-    """The generator of a checkpoint: the averaged one, if there is one.
-
-    Args:
-        path: File name.
-
-    Returns:
-        Generator in evaluation mode and the description of its networks.
-    """
-    state = read_checkpoint(path)
-    network = NetworkConfig(**state["network"])
-    generator = build_networks(network)[0]
-    generator.load_state_dict(state["average"] or state["generator"])
-    return generator.eval(), network
-
-
-def latent_batches(count: int, latent: int, seed: int, batch: int = 500) -> Iterator[Tensor]:
-    """Latents in batches, the same whatever the batch size of a later step.
-
-    Args:
-        count: Number of latents.
-        latent: Width.
-        seed: Seed.
-        batch: Latents per batch.
-
-    Yields:
-        Latents, shape (batch or fewer, latent).
-    """
-    yield from torch.randn(count, latent, generator=torch.Generator().manual_seed(seed)).split(batch)
-
-
-@torch.no_grad()
-def sample_images(generator: nn.Module, latent: int, count: int, seed: int = 0) -> Tensor:
-    """Images from a generator in evaluation mode.
-
-    Args:
-        generator: Maps latents (n, latent) to images.
-        latent: Width of the latents.
-        count: Number of images.
-        seed: Seed of the latents.
-
-    Returns:
-        Images, shape (count, c, h, w), float32, on the CPU.
-    """
-    training = generator.training
-    device = next(generator.parameters()).device
-    generator.eval()
-    try:
-        return torch.cat([generator(z.to(device)).float().cpu() for z in latent_batches(count, latent, seed)])
-    finally:
-        generator.train(training)
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """Move averaged weights towards the current ones; buffers are copied.
-
-    Args:
-        average: Module that holds the averages.
-        module: Module in training.
-        decay: Weight of the past.
-    """
-    for weight, new_weight in zip(average.parameters(), module.parameters(), strict=True):
-        weight.lerp_(new_weight, 1 - decay)
-    for buffer, new_buffer in zip(average.buffers(), module.buffers(), strict=True):
-        buffer.copy_(new_buffer)
+    def _check_same(self, path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+        own_network = None if self.network is None else asdict(self.network)
+        for name, own in (("network", own_network), ("config", asdict(self.config))):
+            found = state[name]
+            if found != own:
+                changed = [k for k in own or {} if (found or {}).get(k) != (own or {})[k]] or [name]
+                raise ValueError(f"{path}: expected the {name} of this run, got other values of {', '.join(changed)}")

@@ -1,0 +1,112 @@
+"""Continue trained generators by the Frechet distance on frozen encoders, against more of the same training.
+
+    python packages/frechet-gan/reproduce/posttraining.py
+
+Every seed trains a generator on MNIST (16 x 16), then spends the same CPU time in two ways: more steps of the trainer,
+or post-training on two frozen encoders. Encoders that neither saw judge both. Writes `results/posttraining.json` and
+`.png`.
+"""
+
+import argparse
+import copy
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from core_tensor.cli import progress
+from core_tensor.files import write_json
+from frechet_gan import PRESETS, EMAPopulation, FrechetTrainer, PosttrainConfig, PostTrainer, encoder_losses, evaluate
+from frechet_gan.classifier import train_classifier
+from frechet_gan.encoders import Encoder, pixels
+from frechet_gan.images import grid
+from frechet_gan.plots import grids_and_pairs
+from training import Judge, Task, load_task
+
+RESULTS = Path(__file__).parent / "results"
+POINTS = 5
+
+
+def run(task: Task, judge: Judge, encoders: dict[str, Encoder], seed: int, steps: int, more: int) -> dict[str, Any]:
+    """One seed: the trained generator, the same with more training, the same with post-training."""
+    trainer = FrechetTrainer(task.network, task.fit.images, replace(PRESETS["frechet"], seed=seed))
+    trainer.train(steps)
+    start = trainer.sample(5000)
+    loss = encoder_losses(encoders, task.fit.images, EMAPopulation(0.99, warmup=0))
+    post = PostTrainer(copy.deepcopy(trainer.generator), task.network, loss, PosttrainConfig(lr=3e-4, seed=seed))
+    post.warm_up(5000)
+    points = [measure(judge, start, 0.0)]
+    for i in range(1, POINTS + 1):
+        post.train(round(more * i / POINTS))
+        points.append(measure(judge, post.sample(5000), post.cpu_seconds))
+    spent = trainer.cpu_seconds
+    longer = [points[0]]
+    for i in range(1, POINTS + 1):
+        while trainer.cpu_seconds - spent < post.cpu_seconds * i / POINTS:
+            trainer.step()
+        longer.append(measure(judge, trainer.sample(5000), trainer.cpu_seconds - spent))
+    report = evaluate(post.sample, task.unseen.images, encoders, dict(judge.encoders), count=5000)
+    return {
+        "seed": seed,
+        "points": {"post-training": points, "more training": longer},
+        "train_steps": steps,
+        "post_steps": more,
+        "cpu_seconds": post.cpu_seconds,
+        "alarms": report.alarms,
+        "grids": {"trained": start[:100], "post-trained": post.sample(100), "trained longer": trainer.sample(100)},
+    }
+
+
+def measure(judge: Judge, images: torch.Tensor, cpu_seconds: float) -> dict[str, float]:
+    """Both judges' distances."""
+    return {"cpu_seconds": cpu_seconds, "fd": judge.distance(images), "fd2": judge.distance(images, "judge2")}
+
+
+def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Before, post-trained, and trained longer, over the seeds."""
+    found = []
+    for name, kind, index in (
+        ("trained", "post-training", 0),
+        ("post-trained", "post-training", -1),
+        ("trained longer", "more training", -1),
+    ):
+        values = {k: [r["points"][kind][index][k] for r in runs] for k in ("fd", "fd2")}
+        row = {"generator": name, "seeds": len(runs)}
+        for key, seeds in values.items():
+            row |= {key: mean(seeds), f"{key}_spread": stdev(seeds) if len(seeds) > 1 else 0.0}
+        found.append(row)
+    return found
+
+
+def main() -> None:
+    """Three seeds, a table and a picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500, help="generator steps of training")
+    parser.add_argument("--more", type=int, default=200, help="steps of post-training")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    task = load_task("mnist")
+    judge = Judge(task)
+    labels = task.fit.labels
+    assert labels is not None
+    encoders: dict[str, Encoder] = {
+        "classifier": train_classifier(task.fit.images, labels, steps=1000, seed=1),
+        "pixels": pixels,
+    }
+    runs = [run(task, judge, encoders, s, options.steps, options.more) for s in progress((1, 2, 3), "seeds")]
+    grids = runs[0].pop("grids")
+    for other in runs[1:]:
+        del other["grids"]
+    write_json(RESULTS / "posttraining.json", {"rows": rows(runs), "runs": runs, "judge_accuracy": judge.accuracy})
+    series = {}
+    for kind in ("post-training", "more training"):
+        points = runs[0]["points"][kind]
+        for key, name in (("fd2", "judge 2"), ("fd", "judge 1")):
+            series[f"{kind}, {name}"] = ([p["cpu_seconds"] for p in points], [p[key] for p in points])
+    pictures = {name: grid(images) for name, images in grids.items()}
+    grids_and_pairs(pictures, series, RESULTS / "posttraining.png", xlabel="further CPU seconds")
+
+
+if __name__ == "__main__":
+    main()
