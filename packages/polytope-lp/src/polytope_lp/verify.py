@@ -65,6 +65,10 @@ def check_claims(problem: MatchingProblem, x: Array, lam: Array, claims: dict[st
     excess = np.where(free, np.abs(found["load"] - b), found["load"] - b) / (1 + np.abs(b))
     violation = max(float(excess.max(initial=0.0)), 0.0)
     require(violation <= claims["max_violation"] + 1e-9, f"a row is violated by {violation:.3e} relative to 1 + |b|")
+    require(
+        claims["status"] != "infeasible" or found["lower_bound"] > found["greatest"],
+        f"infeasible: the lower bound {found['lower_bound']!r} is not above {found['greatest']!r}, the most of c'x",
+    )
     gap = None
     if claims["upper_bound"] is not None:
         require(violation <= 1e-12, f"the primal is not feasible: a row is exceeded by {violation:.3e}")
@@ -91,9 +95,9 @@ def recompute(problem: MatchingProblem, x: Array, lam: Array) -> dict[str, Any]:
         lam: The prices, shape (rows,), float64.
 
     Returns:
-        `objective`, `load`, `lower_bound`, `block_violation`.
+        `objective`, `load`, `lower_bound`, `block_violation`, and `greatest`, the most that c'x can be in the blocks.
     """
-    load, objective, least, worst = np.zeros(problem.rows), 0.0, 0.0, 0.0
+    load, objective, least, worst, most = np.zeros(problem.rows), 0.0, 0.0, 0.0, 0.0
     origin = int(problem.data.offsets[0])
     for begin, end in problem.pieces(1 << 20):
         part = problem.slice(begin, end)
@@ -112,12 +116,14 @@ def recompute(problem: MatchingProblem, x: Array, lam: Array) -> dict[str, Any]:
         if part.upper is not None:
             upper = np.broadcast_to(part.upper.numpy().astype(np.float64), (part.variables,))
         least += capped_least(reduced, starts, cap, upper, weight, part.equality)
+        most -= capped_least(-cost, starts, cap, upper, weight, part.equality)
         worst = max(worst, capped_excess(mine, starts, cap, upper, weight, part.equality))
     return {
         "objective": objective,
         "load": load,
         "lower_bound": least - float(lam @ problem.budgets.numpy()),
         "block_violation": worst,
+        "greatest": most,
     }
 
 
