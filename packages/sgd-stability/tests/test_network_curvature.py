@@ -4,12 +4,12 @@ import pytest
 import torch
 from core_tensor.testing import assert_close
 from sgd_stability import CurvatureFamily, StabilityReport, Update, analyze
+from sgd_stability.gauss_newton import gauss_newton_operator, gauss_newton_product
 from sgd_stability.ghost import gradient_norms, gram, sample_blocks
 from sgd_stability.jacobian import output_jacobian, weighted_jacobian
 from sgd_stability.losses import resolve_loss
 from sgd_stability.network import make_network
-from sgd_stability.probe import gauss_newton_probe
-from sgd_stability.truncated import gauss_newton_operator, loss_hessian_operator, projected_hessians
+from sgd_stability.truncated import loss_hessian_operator, projected_hessians
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,9 +117,11 @@ def test_operators_equal_dense_hessians(oracle):
     Z = weighted_jacobian(network)
     ggn = gauss_newton_operator(network, chunk=3)
     assert_close("GGN", (Z.mT @ Z).mean(0), torch.stack([ggn(e) for e in eye]), 1e-12)
-    probe = gauss_newton_probe(network, eye[3], chunk=3)
-    assert_close("probe product", (Z.mT @ Z).mean(0)[3], probe.product, 1e-12)
-    assert_close("probe forms", Z[:, :, 3], probe.weighted, 1e-12)
+    one = gauss_newton_product(network, eye[3], chunk=3)
+    assert_close("product", (Z.mT @ Z).mean(0)[3], one.product, 1e-12)
+    assert_close("forms", Z[:, :, 3].square().sum(1), one.forms, 1e-12)
+    p = network.outputs.softmax(1)
+    assert_close("traces", 1 - p.square().sum(1), one.output_curvature, 1e-12)
     scale = torch.rand(network.size).double() + 0.5
     scaled = scale[:, None] * dense.mean(0) * scale
     operator = loss_hessian_operator(network, scale=scale)
@@ -227,6 +229,8 @@ def test_verdicts_thresholds_and_batch_sizes_are_consistent(oracle):
             assert report.verdict(1.01 * rate, B).state == "unstable"
             assert report.verdict(1.01 * rate, B).margin == pytest.approx(1.01)
             assert report.min_batch_size((1 - 1e-7) * rate) == B
+            assert f"eta* {threshold.exact:.4g} (" in str(threshold)
+            assert str(report.verdict(2 * rate, B)).startswith("unstable: learning rate 2 times")
         assert report.min_batch_size(1.1 * report.update.edge(report.lambda_max)) is None
         grid = report.stability_map([0.5 * rates[5], 1.5 * rates[5]], [5, 20])
         assert grid.stable[:, 0].tolist() == [True, False]
@@ -260,6 +264,20 @@ def test_data_forms_agree(oracle):
     assert found == pytest.approx([found[0]] * 4, rel=1e-12)
     streamed = analyze(model, "cross_entropy", iter([(x[:9], y[:9]), (x[9:], y[9:])]), max_samples=5)
     assert (streamed.n, len(streamed.ids)) == (20, 5)
+
+
+def test_samplers_of_a_loader(oracle):
+    from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+
+    model, x, y = oracle.tiny_network(n=20)
+    dataset = TensorDataset(x, y)
+    report = analyze(model, "cross_entropy", DataLoader(dataset, 4, sampler=SubsetRandomSampler([2, 3, 5, 7])))
+    assert report.n == 4
+    direct = analyze(model, "cross_entropy", (x[[2, 3, 5, 7]], y[[2, 3, 5, 7]]))
+    assert report.lambda_max == pytest.approx(direct.lambda_max)
+    weighted = DataLoader(dataset, 4, sampler=WeightedRandomSampler(torch.ones(20), 20))
+    with pytest.raises(ValueError, match=r"data: .*WeightedRandomSampler"):
+        analyze(model, "cross_entropy", weighted)
 
 
 def test_mappings_as_inputs():

@@ -13,6 +13,11 @@ import torch
 def build():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+
+
+def data():
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.utils.data.TensorDataset(x, torch.arange(20) % 3)
 """
 
 
@@ -48,6 +53,16 @@ def test_analyze_and_map(project):
     assert found["verdict"]["state"] in {"stable", "unstable"}
     text = _run("analyze", "stability_cli_model:build", "data.npz", "--momentum", 0.9, "--curvature", "ggn")
     assert "most curved samples" in text.stdout
+    again = _run(
+        "analyze", "stability_cli_model.py:build", "stability_cli_model:data", "--method", "truncated", "--k", 8,
+        "--pictures", "pictures", "--json",
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["n"] == 20
+    assert {path.name for path in (project / "pictures").iterdir()} == {"map.png", "curvature.png", "density.png"}
+    exact = _run("analyze", "stability_cli_model.py:build", "data.npz", "--pictures", "pictures")
+    assert exact.exit_code == 0, exact.output
+    assert (project / "pictures" / "coherence.png").stat().st_size > 10_000
     drawn = _run("map", "stability_cli_model:build", "data.npz", "--plot", "out.png", "--json")
     assert drawn.exit_code == 0, drawn.output
     assert (project / "out.png").stat().st_size > 10_000
@@ -58,6 +73,12 @@ def test_analyze_and_map(project):
     [
         (("analyze", "nocolon", "data.npz"), "MODEL: expected package.module:function"),
         (("analyze", "stability_cli_model:missing", "data.npz"), "MODEL: .*missing"),
+        (("analyze", "nowhere.py:build", "data.npz"), "MODEL: nowhere.py: no such file"),
+        (("analyze", "stability_cli_model:data", "data.npz"), "MODEL: expected .* nn.Module"),
+        (("analyze", "stability_cli_model:build", "pickled.npz"), "DATA: .*pickle"),
+        (("analyze", "stability_cli_model:build", "absent.npz"), "DATA: "),
+        (("analyze", "stability_cli_model:build", "data.npz", "--weights", "bad.npz"), "--weights: "),
+        (("analyze", "stability_cli_model:build", "data.npz", "--lr", "0.1"), "--lr: expected together"),
         (("analyze", "stability_cli_model:build", "bad.npz"), "DATA: expected an npz"),
         (("analyze", "stability_cli_model:build", "data.npz", "--loss", "hinge"), "loss: expected one of"),
         (("analyze", "stability_cli_model:build", "data.npz", "--lr", "-1", "--batch-size", "2"), "lr: "),
@@ -67,6 +88,7 @@ def test_analyze_and_map(project):
 )
 def test_bad_input_is_one_line_and_exit_code_2(project, arguments, message):
     (project / "bad.npz").write_text("no archive")
+    np.savez(project / "pickled.npz", x=np.array([{}], dtype=object), y=np.zeros(1))
     result = _run(*arguments)
     assert result.exit_code == 2
     lines = [line for line in result.stderr.splitlines() if line]

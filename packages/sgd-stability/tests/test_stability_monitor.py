@@ -277,6 +277,49 @@ def test_metrics_are_finite():
     assert all(math.isfinite(v) for v in metrics(monitor.check()).values())
 
 
+def test_accelerate_needs_no_callback():
+    accelerate = pytest.importorskip("accelerate")
+    model, x, y = _problem()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=3).attach(optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+    assert [c.step for c in monitor.history] == [3, 6]
+
+
+def test_undecided_checks_are_settled_by_the_full_analysis():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=2, on_unstable=None, settle=True)
+    monitor.attach(optimizer)
+    band = monitor.check()
+    exact = analyze(model, "cross_entropy", (x, y)).lr_threshold(2).exact
+    for factor, state in ((0.97, "stable"), (1.03, "unstable")):
+        optimizer.param_groups[0]["lr"] = factor * exact
+        assert band.lower < factor * exact < band.upper
+        check = monitor.check()
+        assert (check.state, check.exact) == (state, pytest.approx(exact, rel=1e-5))
+        assert check.safe_lr == check.exact
+        assert ", exact " in str(check)
+    optimizer.param_groups[0]["lr"] = 0.5 * band.lower
+    assert math.isnan(monitor.check().exact)  # nothing to settle
+
+
+def test_history_is_drawn(tmp_path):
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4, every=2, every_cheap=2)
+    with pytest.raises(ValueError, match="checks: "):
+        monitor.plot(tmp_path / "history.png")
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 8)
+    assert monitor.plot(tmp_path / "history.png", losses=[(1, 1.0), (2, 0.5)]).stat().st_size > 10_000
+    assert [step for step, *_ in monitor.sharpness_history] == [2, 4, 6, 8]
+
+
 def _monitor(**options):
     model, x, y = _problem()
     return StabilityMonitor(model, "cross_entropy", (x, y), **{"batch_size": 4, **options})

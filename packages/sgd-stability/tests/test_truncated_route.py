@@ -1,7 +1,7 @@
 import pytest
 import torch
 from core_tensor.spectrum import SymmetricOperator, hutchinson_trace
-from sgd_stability import Sampling, analyze, lr_threshold
+from sgd_stability import CurvatureFamily, Sampling, analyze, lr_threshold, nested
 from sgd_stability.demo import digits, digits_network
 from sgd_stability.losses import resolve_loss
 from sgd_stability.network import make_network
@@ -47,6 +47,8 @@ def test_trace_estimators_agree_with_the_exact_trace(trained):
     network = network_of(model, "cross_entropy", (x, y))
     exact = exact_gauss_newton_trace(network)
     assert exact == pytest.approx(analyze(model, "cross_entropy", (x, y)).trace, rel=1e-10)
+    layers = [network_of(model, "cross_entropy", (x, y), parameters=[n]) for n, _ in model.named_parameters()]
+    assert sum(map(exact_gauss_newton_trace, layers)) == pytest.approx(exact, rel=1e-10)
     operator = gauss_newton_operator(network)
     plus = hutch_plus_plus(operator, 60, generator=torch.Generator().manual_seed(0))
     plain = hutchinson_trace(operator, 60, generator=torch.Generator().manual_seed(0))
@@ -101,3 +103,28 @@ def test_nonconvex_losses_take_the_signed_route():
     assert float(report.family.h.min()) == pytest.approx(float(hessian.family.h.min()), rel=1e-9)
     truncated = analyze(model, tanh_error, (x, y), method="truncated", k=8)
     assert truncated.max_sample_curvature == pytest.approx(report.max_sample_curvature, rel=1e-8)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 30.0])
+def test_nested_subspaces_stop_at_the_threshold_of_the_whole_family(monkeypatch, outlier):
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.linspace(0, -12, 60, dtype=torch.float64).exp()
+    Z = torch.randn(80, 1, 60, generator=generator, dtype=torch.float64) * decay
+    Z[3] *= outlier  # at small batch sizes this sample alone decides
+    family = CurvatureFamily.from_factors(Z)
+    monkeypatch.setattr(nested, "_FIRST", 8)
+    last = []
+    for batch_size in (1, 8, 64):
+        sampling = Sampling(80, batch_size)
+        sizes = []
+
+        def problem(part, sampling=sampling, sizes=sizes):
+            sizes.append(len(part.h))
+            return lr_threshold(part, sampling)
+
+        found = nested.Nested(family).solve(problem)
+        exact = lr_threshold(family, sampling).value
+        assert found.value == pytest.approx(exact, rel=1e-4)
+        assert found.value >= exact * (1 - 1e-9)
+        last.append(sizes[-1])
+    assert min(last) < 60

@@ -1,6 +1,5 @@
 """`analyze`: from a model, a loss and data to a stability report."""
 
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -9,28 +8,24 @@ from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor, nn
 
 from sgd_stability.data import Data, collect
+from sgd_stability.distributed import ALONE, all_ranks
 from sgd_stability.dynamics import SGD, Update
 from sgd_stability.family import CurvatureFamily
+from sgd_stability.gauss_newton import gauss_newton_operator
 from sgd_stability.ghost import gradient_norms, gram
 from sgd_stability.jacobian import weighted_jacobian
 from sgd_stability.losses import LossValues, resolve_loss
 from sgd_stability.network import Network, make_network
 from sgd_stability.report import StabilityReport
+from sgd_stability.sample_curvature import sample_curvature, sample_directions
 from sgd_stability.sampling import SCHEMES, Scheme
-from sgd_stability.truncated import (
-    block_curvature,
-    gauss_newton_operator,
-    loss_hessian_operator,
-    projected_family,
-    projected_hessians,
-    sample_directions,
-    scaled_curvature,
-    top_eigenvectors,
-)
+from sgd_stability.spectra import exact_gauss_newton_trace, hutch_plus_plus
+from sgd_stability.truncated import loss_hessian_operator, projected_family, projected_hessians, top_eigenvectors
 
 Method = Literal["auto", "gram", "jacobian", "truncated"]
-_GRAM_ROWS = 6144  # an eigendecomposition of this size takes about a minute on one core
+_GRAM_ROWS = 3072  # an eigendecomposition of this size takes about ten seconds on one core
 _DENSE_NUMBERS = 50_000_000
+_EXACT_TRACE = 64  # outputs per sample; the exact trace back-propagates each of them
 
 
 def analyze(
@@ -47,6 +42,7 @@ def analyze(
     max_samples: int | None = 512,
     parameters: Iterable[str] | None = None,
     interpolation_tolerance: float = 1e-3,
+    distributed: bool = False,
     seed: int = 0,
 ) -> StabilityReport:
     """Measure the per-sample curvature of a model where it stands.
@@ -68,6 +64,8 @@ def analyze(
         parameters: Names of the parameters to include; all that require a gradient if absent.
         interpolation_tolerance: Largest relative residual (see the report) at which the point counts as an
             interpolating minimum.
+        distributed: Share the work over the ranks of the default process group. Every rank must call this, with the
+            same model and the same whole data set; the Gram route is computed on every rank.
         seed: Seed of the subsample and of Lanczos.
 
     Returns:
@@ -83,8 +81,9 @@ def analyze(
     check_choice("method", method, ("auto", "gram", "jacobian", "truncated"))
     check_number("k", k, low=1, integer=True)
     device = next((p.device for p in model.parameters()), None)
-    samples = collect(data, max_samples=max_samples, seed=seed, device=device)
-    network = make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters)
+    ranks = all_ranks() if distributed else ALONE
+    samples = collect(data, max_samples=max_samples, seed=seed, device=device, ranks=ranks)
+    network = make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters, ranks)
     scale = None
     if preconditioner is not None:
         check_tensor("preconditioner", preconditioner, shape=(network.size,), finite=True)
@@ -108,9 +107,17 @@ def analyze(
         gradient_rms=rms,
         relative_residual=relative,
         interpolating=relative <= interpolation_tolerance,
-        trace=math.nan if family.truncated else family.trace,
+        trace=_trace(network, curvature, scale) if family.truncated else family.trace,
         spectrum_converged=converged,
     )
+
+
+def _trace(network: Network, curvature: str, scale: Tensor | None) -> float:
+    # Of the whole H, where the family is truncated: exactly for few outputs, else by Hutch++.
+    if curvature == "ggn" and scale is None and network.factor.rank <= _EXACT_TRACE:
+        return exact_gauss_newton_trace(network)
+    build = gauss_newton_operator if curvature == "ggn" else loss_hessian_operator
+    return hutch_plus_plus(build(network, scale=scale), 30, generator=torch.Generator().manual_seed(0)).value
 
 
 def _family(
@@ -143,9 +150,9 @@ def _family(
         return CurvatureFamily.from_factors(Z.double(), network.factor.signs), method, True
     k = min(k, d)
     pairs = top_eigenvectors(gauss_newton_operator(network, scale=scale), k - k // 4, seed=seed)
-    curvatures = block_curvature(network) if scale is None else scaled_curvature(network, scale)
+    curvatures = sample_curvature(network, scale=scale)
     basis = [pairs.vectors]
-    if k // 4 and not indefinite:
+    if k // 4:
         basis.append(sample_directions(network, curvatures, k // 4, scale=scale))
     V, _ = torch.linalg.qr(torch.cat(basis, 1))
-    return projected_family(network, V, scale=scale, sample_curvature=curvatures), method, pairs.converged
+    return projected_family(network, V, scale=scale, curvature=curvatures), method, pairs.converged

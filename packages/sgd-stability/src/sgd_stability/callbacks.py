@@ -3,12 +3,14 @@
 With Accelerate nothing more is needed: `monitor.attach(optimizer)` takes a prepared optimizer as it is.
 """
 
+import sys
 from typing import Any
 
 from core_tensor.extras import require
 from torch import Tensor, nn
 
-from sgd_stability.monitor import Check, StabilityMonitor
+from sgd_stability.check import Check
+from sgd_stability.monitor import StabilityMonitor
 
 
 class OutputField(nn.Module):
@@ -50,7 +52,7 @@ def metrics(check: Check) -> dict[str, float]:
         "stability/edge": check.edge,
         "stability/lr_lower": check.lower,
         "stability/lr_upper": check.upper,
-        "stability/margin": check.lr / check.upper if check.upper > 0 else 0.0,
+        "stability/margin": check.margin,
         "stability/max_sample_curvature": check.max_sample_curvature,
     }
     return {name: value for name, value in values.items() if value == value and abs(value) != float("inf")}
@@ -63,9 +65,10 @@ def lightning_callback(monitor: StabilityMonitor) -> Any:
         monitor: The monitor.
 
     Returns:
-        A `pytorch_lightning.Callback`.
+        A `pytorch_lightning.Callback`, or a `lightning.pytorch.Callback` in a program that has imported that one.
     """
-    base = require("pytorch_lightning", "sgd-stability[lightning]").Callback
+    name = "lightning.pytorch" if "lightning.pytorch" in sys.modules else "pytorch_lightning"
+    base = require(name, "sgd-stability[lightning]").Callback
 
     class StabilityCallback(base):  # type: ignore[misc, valid-type]
         """Attaches the monitor to the trainer's first optimizer."""

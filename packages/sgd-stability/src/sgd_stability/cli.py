@@ -1,19 +1,20 @@
 """The command `sgd-stability`."""
 
-import importlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
-import numpy as np
-import torch
 from core_tensor.cli import command_line, emit, json_option, table
+from core_tensor.spectrum import SymmetricOperator
 
 from sgd_stability.analysis import analyze
 from sgd_stability.dynamics import Update
+from sgd_stability.pictures import draw_report
 from sgd_stability.report import StabilityReport, finite
-from sgd_stability.sampling import SCHEMES, Scheme
+from sgd_stability.sampling import SCHEMES, Scheme, powers_of_two
+from sgd_stability.sources import as_double, load_data, load_model
+from sgd_stability.spectra import gauss_newton_operator, loss_hessian_operator, network_of, spectral_density
 
 sampling_option = click.option(
     "--sampling", type=click.Choice(SCHEMES), default="without_replacement", help="How minibatches are drawn."
@@ -57,12 +58,22 @@ def quadratic(
 def _model_options(function: Any) -> Any:
     options = [
         click.argument("model"),
-        click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+        click.argument("data"),
         click.option("--weights", type=click.Path(exists=True, dir_okay=False), help="Safetensors file to load."),
-        click.option("--loss", default="cross_entropy", help="squared_error, mse or cross_entropy."),
+        click.option(
+            "--loss", default="cross_entropy", help="squared_error, mse, cross_entropy or token_cross_entropy."
+        ),
         click.option("--curvature", type=click.Choice(["ggn", "hessian"]), default="ggn", help="Which curvature."),
+        click.option(
+            "--method",
+            type=click.Choice(["auto", "gram", "jacobian", "truncated"]),
+            default="auto",
+            help="Exact by the Gram matrix or explicit Jacobians, or a band from k directions.",
+        ),
+        click.option("--k", type=click.IntRange(1), default=40, help="Directions of the truncated method."),
         click.option("--max-samples", type=click.IntRange(1), default=512, help="Most samples to analyse."),
         click.option("--momentum", type=float, default=0.0, help="Momentum of SGD."),
+        click.option("--nesterov", is_flag=True, help="Nesterov's momentum."),
         click.option("--weight-decay", type=float, default=0.0, help="Weight decay of SGD."),
         click.option("--double/--single", default=True, help="Precision of the model during the analysis."),
         click.option("--seed", type=int, default=0, help="Seed of the subsample."),
@@ -78,14 +89,22 @@ def _model_options(function: Any) -> Any:
 @_model_options
 @click.option("--lr", type=float, help="Learning rate to judge.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size to judge.")
-def analyze_command(lr: float | None, batch_size: int | None, as_json: bool, **options: Any) -> None:
-    """Stability of a model on data.
+@click.option("--pictures", type=click.Path(path_type=Path), help="Folder for map, coherence, curvatures, density.")
+def analyze_command(
+    lr: float | None, batch_size: int | None, pictures: Path | None, as_json: bool, **options: Any
+) -> None:
+    r"""Stability of a model on data.
 
-    MODEL is package.module:function, a function without arguments that returns the nn.Module (the current folder is
-    importable). DATA is an npz file with arrays x (inputs) and y (targets).
+    MODEL is package.module:function or file.py:function, a function without arguments that returns the nn.Module (the
+    current folder is importable). DATA is an npz file with arrays x (inputs) and y (targets), or such a function that
+    returns a data set, a loader, or (inputs, targets).
+
+    \b
+    sgd-stability analyze net.py:build data.npz --weights net.safetensors --lr 0.1 --batch-size 32
     """
-    report = _analyze(**options)
-    result = report.to_dict([B for B in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if report.n >= B])
+    _check_both(lr, batch_size)
+    report, source = _analyze(**options)
+    result = report.to_dict(powers_of_two(report.n))
     lines = [str(report), table({"B": int(B), **t} for B, t in result["thresholds"].items())]
     if lr is not None and batch_size is not None:
         verdict = report.verdict(lr, batch_size)
@@ -93,8 +112,12 @@ def analyze_command(lr: float | None, batch_size: int | None, as_json: bool, **o
         result["verdict"] = {**vars(verdict), "margin": finite(verdict.margin), "min_batch_size": safest}
         lines.append(
             f"lr {lr:g} at batch size {batch_size}: {verdict.state} (lr / threshold = {verdict.margin:.3g}, by "
-            f"{verdict.certificate}); smallest stable batch size {safest}"
+            f"{verdict.certificate}); smallest stable batch size {safest or '-'}"
         )
+    if pictures is not None:
+        drawn = draw_report(report, pictures, spectral_density(source(), probes=2, steps=60))
+        result["pictures"] = [str(path) for path in drawn]
+        lines.append("pictures: " + ", ".join(result["pictures"]))
     emit(result, as_json, "\n".join(lines))
 
 
@@ -103,8 +126,8 @@ def analyze_command(lr: float | None, batch_size: int | None, as_json: bool, **o
 @click.option("--plot", type=click.Path(path_type=Path), default=Path("map.png"), help="Picture to write.")
 def map_command(plot: Path, as_json: bool, **options: Any) -> None:
     """Draw the map of stability over batch size and learning rate. MODEL and DATA as in `analyze`."""
-    report = _analyze(**options)
-    found = default_map(report)
+    report, _ = _analyze(**options)
+    found = report.stability_map()
     found.plot(plot)
     result = {
         "picture": str(plot),
@@ -136,78 +159,32 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
     )
 
 
-def default_map(report: StabilityReport, rows: int = 28) -> Any:
-    """The map over powers of two and learning rates around the thresholds.
-
-    Args:
-        report: The report.
-        rows: Learning rates.
-
-    Returns:
-        The map.
-    """
-    batch_sizes = [2**i for i in range(20) if 2**i <= report.n]
-    rates = [float(report.lr_threshold(B)) for B in batch_sizes]
-    lrs = np.geomspace(min(rates) / 3, max(rates) * 2, rows).tolist()
-    return report.stability_map(lrs, batch_sizes)
+def _check_both(lr: float | None, batch_size: int | None) -> None:
+    if (lr is None) != (batch_size is None):
+        raise ValueError("--lr: expected together with --batch-size, got one of them")
 
 
 def _analyze(
     model: str,
-    data: Path,
+    data: str,
     weights: str | None,
     loss: str,
-    curvature: str,
-    max_samples: int,
     momentum: float,
+    nesterov: bool,
     weight_decay: float,
     double: bool,
-    seed: int,
-    sampling: Scheme,
-) -> StabilityReport:
-    network = _load_model(model)
-    if weights is not None:
-        from core_tensor.extras import require
-
-        network.load_state_dict(require("safetensors.torch", "sgd-stability[files]").load_file(weights))
-    network.eval()
-    x, y = _load_data(data)
+    **options: Any,
+) -> tuple[StabilityReport, Callable[[], SymmetricOperator]]:
+    # The report, and the curvature it is about as an operator.
+    network, samples = load_model(model, weights), load_data(data)
     if double:
-        network, x = network.double(), x.double() if x.is_floating_point() else x
-        y = y.double() if y.is_floating_point() else y
-    return analyze(
-        network,
-        loss,
-        (x, y),
-        curvature=cast("Any", curvature),
-        sampling=sampling,
-        update=Update(momentum=momentum, weight_decay=weight_decay),
-        max_samples=max_samples,
-        seed=seed,
-    )
+        network, samples = network.double(), as_double(samples)
+    update = Update(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    report = analyze(network, loss, samples, update=update, **options)
 
+    def operator() -> SymmetricOperator:
+        build = gauss_newton_operator if options["curvature"] == "ggn" else loss_hessian_operator
+        most, seed = options["max_samples"], options["seed"]
+        return build(network_of(network, loss, samples, max_samples=most, seed=seed))
 
-def _load_model(target: str) -> torch.nn.Module:
-    module, colon, name = target.partition(":")
-    if not colon:
-        raise ValueError(f"MODEL: expected package.module:function, got {target!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"MODEL: {error}") from error
-    finally:
-        sys.path.pop(0)
-    built = found()
-    if not isinstance(built, torch.nn.Module):
-        raise ValueError(f"MODEL: expected {target} to return an nn.Module, got {type(built).__name__}")
-    return built
-
-
-def _load_data(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x, y = file["x"], file["y"]
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"DATA: expected an npz file with arrays x and y, {path}: {error}") from error
-    return torch.from_numpy(x), torch.from_numpy(y)
+    return report, operator

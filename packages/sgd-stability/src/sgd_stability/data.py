@@ -7,8 +7,17 @@ from typing import Any, cast
 import torch
 from core_tensor.checks import check_number
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
+from sgd_stability.distributed import ALONE, Ranks
 from sgd_stability.network import Inputs, take
 
 Data = DataLoader[Any] | Dataset[Any] | tuple[Inputs, Tensor] | Iterable[tuple[Inputs, Tensor]]
@@ -36,7 +45,14 @@ class Samples:
         return len(self.ids) == self.n
 
 
-def collect(data: Data, *, max_samples: int | None = 512, seed: int = 0, device: torch.device | None = None) -> Samples:
+def collect(
+    data: Data,
+    *,
+    max_samples: int | None = 512,
+    seed: int = 0,
+    device: torch.device | None = None,
+    ranks: Ranks = ALONE,
+) -> Samples:
     """Take all samples, or a uniform subsample without replacement.
 
     Args:
@@ -45,12 +61,14 @@ def collect(data: Data, *, max_samples: int | None = 512, seed: int = 0, device:
         max_samples: Most samples to take; None takes all.
         seed: Seed of the subsample.
         device: Where to put them.
+        ranks: Who shares the work; all of them must be given the same data.
 
     Returns:
         The samples.
 
     Raises:
-        ValueError: If there are no samples, or inputs and targets differ in number.
+        ValueError: If there are no samples, inputs and targets differ in number, ranks have different data, or a
+            loader draws samples with weights.
         TypeError: If the data are none of the above.
     """
     if max_samples is not None:
@@ -59,7 +77,7 @@ def collect(data: Data, *, max_samples: int | None = 512, seed: int = 0, device:
     source: Any = data
     collate: Any = default_collate
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
-        source, collate = source.dataset, source.collate_fn
+        source, collate = _sampled(source), source.collate_fn
     if isinstance(source, tuple) and len(source) == 2:
         inputs, targets = _checked(source)
         n = len(targets)
@@ -76,7 +94,17 @@ def collect(data: Data, *, max_samples: int | None = 512, seed: int = 0, device:
     if device is not None:
         inputs = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs.to(device)
         targets = targets.to(device)
+    ranks.agree("data", torch.cat([targets.double().reshape(len(targets), -1).sum(1).cpu(), torch.tensor([float(n)])]))
     return Samples(inputs, targets, ids, n)
+
+
+def _sampled(loader: DataLoader[Any]) -> Any:
+    # The data set as the loader draws from it. Epochs, shuffling and shards of ranks do not matter here; weights do.
+    if isinstance(loader.sampler, WeightedRandomSampler):
+        raise ValueError("data: expected a loader that draws all samples alike, got one with a WeightedRandomSampler")
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, list(loader.sampler.indices))
+    return loader.dataset
 
 
 def _choose(n: int, most: int | None, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from core_tensor.cli import progress
 from core_tensor.extras import require
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from sgd_stability.analysis import analyze
 from sgd_stability.nonlinear import interpolate, run_sgd
 from sgd_stability.plots import plot_map
+from sgd_stability.sampling import powers_of_two
 
 EXTRA = "sgd-stability[demo]"
 
@@ -63,19 +63,16 @@ def run_demo(output: Path, *, seed: int = 0, n: int = 48, batch_sizes: tuple[int
     x, labels = digits(n)
     y = nn.functional.one_hot(labels, 10).double()
     model = digits_network(seed)
-    loss = interpolate(model, x, y, seed=seed)
+    loss = interpolate(model, x, y)
     report = analyze(model, "squared_error", (x, y))
-    every = [2**i for i in range(20) if 2**i <= n]
-    thresholds = {B: report.lr_threshold(B) for B in every}
+    thresholds = {B: report.lr_threshold(B) for B in powers_of_two(n)}
     runs = [(B, factor, s) for B in batch_sizes for factor in (0.8, 1.2) for s in range(3)]
     trials = []
     for B, factor, s in progress(runs, "SGD below and above the prediction", unit="run"):
         trial = run_sgd(model, "squared_error", x, y, lr=factor * thresholds[B].exact, batch_size=B, seed=s)
         trials.append((trial, "returns" if factor < 1 else "leaves"))
-    rates = [t.exact for t in thresholds.values()]
-    lrs = np.geomspace(min(rates) / 3, max(rates) * 2, 28).tolist()
     plot_map(
-        report.stability_map(lrs, every),
+        report.stability_map(),
         output,
         f"digits, tanh network of {sum(p.numel() for p in model.parameters())} parameters at its minimum",
         [vars(trial) for trial, _ in trials],

@@ -13,7 +13,8 @@ So the second moment is bounded exactly if the mean dynamics is stable and the m
 K has positive entries, which makes sqrt(K) o N(sqrt(K) o .) self-adjoint: Lanczos again, on r x r matrices.
 
 Departure: the specification doubles the state to (delta_t, delta_{t-1}) and iterates a non-self-adjoint map of four
-times the size; this form is exact, self-adjoint and of the size of plain SGD. `tests/test_dynamics.py` compares both.
+times the size; this form is exact, self-adjoint and of the size of plain SGD. `tests/test_update_dynamics.py`
+compares both.
 """
 
 import math
@@ -217,5 +218,5 @@ def _bisect(
         low, high = high, high + 4
         if high > 30:  # the noise never matters: the full-batch edge decides
             return replace(last, value=edge, products=spent)
-    root = float(brentq(log_gain, low, high, xtol=max(tolerance**2, 1e-13), rtol=1e-13))
+    root = float(brentq(log_gain, low, high, xtol=max(tolerance**2, 1e-9), rtol=1e-12))
     return replace(last, value=rate(root), products=spent)

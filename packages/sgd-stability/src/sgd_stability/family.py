@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from core_tensor.checks import check_number, check_tensor
+from core_tensor.spectrum import SymmetricOperator, lanczos
 from torch import Tensor
 
 
@@ -73,18 +74,17 @@ class CurvatureFamily:
         """
         check_tensor("factors", factors, ndim=3, finite=True, nonempty=True)
         n, C, d = factors.shape
-        if signs is None and d > n * C:
-            flat = factors.reshape(n * C, d)
-            return cls.from_gram(flat @ flat.T, n)
-        Z = factors.double()
-        flat = Z.reshape(n * C, d)
-        weight, V = torch.linalg.eigh(flat.T @ flat / n)  # of sum_i Z_i'Z_i / n: H itself if there are no signs
-        V = V[:, _range(weight, factors.dtype, max(n * C, d))]
-        F = Z @ V  # (n, C, r)
+        flat = factors.double().reshape(n * C, d)
+        if d > n * C:
+            F = _coordinates(flat @ flat.T, factors.dtype, n)
+        else:
+            weight, V = torch.linalg.eigh(flat.T @ flat / n)  # of sum_i Z_i'Z_i / n: H itself if there are no signs
+            F = (flat @ V[:, _range(weight, factors.dtype, n * C)]).reshape(n, C, -1)
         if signs is not None:
             check_tensor("signs", signs, shape=(n, C))
             signs = signs.double()
-            F = F @ torch.linalg.eigh((F * signs[:, :, None]).reshape(n * C, -1).T @ F.reshape(n * C, -1) / n)[1]
+            weighted = (F * signs[:, :, None]).reshape(n * C, -1)
+            F = F @ torch.linalg.eigh(weighted.T @ F.reshape(n * C, -1) / n)[1]
         return cls._from_reduced(F.flip(2), signs)
 
     @classmethod
@@ -106,11 +106,7 @@ class CurvatureFamily:
         size = gram.shape[0]
         if gram.shape[1] != size or size % n:
             raise ValueError(f"gram: expected a square matrix with a multiple of n = {n} rows, got {tuple(gram.shape)}")
-        K = gram.double()
-        lam, U = torch.linalg.eigh((K + K.T) / 2)
-        kept = _range(lam, gram.dtype, size)
-        F = (U[:, kept] * lam[kept].sqrt()).reshape(n, size // n, -1)
-        return cls._from_reduced(F.flip(2), None)
+        return cls._from_reduced(_coordinates(gram.double(), gram.dtype, n).flip(2), None)
 
     @classmethod
     def _from_reduced(cls, F: Tensor, signs: Tensor | None) -> "CurvatureFamily":
@@ -152,6 +148,17 @@ class CurvatureFamily:
         if self.max_sample_curvature <= 0:
             return float("nan")
         return float(torch.linalg.eigvalsh(self.coherence_matrix)[-1]) / self.max_sample_curvature
+
+    @cached_property
+    def mean_square(self) -> Tensor:
+        """The mean of H_i^2, shape (r, r)."""
+        return self.noise(torch.eye(len(self.h), dtype=torch.float64, device=self.h.device))
+
+    @cached_property
+    def largest_deviation(self) -> float:
+        """max_i ||H_i - H||_2 over the four most curved samples, by Lanczos: from below. H_i positive semidefinite."""
+        _refuse_indefinite(self)
+        return max(_deviation(self.factors[i], self.h) for i in self.sample_curvature.topk(min(4, self.n)).indices)
 
     def noise(self, M: Tensor) -> Tensor:
         """The mean of H_i M H_i.
@@ -208,6 +215,27 @@ class CurvatureFamily:
 def _refuse_indefinite(family: CurvatureFamily) -> None:
     if family.signs is not None:
         raise ValueError("coherence: expected positive semidefinite per-sample Hessians, got indefinite ones")
+
+
+def _deviation(F: Tensor, h: Tensor) -> float:
+    # ||F'F - diag(h)||_2 from below: the larger end of the spectrum, each end by Lanczos from F's own direction.
+    start = torch.linalg.svd(F, full_matrices=False).Vh[0]
+    top = torch.zeros_like(h)
+    top[0] = 1.0  # H's own top direction
+
+    def end(sign: float, begin: Tensor) -> float:
+        operator = SymmetricOperator(lambda v: sign * (F.T @ (F @ v) - h * v), len(h), torch.float64, h.device)
+        return float(lanczos(operator, tolerance=1e-8, max_steps=40, start=begin).values[0])
+
+    return max(end(1.0, start), end(-1.0, top))
+
+
+def _coordinates(K: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+    # Factors with the Gram matrix K, in orthonormal coordinates of their range, shape (n, C, r).
+    lam, U = torch.linalg.eigh((K + K.T) / 2)
+    kept = _range(lam, dtype, len(K))
+    factors: Tensor = (U[:, kept] * lam[kept].sqrt()).reshape(n, len(K) // n, -1)
+    return factors
 
 
 def _range(eigenvalues: Tensor, dtype: torch.dtype, size: int) -> Tensor:

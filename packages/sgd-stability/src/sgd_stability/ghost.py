@@ -49,6 +49,19 @@ class LayerSignal:
         if self.bias:
             yield self.g.sum(2)
 
+    def blocks(self) -> Tensor:
+        """Inner products of every sample's own gradients, by whichever way is smaller.
+
+        Returns:
+            Shape (n, R, R), float64.
+        """
+        n, R, T, out = self.g.shape
+        if out * self.a.shape[2] < R * T * T:
+            return torch.stack([(Z @ Z.mT).double() for Z in self.gradients()]).sum(0)
+        a, g = self.a.double(), self.g.double().reshape(n, R * T, out)
+        inputs = a @ a.mT * self.weight + self.bias  # (n, T, T)
+        return torch.einsum("nrtsu,ntu->nrs", (g @ g.mT).reshape(n, R, T, R, T), inputs)
+
     def ghost_is_cheaper(self) -> bool:
         """Whether inner products of signals cost less than explicit gradients.
 
@@ -87,38 +100,39 @@ def gram(network: Network, *, dtype: torch.dtype = torch.float64) -> Tensor:
     return K
 
 
-def sample_blocks(network: Network, *, chunk: int = 256) -> Tensor:
+def sample_blocks(network: Network, *, chunk: int = 64) -> Tensor:
     """The diagonal blocks Z_i Z_i' of the Gram matrix, in pieces: any number of samples.
 
     Args:
-        network: The network.
+        network: The network; its ranks share the samples.
         chunk: Samples at a time.
 
     Returns:
         Shape (n, R, R).
     """
-    blocks = []
-    for start in range(0, network.n, chunk):
-        part = network.part(start, start + chunk)
-        blocks.append(_blocks(part, _columns(part)))
-    return torch.cat(blocks)
+
+    def compute(start: int, stop: int) -> Tensor:
+        return torch.cat([_blocks(part, _columns(part)) for part in network.chunks(chunk, start, stop)])
+
+    return network.ranks.rows(network.n, compute)
 
 
-def gradient_norms(network: Network, *, chunk: int = 256) -> Tensor:
+def gradient_norms(network: Network, *, chunk: int = 64) -> Tensor:
     """||grad l_i|| for every sample.
 
     Args:
-        network: The network.
+        network: The network; its ranks share the samples.
         chunk: Samples at a time.
 
     Returns:
         Shape (n,).
     """
-    squares = []
-    for start in range(0, network.n, chunk):
-        part = network.part(start, start + chunk)
-        squares.append(_blocks(part, part.output_gradient()[:, None]).reshape(-1))
-    return torch.cat(squares).clamp_min(0).sqrt()
+
+    def compute(start: int, stop: int) -> Tensor:
+        parts = network.chunks(chunk, start, stop)
+        return torch.cat([_blocks(part, part.output_gradient()[:, None]).reshape(-1) for part in parts])
+
+    return network.ranks.rows(network.n, compute).clamp_min(0).sqrt()
 
 
 def layer_signals(network: Network, cotangents: Tensor) -> tuple[list[LayerSignal], Tensor | None]:
@@ -240,13 +254,7 @@ def _blocks(network: Network, cotangents: Tensor) -> Tensor:
     total = torch.zeros(network.n, cotangents.shape[1], cotangents.shape[1], dtype=torch.float64)
     total = total.to(network.targets.device)
     for signal in signals:
-        if signal.g.shape[2] == 1:
-            scale = signal.a.double().square().sum((1, 2)) * signal.weight + signal.bias
-            g = signal.g[:, :, 0].double()
-            total += scale[:, None, None] * (g @ g.mT)
-        else:
-            for Z in signal.gradients():
-                total += (Z @ Z.mT).double()
+        total += signal.blocks()
     if rest is not None:
         total += (rest @ rest.mT).double()
     return total

@@ -7,161 +7,15 @@ H_i = Z_i' diag(signs_i) Z_i with Z_i = W_i' J_i (R, d). Training minimises the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from core_tensor.checks import check_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgd_stability.factors import OutputFactor, ScaledIdentity, dense_factor, softmax_factor, token_factor
+
 LossValues = Callable[[Tensor, Tensor], Tensor]
-
-
-class OutputFactor(Protocol):
-    """W_i for every sample of a batch."""
-
-    @property
-    def rank(self) -> int:
-        """R, the number of columns of every W_i."""
-
-    @property
-    def signs(self) -> Tensor | None:
-        """Signs of the columns, shape (n, R); None if Lambda_i is positive semidefinite."""
-
-    def transpose_times(self, x: Tensor) -> Tensor:
-        """Multiply by W_i'.
-
-        Args:
-            x: Shape (n, O, k).
-
-        Returns:
-            W_i' x_i, shape (n, R, k).
-        """
-
-    def times(self, u: Tensor) -> Tensor:
-        """Multiply by W_i.
-
-        Args:
-            u: Shape (n, R, k).
-
-        Returns:
-            W_i u_i, shape (n, O, k).
-        """
-
-
-@dataclass(frozen=True)
-class ScaledIdentity:
-    """W_i = sqrt(scale) I, of the squared error.
-
-    Attributes:
-        scale: Lambda_i = scale I.
-        rank: O.
-        signs: None.
-    """
-
-    scale: float
-    rank: int
-    signs: None = None
-
-    def transpose_times(self, x: Tensor) -> Tensor:
-        """See `OutputFactor.transpose_times`.
-
-        Args:
-            x: Shape (n, O, k).
-
-        Returns:
-            Shape (n, R, k).
-        """
-        scaled: Tensor = x * self.scale**0.5
-        return scaled
-
-    times = transpose_times
-
-
-@dataclass(frozen=True)
-class SoftmaxFactor:
-    """W = diag(sqrt p) (I - sqrt p sqrt p') at every position: W W' = diag(p) - p p' (cross-entropy).
-
-    Attributes:
-        root: sqrt p with the weight of a position in it, shape (n, V, P).
-        unit: sqrt p, shape (n, V, P).
-        signs: None.
-    """
-
-    root: Tensor
-    unit: Tensor
-    signs: None = None
-
-    @property
-    def rank(self) -> int:
-        """V P."""
-        return self.root.shape[1] * self.root.shape[2]
-
-    def transpose_times(self, x: Tensor) -> Tensor:
-        """See `OutputFactor.transpose_times`.
-
-        Args:
-            x: Shape (n, O, k).
-
-        Returns:
-            Shape (n, R, k).
-        """
-        y = self.root[..., None] * x.reshape(*self.root.shape, -1)  # (n, V, P, k)
-        y = y - self.unit[..., None] * (self.unit[..., None] * y).sum(1, keepdim=True)
-        return y.reshape(x.shape)
-
-    def times(self, u: Tensor) -> Tensor:
-        """See `OutputFactor.times`.
-
-        Args:
-            u: Shape (n, R, k).
-
-        Returns:
-            Shape (n, O, k).
-        """
-        y = u.reshape(*self.root.shape, -1)
-        y = y - self.unit[..., None] * (self.unit[..., None] * y).sum(1, keepdim=True)
-        return (self.root[..., None] * y).reshape(u.shape)
-
-
-@dataclass(frozen=True)
-class DenseFactor:
-    """W_i as matrices, of a loss whose output Hessian autograd supplies.
-
-    Attributes:
-        W: Shape (n, O, R).
-        signs: Shape (n, R), or None.
-    """
-
-    W: Tensor
-    signs: Tensor | None
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return int(self.W.shape[2])
-
-    def transpose_times(self, x: Tensor) -> Tensor:
-        """See `OutputFactor.transpose_times`.
-
-        Args:
-            x: Shape (n, O, k).
-
-        Returns:
-            Shape (n, R, k).
-        """
-        return self.W.mT @ x
-
-    def times(self, u: Tensor) -> Tensor:
-        """See `OutputFactor.times`.
-
-        Args:
-            u: Shape (n, R, k).
-
-        Returns:
-            Shape (n, O, k).
-        """
-        return self.W @ u
 
 
 @dataclass(frozen=True)
@@ -184,7 +38,8 @@ def resolve_loss(loss: str | torch.nn.Module | LossValues) -> SampleLoss:
 
     Args:
         loss: `"squared_error"`, that is ||z - y||^2 / 2 per sample; `"mse"`, torch's mean of squares over the outputs;
-            `"cross_entropy"` in torch's layout (n, V, ...), the mean over positions; an `nn.MSELoss` or
+            `"cross_entropy"` in torch's layout (n, V, ...), the mean over positions; `"token_cross_entropy"`, the same
+            in the layout of language models (n, positions, V), where targets of -100 are left out; an `nn.MSELoss` or
             `nn.CrossEntropyLoss`; or a function `(outputs, targets) -> per-sample losses (n,)`.
 
     Returns:
@@ -195,21 +50,16 @@ def resolve_loss(loss: str | torch.nn.Module | LossValues) -> SampleLoss:
         TypeError: If it is neither a name nor callable.
     """
     if isinstance(loss, str):
-        known = {
-            "squared_error": SampleLoss("squared_error", _half_squares, lambda z, _: ScaledIdentity(1.0, _outputs(z))),
-            "mse": SampleLoss("mse", _mean_squares, lambda z, _: ScaledIdentity(2.0 / _outputs(z), _outputs(z))),
-            "cross_entropy": SampleLoss("cross_entropy", _cross_entropy(0.0), lambda z, _: _softmax_factor(z)),
-        }
-        if loss not in known:
-            raise ValueError(f"loss: expected one of {', '.join(map(repr, known))} or a function, got {loss!r}")
-        return known[loss]
+        if loss not in _KNOWN:
+            raise ValueError(f"loss: expected one of {', '.join(map(repr, _KNOWN))} or a function, got {loss!r}")
+        return _KNOWN[loss]
     if isinstance(loss, torch.nn.MSELoss | torch.nn.CrossEntropyLoss):
         return _resolve_module(loss)
     if not callable(loss):
         raise TypeError(f"loss: expected a name, a torch loss or a function, got {type(loss).__name__}")
     values: LossValues = loss
     name = getattr(loss, "__name__", type(loss).__name__)
-    return SampleLoss(name, lambda z, y: _checked(values, z, y), lambda z, y: _dense_factor(values, z, y))
+    return SampleLoss(name, lambda z, y: _checked(values, z, y), lambda z, y: dense_factor(values, z, y))
 
 
 def _resolve_module(loss: torch.nn.MSELoss | torch.nn.CrossEntropyLoss) -> SampleLoss:
@@ -223,7 +73,7 @@ def _resolve_module(loss: torch.nn.MSELoss | torch.nn.CrossEntropyLoss) -> Sampl
     if loss.weight is not None:
         raise ValueError("loss: expected no class weights (torch divides by the batch's sum of weights), got some")
     values = _cross_entropy(loss.label_smoothing)
-    return SampleLoss("cross_entropy", values, lambda z, _: _softmax_factor(z))
+    return SampleLoss("cross_entropy", values, lambda z, _: softmax_factor(z))
 
 
 def check_additive(loss: SampleLoss, outputs: Tensor, targets: Tensor) -> None:
@@ -249,8 +99,8 @@ def check_additive(loss: SampleLoss, outputs: Tensor, targets: Tensor) -> None:
         raise ValueError(f"loss: expected a sum over samples, but {loss.name} of a sample changes with its batch")
 
 
-def _outputs(z: Tensor) -> int:
-    return z[0].numel()
+def _scaled_identity(z: Tensor, scale: float) -> ScaledIdentity:
+    return ScaledIdentity(scale, len(z), z[0].numel())
 
 
 def _half_squares(z: Tensor, y: Tensor) -> Tensor:
@@ -279,9 +129,18 @@ def _cross_entropy(smoothing: float) -> LossValues:
     return values
 
 
-def _softmax_factor(z: Tensor) -> SoftmaxFactor:
-    unit = z.detach().reshape(z.shape[0], z.shape[1], -1).softmax(1).sqrt()  # (n, V, P)
-    return SoftmaxFactor(unit / unit.shape[2] ** 0.5, unit)
+def _tokens(z: Tensor, y: Tensor) -> Tensor:
+    weights = _token_weights(z, y)
+    return (F.cross_entropy(z.transpose(1, 2), y, reduction="none") * weights).sum(1)
+
+
+def _token_weights(z: Tensor, y: Tensor) -> Tensor:
+    if z.ndim != 3 or y.shape != z.shape[:2]:
+        raise ValueError(f"targets: expected one per token of logits (n, positions, V), got {tuple(y.shape)}")
+    counts = (y != -100).sum(1)
+    if bool((counts != counts[0]).any()) or counts[0] == 0:  # then training's loss is no mean over sequences
+        raise ValueError("targets: expected the same number of tokens other than -100 in every sequence")
+    return (y != -100).to(z.dtype) / counts[0]
 
 
 def _checked(loss: LossValues, z: Tensor, y: Tensor) -> Tensor:
@@ -292,22 +151,11 @@ def _checked(loss: LossValues, z: Tensor, y: Tensor) -> Tensor:
     return values
 
 
-def _dense_factor(loss: LossValues, z: Tensor, y: Tensor) -> DenseFactor:
-    # The loss is a sum over samples, so O double backward passes give the output Hessians of all samples at once.
-    flat = z.detach().reshape(len(z), -1).requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(loss(flat.reshape(z.shape), y).sum(), flat, create_graph=True)
-        rows = [_gradient(slope[:, o].sum(), flat) for o in range(flat.shape[1])]
-    hessian = torch.stack(rows, 1)  # (n, O, O)
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-    noise = 10 * torch.finfo(z.dtype).eps * values.abs().amax(1, keepdim=True)
-    values = torch.where(values.abs() <= noise, 0.0, values)
-    signs = None if bool((values >= 0).all()) else torch.sign(values)
-    return DenseFactor(vectors * values.abs().sqrt()[:, None, :], signs)
-
-
-def _gradient(value: Tensor, by: Tensor) -> Tensor:
-    if not value.requires_grad:  # a loss linear in this output
-        return torch.zeros_like(by)
-    (found,) = torch.autograd.grad(value, by, retain_graph=True, materialize_grads=True)
-    return found.detach()
+_KNOWN = {
+    "squared_error": SampleLoss("squared_error", _half_squares, lambda z, _: _scaled_identity(z, 1.0)),
+    "mse": SampleLoss("mse", _mean_squares, lambda z, _: _scaled_identity(z, 2.0 / z[0].numel())),
+    "cross_entropy": SampleLoss("cross_entropy", _cross_entropy(0.0), lambda z, _: softmax_factor(z)),
+    "token_cross_entropy": SampleLoss(
+        "token_cross_entropy", _tokens, lambda z, y: token_factor(z, _token_weights(z, y))
+    ),
+}

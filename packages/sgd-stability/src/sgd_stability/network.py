@@ -1,7 +1,7 @@
 """A model, its loss and a set of samples, checked once: what every route to the per-sample curvature starts from."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +9,9 @@ import torch
 from core_tensor.spectrum import check_parameters
 from torch import Tensor, nn
 
-from sgd_stability.losses import OutputFactor, SampleLoss, check_additive
+from sgd_stability.distributed import ALONE, Ranks, bare
+from sgd_stability.factors import OutputFactor
+from sgd_stability.losses import SampleLoss, check_additive
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -24,6 +26,7 @@ class Network:
         inputs: A tensor, or a mapping passed as keyword arguments; n along the first dimension.
         targets: Targets, n along the first dimension.
         parameters: The trainable parameters by name; curvature is taken over these.
+        ranks: Who shares the work; all of them hold all of the samples.
     """
 
     model: nn.Module
@@ -31,6 +34,7 @@ class Network:
     inputs: Inputs
     targets: Tensor
     parameters: dict[str, Tensor]
+    ranks: Ranks = ALONE
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -52,6 +56,14 @@ class Network:
     def size(self) -> int:
         """Number of parameters d."""
         return sum(p.numel() for p in self.parameters.values())
+
+    def detached(self) -> dict[str, Tensor]:
+        """The parameters without their graph.
+
+        Returns:
+            Parameters by name.
+        """
+        return {name: p.detach() for name, p in self.parameters.items()}
 
     def output_gradient(self) -> Tensor:
         """Gradient of every sample's loss in its outputs.
@@ -75,18 +87,13 @@ class Network:
         slope = float(self.output_gradient().double().square().sum(1).mean().sqrt())
         if slope == 0:
             return 0.0
-        traces = []
-        for start in range(0, self.n, 64):
-            part = self.part(start, start + 64)
-            eye = torch.eye(part.factor.rank, dtype=part.outputs.dtype, device=part.outputs.device)
-            traces.append(part.factor.times(eye.expand(part.n, -1, -1)).double().square().sum((1, 2)))
         z = self.outputs.double().reshape(self.n, -1)
-        curvature = float(torch.cat(traces).square().mean().sqrt()) / z.shape[1]
+        curvature = float(self.factor.trace().double().square().mean().sqrt()) / z.shape[1]
         size = float(z.square().sum(1).mean().sqrt())
         return slope / (curvature * size) if curvature * size > 0 else math.inf
 
     def part(self, start: int, stop: int) -> "Network":
-        """The same model on a range of the samples.
+        """The same model on a range of the samples, for this process alone.
 
         Args:
             start: First sample.
@@ -95,8 +102,33 @@ class Network:
         Returns:
             The smaller network.
         """
-        inputs = take(self.inputs, slice(start, stop))
-        return Network(self.model, self.loss, inputs, self.targets[start:stop], self.parameters)
+        return self.select(slice(start, stop))
+
+    def select(self, which: slice | Tensor) -> "Network":
+        """The same model on some of the samples, for this process alone.
+
+        Args:
+            which: Slice or indices.
+
+        Returns:
+            The smaller network.
+        """
+        return Network(self.model, self.loss, take(self.inputs, which), self.targets[which], self.parameters)
+
+    def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator["Network"]:
+        """The samples of a range, a few at a time.
+
+        Args:
+            size: Samples at a time.
+            start: First sample.
+            stop: One past the last; n if absent.
+
+        Yields:
+            Smaller networks.
+        """
+        stop = self.n if stop is None else stop
+        for first in range(start, stop, size):
+            yield self.part(first, min(first + size, stop))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -112,12 +144,39 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
     Raises:
         TypeError: If the model does not return a tensor.
     """
-    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    args, kwargs = arguments(inputs)
+    outputs = model(*args, **kwargs)
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"model: expected a tensor of outputs, got {type(outputs).__name__}; wrap the model so that it returns one"
         )
     return outputs
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Inputs as arguments of the model.
+
+    Args:
+        inputs: A tensor, or keyword arguments.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    return ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
+
+
+def unflatten(vector: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split a flat vector as the parameters are.
+
+    Args:
+        vector: Shape (d,).
+        parameters: Parameters by name.
+
+    Returns:
+        Pieces by name.
+    """
+    pieces = vector.split([p.numel() for p in parameters.values()])
+    return {name: piece.view_as(p) for piece, (name, p) in zip(pieces, parameters.items(), strict=True)}
 
 
 def take(inputs: Inputs, which: slice | Tensor) -> Inputs:
@@ -150,7 +209,12 @@ def single(sample: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
 
 
 def make_network(
-    model: nn.Module, loss: SampleLoss, inputs: Inputs, targets: Tensor, parameters: Iterable[str] | None = None
+    model: nn.Module,
+    loss: SampleLoss,
+    inputs: Inputs,
+    targets: Tensor,
+    parameters: Iterable[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Network:
     """Check that the loss is a sum over samples, and everything else that later routes rely on.
 
@@ -160,6 +224,7 @@ def make_network(
         inputs: Inputs of the samples.
         targets: Targets of the samples.
         parameters: Names of the parameters to include; all that require a gradient if absent.
+        ranks: Who shares the work.
 
     Returns:
         The network.
@@ -168,6 +233,7 @@ def make_network(
         ValueError: If the model has no (real) parameters, mixes samples, or the loss is not a finite sum over samples.
         TypeError: If parameters or outputs are not real floating tensors.
     """
+    model = bare(model)
     names = None if parameters is None else set(parameters)
     chosen: dict[str, Tensor] = {
         name: p for name, p in model.named_parameters() if p.requires_grad and (names is None or name in names)
@@ -177,7 +243,7 @@ def make_network(
     if names is not None and names - chosen.keys():
         raise ValueError(f"parameters: expected names of trainable parameters, got {sorted(names - chosen.keys())}")
     check_parameters(chosen.values())
-    network = Network(model, loss, inputs, targets, chosen)
+    network = Network(model, loss, inputs, targets, chosen, ranks)
     if network.n == 0:
         raise ValueError("data: expected at least one sample, got none")
     check_independent(network)

@@ -48,7 +48,6 @@ def interpolate(
     lr: float = 1e-2,
     target_loss: float = 1e-20,
     max_newton: int = 60,
-    seed: int = 0,
 ) -> float:
     """Train to an interpolating minimum of a squared error: Adam for a while, then Levenberg-Marquardt to rounding.
 
@@ -61,12 +60,10 @@ def interpolate(
         lr: Adam's learning rate.
         target_loss: Stop when the mean loss is below.
         max_newton: Most Levenberg-Marquardt steps.
-        seed: Kept for reproducibility of dropout-like models; the procedure itself draws nothing.
 
     Returns:
         The mean loss reached.
     """
-    torch.manual_seed(seed)
     network = make_network(model, resolve_loss(loss), inputs, targets)
     parameters = list(network.parameters.values())
     adam = torch.optim.Adam(parameters, lr=lr)

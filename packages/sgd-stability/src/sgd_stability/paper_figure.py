@@ -13,7 +13,7 @@ from sgd_stability.family import CurvatureFamily
 from sgd_stability.maps import stability_map
 from sgd_stability.plots import EXTRA, STYLES, draw_map, save
 from sgd_stability.quadratic import make_hessians
-from sgd_stability.sampling import Sampling, Scheme
+from sgd_stability.sampling import Sampling, Scheme, powers_of_two
 from sgd_stability.second_moment import lr_threshold, second_moment_radius
 
 
@@ -84,19 +84,6 @@ def plot_quadratic(
     left.set_title(f"n = {n}, $\\sigma$ = {sigma:g}, $\\lambda_1$ = {lambda1:g}, {scheme}")
     _draw_cells(right, n, lambda1, lr, scheme, seed)
     return save(figure, path)
-
-
-def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4, ... up to n, and n itself.
-
-    Args:
-        n: Largest value.
-
-    Returns:
-        The values.
-    """
-    values = [2**i for i in range(n.bit_length()) if 2**i <= n]
-    return values if values[-1] == n else [*values, n]
 
 
 def _draw_cells(axes: Any, n: int, lambda1: float, lr: float, scheme: Scheme, seed: int) -> None:

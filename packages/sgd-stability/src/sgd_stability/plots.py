@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.extras import pyplot
+from core_tensor.extras import pyplot, require
 from core_tensor.files import atomic_path
 from torch import Tensor
 
+from sgd_stability.check import Check
 from sgd_stability.maps import StabilityMap
+from sgd_stability.quadratic import Growth
 
 EXTRA = "sgd-stability[plot]"
 STYLES: dict[str, dict[str, Any]] = {
@@ -82,7 +84,9 @@ def draw_map(axes: Any, found: StabilityMap, figure: Any) -> None:
     """
     growth = found.log_growth.clamp(-0.5, 0.5).numpy()
     batches, rates = found.batch_sizes.numpy(), found.lrs.numpy()
-    mesh = axes.pcolormesh(batches, rates, growth, cmap="RdYlGn_r", vmin=-0.5, vmax=0.5, shading="nearest")
+    # Below the threshold the flattest directions decay slowly: on a linear scale all of it would look like zero.
+    norm = require("matplotlib.colors", EXTRA).SymLogNorm(linthresh=1e-4, vmin=-0.5, vmax=0.5)
+    mesh = axes.pcolormesh(batches, rates, growth, cmap="RdYlGn_r", norm=norm, shading="nearest")
     figure.colorbar(mesh, ax=axes, label="log growth of $E\\|\\delta\\|^2$ per step (clipped)")
     for name, values in found.curves.items():
         finite = [v if math.isfinite(v) else math.nan for v in values]
@@ -166,4 +170,88 @@ def plot_spectral_density(grid: Tensor, density: Tensor, path: str | Path) -> Pa
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
     axes.set_ylim(1e-6, None)
+    return save(figure, path)
+
+
+def plot_growth(curves: Mapping[str, Growth], path: str | Path, title: str = "") -> Path:
+    """Growth of E||delta||^2: exact (lines) and simulated (bands of two standard errors).
+
+    Args:
+        curves: Growth by label, such as a multiple of the threshold.
+        path: Picture to write.
+        title: Title.
+
+    Returns:
+        The path.
+    """
+    figure, axes = pyplot(EXTRA).subplots(figsize=(6.8, 4.4))
+    for i, (label, growth) in enumerate(curves.items()):
+        steps = range(len(growth.exact))
+        low = (growth.simulated - 2 * growth.standard_error).clamp_min(1e-300)
+        axes.plot(steps, growth.exact.numpy(), color=f"C{i}", label=f"{label}, exact")
+        axes.fill_between(
+            steps, low.numpy(), (growth.simulated + 2 * growth.standard_error).numpy(), color=f"C{i}", alpha=0.3
+        )
+        axes.plot(steps, growth.simulated.numpy(), ".", color=f"C{i}", markersize=4, label="simulated")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("$E\\|\\delta\\|^2$, relative to the start")
+    axes.legend(fontsize=8, ncols=2)
+    axes.set_title(title)
+    return save(figure, path)
+
+
+def plot_history(
+    checks: Sequence[Check],
+    path: str | Path,
+    *,
+    losses: Sequence[tuple[int, float]] = (),
+    sharpness: Sequence[tuple[int, float, float]] = (),
+) -> Path:
+    """Over training: the loss, the sharpness against its edge, and the learning rate against the band of eta*.
+
+    Args:
+        checks: A monitor's history, at least one check.
+        path: Picture to write.
+        losses: Losses (step, loss).
+        sharpness: Tier-1 measurements (step, batch sharpness, critical sharpness).
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is no check.
+    """
+    if not checks:
+        raise ValueError("checks: expected at least one, got none")
+    rows = 3 if losses else 2
+    figure, panels = pyplot(EXTRA).subplots(rows, 1, figsize=(8, 2.6 * rows), sharex=True, layout="constrained")
+    if losses:
+        panels[0].semilogy(*zip(*losses, strict=True), color="#444444", linewidth=1)
+        panels[0].set_ylabel("loss")
+    curvature, rates = panels[-2:]
+    steps = [check.step for check in checks]
+    for name, column, colour in (("batch sharpness", 1, "#92c5de"), ("critical sharpness", 2, "#f4a582")):
+        shown = [(entry[0], entry[column]) for entry in sharpness if 0 < entry[column] < math.inf]
+        if shown:
+            curvature.plot(*zip(*shown, strict=True), ".", color=colour, markersize=3, label=name)
+    curvature.plot(steps, [check.lambda1 for check in checks], color="black", label="$\\lambda_1$")
+    curvature.plot(steps, [check.edge for check in checks], "--", color="#b2182b", label="edge of full-batch training")
+    curvature.set_yscale("log")
+    curvature.set_ylabel("sharpness")
+    lower, upper = ([getattr(check, name) for check in checks] for name in ("lower", "upper"))
+    rates.fill_between(steps, lower, upper, color="#bdbdbd", label="band of $\\eta^*$")
+    rates.plot(steps, [check.lr for check in checks], color="#2166ac", label="learning rate")
+    settled = [(check.step, check.exact) for check in checks if math.isfinite(check.exact)]
+    if settled:
+        rates.plot(*zip(*settled, strict=True), color="black", linewidth=1, label="$\\eta^*$ by full analysis")
+    rates.set_yscale("log")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("step")
+    for step in (check.step for check in checks if check.state == "unstable"):
+        for panel in panels:
+            panel.axvline(step, color="#b2182b", alpha=0.12, linewidth=2)
+    for panel in (curvature, rates):
+        panel.legend(fontsize=8, loc="best")
+    panels[0].set_title("checks that say unstable are marked red", fontsize=9)
     return save(figure, path)

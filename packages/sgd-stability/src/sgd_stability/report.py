@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor
 
@@ -13,65 +14,9 @@ from sgd_stability.bounds import Bound, all_bounds, momentum_stability
 from sgd_stability.dynamics import Update, noise_gain, update_threshold
 from sgd_stability.family import CurvatureFamily
 from sgd_stability.maps import StabilityMap, stability_map
-from sgd_stability.sampling import Sampling, Scheme
-
-State = Literal["stable", "unstable", "undecided"]
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The largest stable learning rate at one batch size.
-
-    Attributes:
-        exact: eta* of the analysed samples; NaN if only a truncated spectrum is known.
-        lower: Every rate below is stable (largest stability bound, or eta* itself).
-        upper: Every rate above is unstable (smallest instability bound, or eta* itself).
-        paper: Theorem 1 of the paper, a condition for instability; NaN where coherence is unknown.
-        bounds: Every bound behind these, with the side it certifies.
-        certified: Whether the analysed samples are the whole data set; otherwise everything here is an estimate.
-    """
-
-    exact: float
-    lower: float
-    upper: float
-    paper: float
-    bounds: tuple[Bound, ...]
-    certified: bool
-
-    def __float__(self) -> float:
-        return self.upper if math.isnan(self.exact) else self.exact
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether training at one learning rate and batch size is linearly stable.
-
-    Attributes:
-        state: `"stable"`, `"unstable"`, or `"undecided"` between the bounds of a truncated analysis.
-        margin: Learning rate over the threshold; above 1 is unstable.
-        certificate: What decided it: the name of a bound, or `"exact"`.
-        certified: Whether the whole data set was analysed.
-    """
-
-    state: State
-    margin: float
-    certificate: str
-    certified: bool
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """A sample and its share in the instability.
-
-    Attributes:
-        id: Position in the data set.
-        curvature: lambda1(H_i).
-        relative: lambda1(H_i) / lambda1(H).
-    """
-
-    id: int
-    curvature: float
-    relative: float
+from sgd_stability.nested import Nested
+from sgd_stability.sampling import Sampling, Scheme, powers_of_two
+from sgd_stability.threshold import Culprit, Threshold, Verdict
 
 
 @dataclass(frozen=True)
@@ -185,7 +130,8 @@ class StabilityReport:
         return found
 
     def _mean_square(self, sampling: Sampling) -> Threshold:
-        star = update_threshold(self.family, sampling, self.update).value
+        found = self._nested.solve(lambda family: update_threshold(family, sampling, self.update))
+        star, complete, converged = found.value, self.complete, found.converged
         bounds: tuple[Bound, ...] = ()
         if self.update.plain and self.family.signs is None:
             bounds = all_bounds(self.family, sampling)
@@ -195,8 +141,14 @@ class StabilityReport:
         paper = next((b.lr for b in bounds if b.name == "paper_theorem1"), math.nan)
         if truncated:
             lower = max(lower, self._stable_below(sampling))
-            return Threshold(math.nan, lower, min(upper, star), math.nan, bounds, self.complete)
-        return Threshold(star, lower if bounds else star, upper if bounds else star, paper, bounds, self.complete)
+            return Threshold(math.nan, lower, min(upper, star), math.nan, bounds, complete, converged)
+        ends = (lower, upper) if bounds else (star, star)
+        return Threshold(star, *ends, paper, bounds, complete, converged)
+
+    @property
+    def _nested(self) -> Nested:
+        found: Nested = self._cache.setdefault("nested", Nested(self.family))
+        return found
 
     def _stable_below(self, sampling: Sampling) -> float:
         # The stability bound that two numbers give, for momentum too: needs lambda1 and L of the whole spectrum.
@@ -257,7 +209,7 @@ class StabilityReport:
             lr: Learning rate.
 
         Returns:
-            The batch size, or None if even the full batch is unstable.
+            The batch size, or None if even the full batch is unstable; of a truncated analysis a lower estimate.
 
         Raises:
             ValueError: If the learning rate is not positive, or the family is indefinite.
@@ -271,7 +223,7 @@ class StabilityReport:
         single = Sampling(self.n, 1, self.sampling)
         if len(self.family.h) == 0 or single.s == 0.0:
             return 1
-        gain = noise_gain(self.family, lr, single, self.update)[0].value
+        gain = self._nested.solve(lambda family: noise_gain(family, lr, single, self.update)[0]).value
         low, high = 0, self.n  # the answer lies in (low, high] if high is stable
         if Sampling(self.n, self.n, self.sampling).s * gain >= single.s:
             return None
@@ -281,23 +233,29 @@ class StabilityReport:
             low, high = (low, middle) if stable else (middle, high)
         return high
 
-    def stability_map(self, lrs: Iterable[float], batch_sizes: Iterable[int]) -> StabilityMap:
+    def stability_map(
+        self, lrs: Iterable[float] | None = None, batch_sizes: Iterable[int] | None = None
+    ) -> StabilityMap:
         """Growth rates over a grid of learning rates and batch sizes, with the boundary curves.
 
         Args:
-            lrs: Learning rates.
-            batch_sizes: Batch sizes.
+            lrs: Learning rates; if absent, 28 around the thresholds.
+            batch_sizes: Batch sizes; if absent, the powers of two up to n, and n.
 
         Returns:
             The map; `plot(path)` draws it.
         """
-        thresholds = {batch_size: self.lr_threshold(batch_size) for batch_size in batch_sizes}
+        batches = powers_of_two(self.n) if batch_sizes is None else batch_sizes
+        thresholds = {batch_size: self.lr_threshold(batch_size) for batch_size in batches}
         curves = {
             "exact": [t.exact for t in thresholds.values()],
             "stable below": [t.lower for t in thresholds.values()],
             "unstable above": [t.upper for t in thresholds.values()],
             "paper's Theorem 1": [t.paper for t in thresholds.values()],
         }
+        if lrs is None:
+            around = [rate for rate in map(float, thresholds.values()) if 0 < rate < math.inf] or [1.0]
+            lrs = np.geomspace(min(around) / 3, max(around) * 2, 28).tolist()
         return stability_map(self.family, self.n, list(lrs), list(thresholds), self.sampling, self.update, curves)
 
     def to_dict(self, batch_sizes: Iterable[int] = (1, 4, 16, 64)) -> dict[str, Any]:
@@ -334,8 +292,10 @@ class StabilityReport:
         part = "all samples" if self.complete else f"{len(self.ids)} of {self.n} samples (estimates)"
         point = "interpolating minimum" if self.interpolating else "not an interpolating minimum"
         worst = ", ".join(f"#{c.id} ({c.relative:.1f}x)" for c in self.culprits(3))
+        doubt = "" if self.spectrum_converged else "; the top eigenvectors did not converge"
         return (
-            f"{self.curvature} of {part} by {self.method}; {point} (relative residual {self.relative_residual:.1e})\n"
+            f"{self.curvature} of {part} by {self.method}; {point} (relative residual {self.relative_residual:.1e})"
+            f"{doubt}\n"
             f"lambda1 {self.lambda_max:.4g} | trace {self.trace:.4g} | L {self.max_sample_curvature:.4g} | "
             f"sigma {self.coherence:.4g}\nmost curved samples: {worst}"
         )

@@ -24,6 +24,19 @@ Scheme = Literal["bernoulli", "with_replacement", "without_replacement"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
+def powers_of_two(n: int) -> list[int]:
+    """Batch sizes worth a look: 1, 2, 4, ... up to n, and n itself.
+
+    Args:
+        n: Largest value.
+
+    Returns:
+        The values.
+    """
+    values = [2**i for i in range(n.bit_length()) if 2**i <= n]
+    return values if values[-1] == n else [*values, n]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """A minibatch scheme at a data-set size and batch size.

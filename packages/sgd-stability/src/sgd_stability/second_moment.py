@@ -148,6 +148,9 @@ def largest_eigenvalue(
         The eigenvalue and its eigenvector (r, r).
     """
     r = len(start)
+    if r == 1:  # the monitor asks for this at every check
+        one = torch.ones_like(start)
+        return Extreme(float(operator(one)), 0.0, True, 1), one
 
     def product(flat: Tensor) -> Tensor:
         image = operator(flat.reshape(r, r))

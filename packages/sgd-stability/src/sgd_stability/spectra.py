@@ -1,6 +1,7 @@
 """Spectra of a network's curvature: operators, top eigenvalues, traces and the spectral density."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ from core_tensor.spectrum import SymmetricOperator, TraceEstimate, hutchinson_tr
 from torch import Tensor, nn
 
 from sgd_stability.data import Data, collect
+from sgd_stability.gauss_newton import gauss_newton_operator
 from sgd_stability.ghost import sample_blocks
 from sgd_stability.losses import LossValues, resolve_loss
 from sgd_stability.network import Network, make_network
-from sgd_stability.truncated import gauss_newton_operator, loss_hessian_operator
+from sgd_stability.truncated import loss_hessian_operator
 
 __all__ = [
     "SpectralDensity",
@@ -28,7 +30,13 @@ __all__ = [
 
 
 def network_of(
-    model: nn.Module, loss: str | nn.Module | LossValues, data: Data, *, max_samples: int | None = None, seed: int = 0
+    model: nn.Module,
+    loss: str | nn.Module | LossValues,
+    data: Data,
+    *,
+    parameters: Iterable[str] | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
 ) -> Network:
     """The network that the operators here take.
 
@@ -36,6 +44,7 @@ def network_of(
         model: The model.
         loss: As in `analyze`.
         data: As in `analyze`.
+        parameters: Names of the parameters to include, for the spectrum of a layer; all if absent.
         max_samples: Most samples to use; all if absent.
         seed: Seed of the subsample.
 
@@ -44,7 +53,7 @@ def network_of(
     """
     device = next((p.device for p in model.parameters()), None)
     samples = collect(data, max_samples=max_samples, seed=seed, device=device)
-    return make_network(model, resolve_loss(loss), samples.inputs, samples.targets)
+    return make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters)
 
 
 def exact_gauss_newton_trace(network: Network) -> float:

@@ -1,0 +1,207 @@
+"""Does the monitor see an instability coming? A converged checkpoint is trained on at a rate that is too large.
+
+    python packages/sgd-stability/reproduce/prediction.py [--seeds 3] [--only checkpoint|scratch]
+
+A CNN that has learnt 64 digits to rounding (squared error), its weights perturbed a little, goes on with SGD.
+Jumps: at a multiple of the exact threshold eta* from the start, where the monitor is asked before the first step. Rise:
+from half of eta*, growing by a fixed factor per step, with a check every twentieth. The monitor settles by the full
+analysis what its band leaves undecided. Noted are the first check that says "unstable", the first that the band alone
+would have called so, the first with lambda1 > 2 / rate (the edge of full-batch training), and the first step after
+which the loss over all samples exceeds `JUMP` times its greatest value so far below eta* (jumps: its value at the
+start).
+
+Also one run from scratch whose rate grows tenfold: training stabilises itself, and the sharpness follows its edge.
+Writes `results/prediction.json`, `results/prediction.png` and `results/edge.png`.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from core_tensor.cli import progress
+from core_tensor.files import write_json
+from sgd_stability import Check, StabilityMonitor, analyze
+from sgd_stability.demo import digits
+from sgd_stability.nonlinear import interpolate
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+SAMPLES, BATCH, EVERY, PERTURBATION = 64, 2, 20, 1e-4
+FACTORS = (0.5, 0.8, 1.2, 1.5, 2.0)
+AFTER = 400
+"""Steps after a jump."""
+GROWTH, RISE = 1.002, 700
+"""Factor per step and steps of a rise: from half of the threshold to twice it."""
+JUMP = 2.0
+Losses = list[tuple[int, float]]
+
+
+def network(seed: int) -> nn.Module:
+    """Two convolutions and a linear layer, 5,642 parameters."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 24, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(24 * 16, 10),
+    ).double()  # fmt: skip
+
+
+class Training:
+    """A network, its data, plain SGD, and the monitor that watches."""
+
+    def __init__(self, seed: int, *, samples: int = SAMPLES, every: int = EVERY, every_cheap: int = 0) -> None:
+        x, labels = digits(samples)
+        self.x, self.y = x.reshape(-1, 1, 8, 8), nn.functional.one_hot(labels, 10).double()
+        self.model = network(seed)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.monitor = StabilityMonitor(
+            self.model, "squared_error", (self.x, self.y), batch_size=BATCH, every=every, every_cheap=every_cheap,
+            on_unstable=None, settle=every_cheap == 0, seed=seed,
+        )  # fmt: skip
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def loss(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """Half the squared error, mean over samples."""
+        return (self.model(self.x[which]) - self.y[which]).square().sum(1).mean() / 2
+
+    def run(self, lr: float, steps: int, *, growth: float = 1.0, stop: float = float("inf")) -> Losses:
+        """Train, watched; the loss over all samples after every step, until it passes `stop`."""
+        self.monitor.steps = 0
+        self.monitor.history.clear()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.monitor.attach(self.optimizer).check()
+        losses = []
+        for step in range(1, steps + 1):
+            self.optimizer.param_groups[0]["lr"] = lr * growth**step
+            self.optimizer.zero_grad()
+            self.loss(torch.randperm(len(self.x), generator=self.generator)[:BATCH]).backward()
+            self.optimizer.step()
+            with torch.no_grad():
+                losses.append((step, float(self.loss())))
+            if not losses[-1][1] < stop:
+                break
+        self.monitor.detach()
+        return losses
+
+    def first(self, event: Callable[[Check], bool]) -> int | None:
+        """Step of the first check at which an event holds."""
+        return next((c.step for c in self.monitor.history if event(c)), None)
+
+
+def seed_runs(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All jumps and the rise from one checkpoint."""
+    training = Training(seed)
+    interpolate(training.model, training.x, training.y)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in training.model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=PERTURBATION)
+        begin = float(training.loss())
+    weights = {name: value.clone() for name, value in training.model.state_dict().items()}
+    star = analyze(training.model, "squared_error", (training.x, training.y)).lr_threshold(BATCH).exact
+    jumps = []
+    for factor in FACTORS:
+        training.model.load_state_dict(weights)
+        losses = training.run(factor * star, AFTER, stop=1e3 * begin)
+        before = training.monitor.history[0]
+        jumps.append(
+            {
+                "seed": seed,
+                "factor": factor,
+                "threshold": star,
+                "verdict": before.state,
+                "band": "stable"
+                if before.lr < before.lower
+                else "unstable"
+                if before.lr > before.upper
+                else "undecided",
+                "beyond_edge": before.lambda1 > before.edge,
+                "loss_shows": events(training, losses, begin)["loss_shows"],
+            }
+        )
+    training.model.load_state_dict(weights)
+    losses = training.run(star / 2, RISE, growth=GROWTH, stop=1e-2)
+    below = max(loss for step, loss in losses if GROWTH**step <= 2)  # rate up to the threshold
+    rise = {"seed": seed, "threshold": star, **events(training, losses, below)}
+    for name in ("alarm", "band_alarm", "sharpness_edge", "loss_shows"):
+        rise[f"rate_at_{name}"] = None if rise[name] is None else GROWTH ** rise[name] / 2
+    rise["lead"] = rise["loss_shows"] - rise["alarm"] if rise["alarm"] and rise["loss_shows"] else None
+    if seed == 0:
+        training.monitor.plot(RESULTS / "prediction.png", losses=losses)
+    return jumps, rise
+
+
+def events(training: Training, losses: Losses, reference: float) -> dict[str, int | None]:
+    """When the monitor, the sharpness and the loss spoke."""
+    return {
+        "alarm": training.first(lambda c: c.state == "unstable"),
+        "band_alarm": training.first(lambda c: c.lr > c.upper),
+        "sharpness_edge": training.first(lambda c: c.lambda1 > c.edge),
+        "loss_shows": next((step for step, loss in losses if not loss <= JUMP * reference), None),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the seeds: what the monitor said before the first step after a jump, and when the loss showed it."""
+    found = []
+    for factor in FACTORS:
+        chosen = [r for r in rows if r["factor"] == factor]
+        steps = [r["loss_shows"] for r in chosen if r["loss_shows"] is not None]
+        found.append(
+            {
+                "factor": factor,
+                "runs": len(chosen),
+                **{state: sum(r["verdict"] == state for r in chosen) for state in ("stable", "unstable")},
+                "band_decides": sum(r["band"] != "undecided" for r in chosen),
+                "beyond_edge": sum(r["beyond_edge"] for r in chosen),
+                "loss_rises": len(steps),
+                "median_step": statistics.median(steps) if steps else None,
+            }
+        )
+    return found
+
+
+def from_scratch() -> None:
+    """The sharpness follows its edge while the rate grows tenfold."""
+    training = Training(0, samples=128, every=20, every_cheap=20)
+    losses = training.run(0.05, 2400, growth=10 ** (1 / 2400))
+    training.monitor.plot(RESULTS / "edge.png", losses=losses)
+
+
+def main() -> None:
+    """All seeds, and the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=("checkpoint", "scratch"))
+    options = parser.parse_args()
+    if options.only != "scratch":
+        from_checkpoints(options.seeds)
+    if options.only != "checkpoint":
+        from_scratch()
+
+
+def from_checkpoints(seeds: int) -> None:
+    """Jumps and rises of all seeds."""
+    jumps, rises = [], []
+    for seed in progress(range(seeds), "checkpoints", unit="seed"):
+        found, rise = seed_runs(seed)
+        jumps += found
+        rises.append(rise)
+    leads = [r["lead"] for r in rises if r["lead"] is not None]
+    summary = {
+        "rises": len(rises),
+        "alarm_first": sum(lead > 0 for lead in leads),
+        "median_lead": statistics.median(leads) if leads else None,
+        "least_lead": min(leads, default=None),
+        "band_alone_first": sum(
+            r["band_alarm"] is not None and r["loss_shows"] is not None and r["band_alarm"] < r["loss_shows"]
+            for r in rises
+        ),
+    }
+    write_json(RESULTS / "prediction.json", {"jumps": table(jumps), "rise": [summary], "rises": rises, "runs": jumps})
+
+
+if __name__ == "__main__":
+    main()
