@@ -58,6 +58,28 @@ def test_sums_of_torchmetrics():
     assert_close("outer", x.T @ x, outer, 1e-14)
 
 
+def test_states_of_torchmetrics_give_its_distance():
+    image = pytest.importorskip("torchmetrics.image.fid")
+    encoder = torch.nn.Flatten()
+    encoder.num_features = 12
+    metric = image.FrechetInceptionDistance(encoder, normalize=True, input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    images = torch.rand(2, 60, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    for side, real in zip(images, (True, False), strict=True):
+        metric.update(side, real=real)
+    sides = [
+        FeatureStats.from_sums(
+            *(getattr(metric, f"{side}_features_{name}") for name in ("sum", "cov_sum", "num_samples"))
+        )
+        for side in ("real", "fake")
+    ]
+    assert float(frechet_distance(*sides)) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_squares_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="features: expected entries below 1e150"):
+        FeatureStats.from_features(torch.tensor([[1e200], [0.0]], dtype=torch.float64))
+
+
 def test_from_loader_checks_the_encoder():
     images = torch.randn(6, 1, 4, 4)
     stats = FeatureStats.from_loader(lambda i: i.flatten(1), images.split(4))

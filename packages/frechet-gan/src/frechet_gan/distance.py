@@ -144,9 +144,25 @@ class _Frechet(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient_x, gradient_y, x, y = ctx.saved_tensors  # type: ignore[attr-defined]
-        out_x = None if gradient_x is None else OnceDifferentiable.apply(gradient_x * grad, x)
-        out_y = None if gradient_y is None else OnceDifferentiable.apply(gradient_y * grad, y)
+        out_x = None if gradient_x is None else once(gradient_x * grad, x)
+        out_y = None if gradient_y is None else once(gradient_y * grad, y)
         return out_x, out_y, None, None, None
+
+
+def once(gradient: Tensor, at: Tensor) -> Tensor:
+    """Mark a closed-form gradient, in a backward pass, as one that has no second derivative.
+
+    Args:
+        gradient: The gradient.
+        at: The point it was taken at.
+
+    Returns:
+        The gradient; with `create_graph`, one that refuses to be differentiated.
+    """
+    if not torch.is_grad_enabled():  # no graph of the backward pass is asked for
+        return gradient
+    marked: Tensor = OnceDifferentiable.apply(gradient, at)
+    return marked
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -196,7 +212,7 @@ class _Regression(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, features = ctx.saved_tensors  # type: ignore[attr-defined]
-        return OnceDifferentiable.apply(gradient * grad, features), None, None
+        return once(gradient * grad, features), None, None
 
 
 def regress(features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor, nn
 
-from frechet_gan.distance import check_sample, regress, value_and_gradient
+from frechet_gan.distance import regress, value_and_gradient
 from frechet_gan.distributed import gather_rows, world
 from frechet_gan.encoders import Encoder, check_features
 from frechet_gan.factors import Factor
@@ -244,12 +244,15 @@ class TransportLoss(nn.Module):
 
         Returns:
             Distance, the same on every rank, and the gradient in this rank's rows times the number of ranks, (n, d).
+
+        Raises:
+            ValueError: If all ranks together have fewer than two rows.
         """
         rows, first = gather_rows(features.double())
         everyone = None if reals is None else gather_rows(reals.double())[0]
-        check_sample("fake", rows)
-        if everyone is not None:
-            check_sample("real", everyone)
+        for name, side in (("fake", rows), ("real", everyone)):
+            if side is not None and side.shape[0] < 2:
+                raise ValueError(f"{name}: expected at least two samples, got shape {tuple(side.shape)}")
         by = self._by_moving_averages if isinstance(self.population, EMAPopulation) else self._by_rows
         value, gradient = by(rows, everyone)
         return value, gradient[first : first + features.shape[0]] * world()[1]

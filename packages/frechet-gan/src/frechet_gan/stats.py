@@ -93,11 +93,13 @@ class FeatureStats:
             Itself.
 
         Raises:
-            ValueError: If the width differs or a feature is NaN or infinite.
+            ValueError: If the width differs, or a feature is NaN, infinite or too large to be squared.
         """
         check_tensor("features", features, shape=(None, self.dim), finite=True)
         if features.shape[0]:
             mean, scatter = centred_moments(features)
+            if not bool(torch.isfinite(scatter.sum())):
+                raise ValueError(f"features: expected entries below 1e150, got {float(features.abs().max()):.3g}")
             self._absorb(features.shape[0], mean.to(self.mean), scatter.to(self.scatter))
         return self
 
@@ -222,17 +224,18 @@ class FeatureStats:
         return stats
 
     @classmethod
-    def from_sums(cls, total: Tensor, outer: Tensor, count: int) -> FeatureStats:
+    def from_sums(cls, total: Tensor, outer: Tensor, count: int | Tensor) -> FeatureStats:
         """Statistics from raw sums, the state torchmetrics' FrechetInceptionDistance keeps.
 
         Args:
             total: Σ x, shape (d,) (`real_features_sum`).
             outer: Σ x xᵀ, shape (d, d) (`real_features_cov_sum`).
-            count: Number of rows (`real_features_num_samples`).
+            count: Number of rows (`real_features_num_samples`, a tensor there).
 
         Returns:
             New statistics.
         """
+        count = int(count)
         mean = total.double() / count
         return cls.from_moments(mean, (outer.double() - count * torch.outer(mean, mean)) / count, count, ddof=0)
 

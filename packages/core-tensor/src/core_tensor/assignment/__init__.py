@@ -40,16 +40,17 @@ def assignment(cost: Tensor) -> Tensor:
         ValueError: If the matrices are not square, or a cost is NaN or infinite.
         TypeError: If `cost` is not floating.
     """
-    check_tensor("cost", cost, finite=True)
+    check_tensor("cost", cost)
     if not cost.dtype.is_floating_point:
         raise TypeError(f"cost: expected floating costs, got {cost.dtype}")
     if cost.ndim not in (2, 3) or cost.shape[-1] != cost.shape[-2]:
         raise ValueError(f"cost: expected shape (n, n) or (batch, n, n), got {tuple(cost.shape)}")
-    matrices = cost.detach().to("cpu", torch.float64).reshape(-1, *cost.shape[-2:]) if cost.numel() else None
-    if matrices is None:
+    if cost.numel() == 0:
         return torch.empty(cost.shape[:-1], dtype=torch.int64, device=cost.device)
+    matrices = cost.detach().to("cpu", torch.float64).reshape(-1, *cost.shape[-2:])
     size = float(matrices.abs().max())
-    if size > 1e150:  # sums of costs stay in range
-        matrices = matrices / size
+    if not size <= 1e150:
+        check_tensor("cost", cost, finite=True)
+        matrices = matrices / size  # sums of costs stay in range
     columns: Tensor = _assignment(matrices)
     return columns.reshape(cost.shape[:-1]).to(cost.device)
