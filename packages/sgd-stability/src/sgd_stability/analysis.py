@@ -58,7 +58,7 @@ def analyze(
         preconditioner: Diagonal P of an adaptive optimizer (`sgd_stability.optimizers.adam_preconditioner`), shape
             (d,) in the order of the parameters.
         method: `"gram"` (exact, ghost route), `"jacobian"` (exact, explicit), `"truncated"` (k eigenvectors: a band
-            instead of a number), or `"auto"`: the Gram route while it is small enough.
+            instead of a number), or `"auto"`: the cheaper exact route while one is small enough.
         k: Dimension of the truncated route: three quarters eigenvectors of H, a quarter directions of single samples.
         max_samples: Most samples to analyse; fewer than all gives estimates, and the report says so.
         parameters: Names of the parameters to include; all that require a gradient if absent.
@@ -137,9 +137,10 @@ def _family(
     R = network.factor.rank
     indefinite = network.factor.signs is not None
     if method == "auto":
-        explicit = scale is not None or indefinite
-        fits = n * R * d <= _DENSE_NUMBERS and min(n * R, d) <= _GRAM_ROWS if explicit else n * R <= _GRAM_ROWS
-        method = ("jacobian" if explicit else "gram") if fits else "truncated"
+        fits = n * R * d <= _DENSE_NUMBERS and min(n * R, d) <= _GRAM_ROWS
+        method = "jacobian" if fits else "truncated"
+        if scale is None and not indefinite and n * R <= min(d, _GRAM_ROWS):
+            method = "gram"
     if method == "gram":
         if scale is not None or indefinite:
             raise ValueError("method: expected 'jacobian' or 'truncated' with a preconditioner or a nonconvex loss")

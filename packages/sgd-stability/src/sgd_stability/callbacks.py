@@ -16,6 +16,9 @@ from sgd_stability.monitor import StabilityMonitor
 class OutputField(nn.Module):
     """A model whose output is one field of another model's, such as a Hugging Face classifier's logits.
 
+    For a causal language model, whose logits are (n, positions, V), the loss is `"token_cross_entropy"`, and the
+    monitor's targets are the labels already shifted: the model shifts them by itself, the monitor does not.
+
     Args:
         model: The model, called with keyword arguments.
         field: Name of the field.
