@@ -5,6 +5,7 @@ from polytope_lp.block_solution import BlockSolution, linprog_blocks
 from polytope_lp.columns import Columns
 from polytope_lp.generate import Marketplace, generate
 from polytope_lp.options import Options
+from polytope_lp.packed import open_packed, pack
 from polytope_lp.polytopes import (
     Assignment,
     CappedBox,
@@ -51,6 +52,8 @@ __all__ = [
     "generate",
     "knapsack",
     "linprog_blocks",
+    "open_packed",
+    "pack",
     "read_problem",
     "ridge_allocation",
     "simplex",

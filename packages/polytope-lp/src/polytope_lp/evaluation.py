@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from core_tensor import dual_pass
+from core_tensor import block_curvature, dual_pass
 from core_tensor.dual_pass import TOTALS
 from torch import Tensor
 
 from polytope_lp.problem import MatchingProblem
-from polytope_lp.second_order import block_curvature
 
 KEEP = 1.0 - 1e-12
 """Budgets are met up to this factor, so that no order of summation finds them exceeded."""
@@ -147,6 +146,7 @@ class FusedDual:
             nonnegative[0] = each[0]
         self.repairable = bool(nonnegative[0]) and not problem.data.equality
         self.blocks, self.variables = int(nonnegative[1]), int(totals[2])
+        self._square = square
         self.scale = torch.exp2(-torch.round(torch.log2(torch.where(square > 0, square, 1.0)) / 2))
         self.load_bound, self.spent_bound, self.total_bound = load, spent, totals
         self.ceiling = float(totals[0]) * (1 + 1e-9)
@@ -245,14 +245,15 @@ class FusedDual:
             Shape (rows, rows), float64.
         """
         problem, rows, origin = self.problem, self.budgets.shape[0], self.problem.data.offsets[0]
-        total = torch.zeros(rows, rows, dtype=torch.float64)
+        factor = 2.0 ** math.floor(60.0 - math.log2(max(float(self._square.max()), 1e-300)))
+        total = torch.zeros(rows, rows, dtype=torch.int64)
         for begin, end in problem.pieces():
             at = slice(int(problem.data.offsets[begin] - origin), int(problem.data.offsets[end] - origin))
             x = primal_piece(problem, begin, end, lam, gamma, None if anchor is None else anchor[at], None)
-            total += torch.from_numpy(block_curvature(problem.slice(begin, end), x, rows))
+            total += block_curvature(problem.slice(begin, end), x, rows, factor, check=False)
         if self.group is not None:
             torch.distributed.all_reduce(total, group=self.group)
-        return total / gamma
+        return total.double() / (factor * gamma)
 
     def elapsed(self) -> float:
         """See `Dual.elapsed`.

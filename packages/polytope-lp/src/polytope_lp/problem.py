@@ -63,6 +63,7 @@ class MatchingProblem:
         destination_keys: Any = None,
         resources: tuple[str, ...] = (),
         allow_unused: bool = False,
+        minimise: bool = False,
     ) -> "MatchingProblem":
         """Build a problem from arrays and check all of it.
 
@@ -80,6 +81,7 @@ class MatchingProblem:
             resources: Names of the budgets where every destination has several; `budgets` then holds those of the first
                 for all destinations, then those of the second, and so on.
             allow_unused: Whether budgets without any edge are allowed.
+            minimise: Whether `value` holds what is minimised, which is then stored without a copy.
 
         Returns:
             The problem.
@@ -108,7 +110,7 @@ class MatchingProblem:
         data = BlockData(
             offsets=lengths,
             index=narrow_index(index, b.shape[0]),
-            cost=-raw,
+            cost=raw if minimise else -raw,
             coefficient=None if cost is None else torch.as_tensor(cost).to(raw.dtype),
             cap=cap,
             upper=upper,

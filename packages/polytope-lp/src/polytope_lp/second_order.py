@@ -12,13 +12,8 @@ enough, and the loop ends after finitely many centres because the problem is an 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import scipy.linalg
-import scipy.sparse
 import torch
-from core_tensor import BlockData
-from core_tensor.project_blocks import reference
-from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.lbfgs import Objective
@@ -126,36 +121,3 @@ def _backtrack(
         curve = value - state.value - expected
         t *= min(max(-expected / (2 * curve), 0.1), 0.5) if curve > 0 else 0.5
     return None
-
-
-def block_curvature(part: BlockData, x: Tensor, rows: int) -> NDArray[np.float64]:
-    r"""$\sum_i A_i P_i A_i'$ over a run of blocks, P_i the derivative of the projection at its value x_i.
-
-    Args:
-        part: The blocks.
-        x: Their projections, shape (variables,), float64.
-        rows: Number of rows of A.
-
-    Returns:
-        Shape (rows, rows).
-    """
-    n, blocks = part.variables, part.blocks
-    offsets = part.offsets - part.offsets[0]
-    block = reference.block_of(offsets)
-    w = torch.ones_like(x) if part.weight is None else part.weight.double()
-    own = torch.full_like(x, torch.inf) if part.upper is None else part.upper.double().expand(n)
-    free = (x > 0) & (x < own)
-    tight = (reference.sums(w * x, block, blocks) >= part.cap.expand(blocks) * (1 - 1e-12)) | part.equality
-    norm = reference.sums(torch.where(free & tight[block], w * w, 0.0), block, blocks).sqrt()
-    kept = torch.nonzero(free).ravel()
-    k = part.index.shape[1] if part.index.ndim == 2 else 1
-    a = torch.ones(n, k, dtype=torch.float64) if part.coefficient is None else part.coefficient.double().reshape(n, k)
-    index = part.index.reshape(n, k)[kept].numpy().ravel()
-    shape = (rows, kept.numel())
-    B = scipy.sparse.csc_array((a[kept].numpy().ravel(), index, np.arange(0, index.size + 1, k)), shape=shape)
-    cuts = torch.where(tight, w.new_tensor(1.0), 0.0)[block[kept]] * w[kept] / norm.clamp_min(1e-300)[block[kept]]
-    U = scipy.sparse.csr_array(
-        (cuts.numpy(), block[kept].numpy(), np.arange(kept.numel() + 1)), shape=(shape[1], blocks)
-    )
-    W = B @ U
-    return np.asarray((B @ B.T - W @ W.T).toarray())

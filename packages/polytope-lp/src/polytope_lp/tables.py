@@ -1,7 +1,7 @@
 """From Arrow tables and Parquet files to problems: keys, order, types, and errors that name what is wrong."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,18 @@ from numpy.typing import NDArray
 
 from polytope_lp.columns import Columns, columns_of, names_of
 from polytope_lp.keys import Keys, Sources, key_column, numbers, require
+from polytope_lp.packed import DESCRIPTION, is_packed, open_packed
 from polytope_lp.polytopes import CappedBox
 from polytope_lp.problem import MatchingProblem
+
+Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""Makes an array of the edges from its name, shape and dtype: in memory, or in a file."""
+
+_OBJECTIVE = ""
+
+
+def _in_memory(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:  # noqa: ARG001
+    return np.empty(shape, dtype)
 
 
 def from_arrow(
@@ -58,6 +68,7 @@ def from_arrow(
         polytope,
         names,
         allow_unused,
+        _in_memory,
     )
 
 
@@ -69,8 +80,11 @@ def read_problem(
     *,
     sources: str | Path | None = None,
     allow_unused: bool = False,
+    allocate: Allocate | None = None,
 ) -> MatchingProblem:
     """A problem from a folder (`edges/*.parquet`, `budgets.parquet`, `problem.json`) or from Parquet files.
+
+    A folder that `polytope_lp.pack` wrote is mapped, not read.
 
     A folder may also hold `sources.parquet` (source and cap), and `problem.json` the names of columns in `columns`.
 
@@ -83,6 +97,7 @@ def read_problem(
         columns: Names of the columns; those of `problem.json` if None.
         sources: Parquet file of the sources' caps; the folder's own if None.
         allow_unused: Whether budgets without any edge are allowed.
+        allocate: Makes the arrays of the edges from name, shape and dtype; `numpy.empty` if None.
 
     Returns:
         The problem.
@@ -90,6 +105,8 @@ def read_problem(
     Raises:
         ValueError: If a file is missing, corrupt, or does not fit.
     """
+    if is_packed(path):
+        return open_packed(path)
     files, budget_file, described = locate(path, budgets)
     if polytope is None:
         polytope = polytope_of(described.get("polytope", {}))
@@ -111,7 +128,9 @@ def read_problem(
         if not source.schema_arrow.equals(schema):
             raise ValueError(f"{file}: columns or types differ from those of {files[0]}")
     counts = [source.metadata.num_rows for source in readers]
-    return _assemble(counts, batches, schema, read_table(budget_file), whole, polytope, columns, allow_unused)
+    return _assemble(
+        counts, batches, schema, read_table(budget_file), whole, polytope, columns, allow_unused, allocate or _in_memory
+    )
 
 
 def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Path, dict[str, Any]]:
@@ -128,6 +147,8 @@ def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Pa
         ValueError: If something is missing.
     """
     root = Path(path)
+    if is_packed(root):
+        return sorted(root.glob("*.npy")), root / DESCRIPTION, {}
     if root.is_dir():
         files = sorted((root / "edges").glob("*.parquet"))
         if not files:
@@ -218,7 +239,7 @@ class _Edges:
 
     Attributes:
         index: Rows of A, shape (edges,) or (edges, rows per edge), int32.
-        arrays: Values, costs, upper bounds and weights by column.
+        arrays: Costs, upper bounds and weights by column, and the negated values by `_OBJECTIVE`.
         costs: Columns of the costs; None where they are ones.
         sources: Runs of equal sources.
     """
@@ -229,7 +250,9 @@ class _Edges:
     sources: Sources
 
     @classmethod
-    def read(cls, total: int, batches: Any, schema: pa.Schema, keys: Keys, names: Columns) -> "_Edges":
+    def read(
+        cls, total: int, batches: Any, schema: pa.Schema, keys: Keys, names: Columns, allocate: Allocate
+    ) -> "_Edges":
         rows, costs = names_of(names.destination), names_of(names.cost)
         for name in (names.source, *rows, names.value):
             if schema.get_field_index(name) < 0:
@@ -237,10 +260,10 @@ class _Edges:
         dtype = np.float32 if pa.types.is_float32(schema.field(names.value).type) else np.float64
         there = [name if names.optional(name, schema, "edges") else None for name in costs]
         extra = [name for name in (names.upper, names.weight) if names.optional(name, schema, "edges")]
-        columns = dict.fromkeys([names.value, *(name for name in there if name), *extra])
-        arrays = {name: np.empty(total, dtype) for name in columns}
+        columns = {_OBJECTIVE: names.value} | {name: name for name in (*there, *extra) if name}
+        arrays = {key: allocate(f"edges-{i}", (total,), np.dtype(dtype)) for i, key in enumerate(columns)}
         per_edge = len(rows) * len(names_of(names.budget))
-        index = np.empty(total if per_edge == 1 else (total, per_edge), np.int32)
+        index = allocate("index", (total,) if per_edge == 1 else (total, per_edge), np.dtype(np.int32))
         sources, at = Sources(), 0
         for batch in batches():
             if batch.num_rows == 0:
@@ -254,8 +277,9 @@ class _Edges:
                 shifts = [0] * len(rows) if len(rows) > 1 else [k * len(keys.keys) for k in range(per_edge)]
                 for k, shift in enumerate(shifts):
                     index[to, k] = found[k if len(rows) > 1 else 0] + shift
-            for name, array in arrays.items():
-                array[to] = numbers(f"edges.{name}", batch.column(name), dtype)
+            for key, array in arrays.items():
+                array[to] = numbers(f"edges.{columns[key]}", batch.column(columns[key]), dtype)
+            np.negative(arrays[_OBJECTIVE][to], out=arrays[_OBJECTIVE][to])  # values are maximised
             at += batch.num_rows
         return cls(index, arrays, there * (per_edge if len(there) == 1 else 1), sources)
 
@@ -286,13 +310,14 @@ def _assemble(
     polytope: CappedBox | None,
     names: Columns,
     allow_unused: bool,
+    allocate: Allocate,
 ) -> MatchingProblem:
     keys = Keys(table, names)
     budgets = names_of(names.budget)
     b = [numbers(f"budgets.{n}", require(table.schema, table, "budgets", n), np.float64) for n in budgets]
     if sum(counts) == 0:
         raise ValueError("edges: expected at least one edge, got none")
-    edges = _Edges.read(sum(counts), batches, schema, keys, names)
+    edges = _Edges.read(sum(counts), batches, schema, keys, names, allocate)
     offsets, source_keys = edges.sorted()
     shape, lonely = polytope or CappedBox(), 0
     if caps is not None:
@@ -306,7 +331,7 @@ def _assemble(
     problem = MatchingProblem.from_arrays(
         offsets,
         edges.index,
-        arrays[names.value],
+        arrays[_OBJECTIVE],
         edges.cost(),
         np.concatenate(b),
         shape,
@@ -315,6 +340,7 @@ def _assemble(
         destination_keys=None if keys.plain else keys.keys,
         resources=budgets if len(budgets) > 1 else (),
         allow_unused=allow_unused,
+        minimise=True,
     )
     return dataclasses.replace(problem, skipped=problem.skipped + lonely)
 
