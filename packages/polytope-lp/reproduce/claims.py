@@ -152,7 +152,7 @@ def draw(shares: list[dict[str, Any]], runs: dict[str, Solution]) -> None:
 def main() -> None:
     """Run everything and write the results."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--sources", type=int, default=100_000)
+    arguments.add_argument("--sources", type=int, default=30_000)
     sources = arguments.parse_args().sources
     torch.set_num_threads(1)
     shares = vertex_share(sources)

@@ -205,3 +205,27 @@ def test_help_lists_every_command():
     for command in ("generate", "solve", "verify", "export-policy", "score", "pacing", "bench", "demo"):
         assert command in text
         assert "Usage" in _run(command, "--help").output
+
+
+def test_a_killed_solve_resumes_from_its_folder(tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    problem, out = tmp_path / "problem", tmp_path / "out"
+    _run("generate", "--sources", 10_000, "--destinations", 100, "-o", problem)
+    command = ["-m", "polytope_lp", "solve", str(problem), "-o", str(out), "--tol", "1e-5", "--threads", "1"]
+    running = subprocess.Popen([sys.executable, *command])
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.npz").exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert {f.name for f in out.iterdir() if not f.name.startswith(".")} == {"checkpoint.npz"}  # nothing half-written
+    resumed = json.loads(_run("solve", problem, "-o", out, "--tol", 1e-5, "--resume", "--json").output)
+    assert resumed["status"] in {"optimal", "stalled"}
+    assert not (out / "checkpoint.npz").exists()
+    history = pq.read_table(out / "history.parquet")
+    assert history["evaluation"].to_pylist() == list(range(1, resumed["evaluations"] + 1))
+    _run("verify", out)

@@ -52,7 +52,7 @@ def convergence(a: Any, solution: Solution) -> None:
             a.axvline(after["evaluation"], color=INK, lw=0.8, ls=":")
             a.text(
                 after["evaluation"],
-                1.0,
+                0.985,
                 f" γ={after['gamma']:.0e}",
                 fontsize=8,
                 color=INK,
