@@ -14,38 +14,15 @@ from typing import Any
 import torch
 from core_tensor.benchmarking import Comparison, compare, run_bars
 from msam import MSAM
-from msam.data import TextTransformer, mlp, mnist1d, small_cnn
+from msam.cost import model_and_batch
+from msam.data import mnist1d
 from msam.training import train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Batch = tuple[Tensor, Tensor]
-
-
-def perceptron(size: str) -> tuple[nn.Module, Batch]:
-    """The two reference MLPs."""
-    torch.manual_seed(0)
-    widths, rows = ((256, 512, 512, 10), 128) if size == "small" else ((512, 1024, 1024, 1024, 10), 256)
-    return mlp(*widths), (torch.randn(rows, widths[0]), torch.randint(10, (rows,)))
-
-
-def transformer() -> tuple[nn.Module, Batch]:
-    """Two layers of width 128 over 32 tokens, batch 64, without dropout."""
-    torch.manual_seed(0)
-    model = TextTransformer(1000, width=128, depth=2, classes=10)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return model, (torch.randint(1, 1000, (64, 32)), torch.randint(10, (64,)))
-
-
-def cnn() -> tuple[nn.Module, Batch]:
-    """The group-norm CNN on 32 x 32 images, batch 64."""
-    torch.manual_seed(0)
-    return small_cnn(), (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+MLPS = {"small": "mlp", "large": "large-mlp"}
 
 
 def stepper(model: nn.Module, batch: Batch, micro_batches: int, mode: str, repeats: int) -> Callable[[], None]:
@@ -91,10 +68,10 @@ def perceptrons(quick: bool) -> dict[str, Any]:
     pairs = 9 if quick else 25
     for size, repeats in (("small", 20), ("large", 3)):
         for micro_batches in (8, 32):
-            found = paired(perceptron(size), (micro_batches, "ghost"), (0, "plain"), repeats, pairs)
+            found = paired(model_and_batch(MLPS[size]), (micro_batches, "ghost"), (0, "plain"), repeats, pairs)
             key = f"ghost_vs_sgd_{size}_m{micro_batches}"
             results |= {key: round(found.ratio, 3), f"{key}_detail": found.spread()}
-        found = paired(perceptron(size), (8, "ghost"), (1, "sequential"), repeats, pairs)
+        found = paired(model_and_batch(MLPS[size]), (8, "ghost"), (1, "sequential"), repeats, pairs)
         key = f"ghost_vs_sam_{size}_m8"
         results |= {key: round(found.ratio, 3), f"{key}_detail": found.spread()}
     return results
@@ -103,7 +80,7 @@ def perceptrons(quick: bool) -> dict[str, Any]:
 def sequential(quick: bool) -> dict[str, Any]:
     """How much faster ghost is than sequential at 16 micro-batches: the lesser of both MLPs."""
     gains = [
-        paired(perceptron(size), (16, "ghost"), (16, "sequential"), repeats, 5 if quick else 15).speedup
+        paired(model_and_batch(MLPS[size]), (16, "ghost"), (16, "sequential"), repeats, 5 if quick else 15).speedup
         for size, repeats in (("small", 8), ("large", 2))
     ]
     return {
@@ -115,10 +92,10 @@ def sequential(quick: bool) -> dict[str, Any]:
 def others(quick: bool) -> dict[str, Any]:
     """Transformer and CNN: ghost and sequential against SGD."""
     results: dict[str, Any] = {}
-    for name, make in (("transformer", transformer), ("cnn", cnn)):
+    for name in ("transformer", "cnn"):
         for micro_batches in (4, 8, 16):
             for mode in ("ghost", "sequential"):
-                found = paired(make(), (micro_batches, mode), (0, "plain"), 2, 3 if quick else 9)
+                found = paired(model_and_batch(name), (micro_batches, mode), (0, "plain"), 2, 3 if quick else 9)
                 results[f"{mode}_vs_sgd_{name}_m{micro_batches}"] = round(found.ratio, 3)
     return results
 
@@ -127,8 +104,8 @@ def parity(quick: bool) -> dict[str, Any]:
     """Largest relative error of ghost gradients against sequential ones in float64, over models and m."""
     del quick
     worst = 0.0
-    for make in (lambda: perceptron("small"), transformer, cnn):
-        model, (x, y) = make()
+    for name in ("mlp", "transformer", "cnn"):
+        model, (x, y) = model_and_batch(name)
         model = model.double()
         batch = (x.double() if x.is_floating_point() else x, y)
         for micro_batches in (1, 5, 8):
@@ -180,7 +157,7 @@ def memory(quick: bool) -> dict[str, Any]:
     step in both, so that the parameters' share is the same.
     """
     del quick
-    model, batch = perceptron("large")
+    model, batch = model_and_batch("large-mlp")
     total, x = 0, batch[0]
     for layer in model.children():
         x = layer(x)
@@ -206,7 +183,7 @@ def peer_sam(quick: bool) -> dict[str, Any]:
 
     results = []
     for size, repeats in (("small", 20), ("large", 3)):
-        model, batch = perceptron(size)
+        model, batch = model_and_batch(MLPS[size])
         twin = copy.deepcopy(model)
         peer = SAM(twin.parameters(), torch.optim.SGD, rho=0.05, lr=1e-4)
 

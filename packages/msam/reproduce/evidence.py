@@ -2,6 +2,8 @@
 
     python packages/msam/reproduce/evidence.py --data digits [--folder DATA] [--seeds 5]
     python packages/msam/reproduce/evidence.py --data mnist1d --sensitivity
+    python packages/msam/reproduce/evidence.py --data mnist1d --label-noise 0.3
+    python packages/msam/reproduce/evidence.py --data digits --portrait
 
 Writes one JSON file and one picture per data set to `results/`. Every finished run is written at once, and a run that
 is there already is not repeated, so a killed evidence run goes on where it stopped. Seeds for choosing rho (100, 101)
@@ -11,85 +13,62 @@ are not among those that are reported (0, 1, ...).
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
-from core_tensor.files import read_json, write_json
 from msam import plots
-from msam.compare import paired, summarise
-from msam.data import TASKS, Task, load
-from msam.training import Run, train
+from msam.cli import draw_portrait
+from msam.compare import Job, Ledger, paired, summarise
+from msam.compare import sensitivity as by_m_and_rho
+from msam.data import TASKS, Task, load, noisy
 
 RESULTS = Path(__file__).parent / "results"
-GRIDS = {
-    "sgd": (0.0,),
-    "sam": (0.025, 0.05, 0.1, 0.2, 0.4),
-    "asam": (0.25, 0.5, 1.0, 2.0, 4.0),
-    "msam": (0.025, 0.05, 0.1, 0.2, 0.4),
-}
+RADII = (0.025, 0.05, 0.1, 0.2, 0.4)
 TUNING_SEEDS = (100, 101)
+EXAMPLES = {"cifar": 1000, "polarity": 1000}
+"""Examples of the Hessian where all of them would take longer than the training."""
 
 
-class Ledger:
-    """Finished runs of one data set, kept in a JSON file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.content: dict[str, Any] = read_json(path) if path.exists() else {"runs": {}}
-
-    def run(self, task: Task, method: str, rho: float, micro_batches: int, seed: int, sharpness: bool) -> Run:
-        """Look a run up, or do it and write it down."""
-        key = f"{method} rho={rho:g} m={micro_batches} seed={seed}" + ("" if sharpness else " tuning")
-        if key not in self.content["runs"]:
-            done = train(task, method, rho=rho, num_micro_batches=micro_batches, seed=seed, sharpness=sharpness)
-            row = {name: getattr(done, name) for name in Run.__dataclass_fields__ if name != "history"}
-            self.content["runs"][key] = row
-            self.save()
-        return Run(**self.content["runs"][key])
-
-    def save(self) -> None:
-        """Write everything, atomically."""
-        write_json(self.path, self.content)
-
-
-def compare(ledger: Ledger, task: Task, seeds: int, micro_batches: int) -> None:
+def compare(ledger: Ledger, task: Task, radii: tuple[float, ...], seeds: int, tuning_seeds: int, m: int) -> None:
     """Each method at its own best rho, over fresh seeds."""
     chosen, runs = {}, []
-    for method, grid in GRIDS.items():
+    grids = {"sgd": (0.0,), "sam": radii, "asam": tuple(10 * rho for rho in radii), "msam": radii}
+    for method, grid in grids.items():
         means = {
             rho: statistics.fmean(
-                ledger.run(task, method, rho, micro_batches, seed, sharpness=False).validation for seed in TUNING_SEEDS
+                ledger.run(task, Job(method, rho, m, seed, sharpness=False)).validation
+                for seed in TUNING_SEEDS[:tuning_seeds]
             )
             for rho in grid
         }
         chosen[method] = max(means, key=lambda rho: means[rho])
         ledger.content.setdefault("validation", {})[method] = {f"{rho:g}": value for rho, value in means.items()}
     for method, rho in chosen.items():
-        runs += [ledger.run(task, method, rho, micro_batches, seed, sharpness=True) for seed in range(seeds)]
+        jobs = [Job(method, rho, m, seed) for seed in range(seeds)]
+        runs += [ledger.run(task, job, examples=EXAMPLES.get(task.name, 4000)) for job in jobs]
     rows = summarise(runs)
-    by_seed = {run.seed: run for run in runs if run.method == "sam"}
+    sam = {run.seed: run for run in runs if run.method == "sam"}
     for row in rows:
-        against = paired([run for run in runs if run.method == row["method"]], by_seed)
+        against = paired([run for run in runs if run.method == row["method"]], sam)
         row["difference_to_sam"], row["difference_to_sam_se"] = against["difference"], against["difference_se"]
     ledger.content |= {"data": task.name, "chosen_rho": chosen, "table": rows}
     ledger.save()
-    title = f"{task.name}: every method at the rho of best validation accuracy, {seeds} seeds, m = {micro_batches}"
-    plots.comparison(rows, {}, ledger.path.with_suffix(".png"), title)
+    title = f"{task.name}: every method at the rho of best validation accuracy, {seeds} seeds, m = {m}"
+    plots.comparison(rows, {}, Path(str(ledger.path)).with_suffix(".png"), title)
 
 
 def sensitivity(ledger: Ledger, task: Task, seeds: int) -> None:
-    """Test accuracy and lambda_max over m and rho."""
-    kept = ("rho", "test", "test_se", "lambda_max", "lambda_max_se", "trace")
-    rows = []
-    for micro_batches in (1, 4, 8, 16):
-        method = "sam" if micro_batches == 1 else "msam"
-        for rho in GRIDS["sam"][1:]:
-            runs = [ledger.run(task, method, rho, micro_batches, seed, sharpness=True) for seed in range(seeds)]
-            (row,) = summarise(runs)
-            rows.append({"m": micro_batches} | {key: row[key] for key in kept})
+    """Test accuracy, top eigenvalue and trace over m and rho."""
+    jobs = [
+        Job("sam" if m == 1 else "msam", rho, m, seed)
+        for m in (1, 4, 8, 16)
+        for rho in RADII[1:]
+        for seed in range(seeds)
+    ]
+    rows = by_m_and_rho(ledger.run(task, job) for job in jobs)
     ledger.content["sensitivity"] = rows
     ledger.save()
-    plots.sensitivity(rows, ledger.path.with_name(f"{ledger.path.stem}_sensitivity.png"), task.name)
+    path = Path(str(ledger.path))
+    plots.sensitivity(rows, path.with_name(f"{path.stem}_sensitivity.png"), task.name)
 
 
 def main() -> None:
@@ -98,15 +77,24 @@ def main() -> None:
     parser.add_argument("--data", choices=TASKS, default="digits")
     parser.add_argument("--folder", type=Path, help="data files of mnist, cifar, polarity")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuning-seeds", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--radii", default=",".join(map(str, RADII)), help="the grid of rho; ASAM's is ten times that")
     parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong training labels")
     parser.add_argument("--sensitivity", action="store_true", help="the grid over m and rho instead of the comparison")
+    parser.add_argument("--portrait", action="store_true", help="only draw cosines, sharpness gap and landscape")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ledger, task = Ledger(RESULTS / f"{options.data}.json"), load(options.data, options.folder)
+    task = noisy(load(options.data, options.folder), options.label_noise)
+    if options.portrait:
+        draw_portrait(task, 0.1, options.micro_batches, RESULTS / f"{task.name}_portrait.png")
+        return
+    ledger = Ledger(RESULTS / f"{task.name}.json", {"data": task.name, "label_noise": options.label_noise})
     if options.sensitivity:
         sensitivity(ledger, task, options.seeds)
     else:
-        compare(ledger, task, options.seeds, options.micro_batches)
+        radii = tuple(float(rho) for rho in options.radii.split(","))
+        compare(ledger, task, radii, options.seeds, options.tuning_seeds, options.micro_batches)
 
 
 if __name__ == "__main__":

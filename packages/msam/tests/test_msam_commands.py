@@ -2,8 +2,13 @@
 
 import json
 
+import pytest
+import torch
 from click.testing import CliRunner
-from msam.cli import main
+from core_tensor.testing import shared_data
+from msam import compare
+from msam.cli import draw_portrait, main
+from msam.data import digits, load, noisy
 
 
 def test_demo_writes_a_picture(tmp_path):
@@ -26,3 +31,74 @@ def test_compare_writes_every_run(tmp_path):
     assert [row["method"] for row in saved["rows"]] == ["sgd", "half", "chained"]
     assert len(saved["runs"]) == 6
     assert saved["rows"][0]["difference"] == 0.0
+
+
+def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
+    out, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    arguments = ["sweep", "--seeds", "1", "--epochs", "1", "--rho", "0.05,0.2", "--micro-batches", "1,4"]
+    arguments += ["--out", str(out), "--plot", str(plot), "--json"]
+    first = CliRunner().invoke(main, arguments)
+    assert first.exit_code == 0, first.output
+    told = json.loads(first.stdout.splitlines()[-1])
+    assert [(row["m"], row["rho"]) for row in told["rows"]] == [(1, 0.05), (1, 0.2), (4, 0.05), (4, 0.2)]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    saved = json.loads(out.read_text())
+    lost = list(saved["runs"])[-1]
+    del saved["runs"][lost]  # as if it had been killed before the last run
+    out.write_text(json.dumps(saved))
+    trained = []
+    train = compare.train
+    monkeypatch.setattr(compare, "train", lambda *a, **k: trained.append(a[1]) or train(*a, **k))
+    again = CliRunner().invoke(main, arguments)
+    assert trained == ["msam"]
+    assert [row["test"] for row in json.loads(again.stdout.splitlines()[-1])["rows"]] == [
+        row["test"] for row in told["rows"]
+    ]
+    other = CliRunner().invoke(main, [*arguments, "--epochs", "2"])
+    assert other.exit_code == 2
+    assert "out: expected a file with runs of" in other.output
+
+
+def test_cost_reports_every_engine(tmp_path):
+    plot = tmp_path / "cost.png"
+    arguments = ["cost", "--models", "mlp", "--micro-batches", "2,4", "--modes", "ghost,sequential,vmap"]
+    result = CliRunner().invoke(main, [*arguments, "--repeats", "1", "--plot", str(plot), "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert {(row["mode"], row["m"]) for row in rows} == {
+        (k, m) for k in ("ghost", "sequential", "vmap") for m in (2, 4)
+    }
+    assert all(row["ratio"] > 0 for row in rows)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_portrait(tmp_path):
+    path = tmp_path / "portrait.png"
+    draw_portrait(digits(), 0.1, 4, path, epochs=1)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_label_noise_is_wrong_labels_in_the_training_part_only():
+    clean = digits()
+    dirty = noisy(clean, 0.25, seed=1)
+    assert int((clean.train[1] != dirty.train[1]).sum()) == round(0.25 * len(clean.train[1]))
+    assert int(dirty.train[1].max()) == 9
+    assert dirty.validation is clean.validation
+    assert dirty.test is clean.test
+    with pytest.raises(ValueError, match="label_noise"):
+        noisy(clean, 1.5)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar", "polarity"])
+def test_shared_data_sets_load_and_fit_their_models(name):
+    """No class is rare, parts are disjoint in size, and the model takes a batch."""
+    folders = {"mnist": "mnist", "cifar": "cifar10_subset", "polarity": "nlp_classification"}
+    if name == "cifar":
+        pytest.importorskip("PIL")
+    task = load(name, shared_data(folders[name]).parent)
+    for x, y in (task.train, task.validation, task.test):
+        assert len(x) == len(y) >= 500
+        counts = torch.bincount(y)
+        assert float(counts.min()) > 0.5 * float(counts.max())
+    classes = int(task.train[1].max()) + 1
+    assert task.model()(task.train[0][:4]).shape == (4, classes)

@@ -378,3 +378,32 @@ def test_paths_through_a_model_are_proved_one_by_one(double, oracle):
         got = [p.grad.clone() for p in used]
         reference.step(oracle.loss_of(model), batch)
         assert oracle.relative_error(got, [p.grad for p in used]) < 1e-12
+
+
+@MODES
+def test_freezing_and_unfreezing_between_steps(double, oracle, mode):
+    """A parameter that starts to train later is perturbed from then on, and one that stops is left alone."""
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    model[0].weight.requires_grad_(False)
+    opt = MSAM(model, torch.optim.SGD, lr=0.0, rho=0.3, num_micro_batches=4, mode=mode)
+    opt.step(oracle.loss_of(model), batch)
+    model[0].weight.requires_grad_(True)
+    opt.step(oracle.loss_of(model), batch)
+    truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
+    assert opt.record.mode == mode
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+def test_activations_that_a_hook_kept_are_not_overwritten(double, oracle):
+    """Pass 2 takes over the first product of pass 1, which a logger may still hold."""
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch, kept = make_model(), make_batch(), []
+    model[1] = nn.ReLU()
+    opt = MSAM(model, torch.optim.SGD, lr=0.0, rho=0.3, num_micro_batches=4, mode="ghost")
+    opt.step(oracle.loss_of(model), batch)
+    model[0].register_forward_hook(lambda module, inputs, result: kept.append((result, result.detach().clone())))
+    opt.step(oracle.loss_of(model), batch)
+    assert len(kept) == 2
+    assert all(torch.equal(now, then) for now, then in kept)
+    assert not torch.equal(kept[0][0], kept[1][0])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -93,6 +93,21 @@ class Shards:
                 found.append((j, 1, size))
         return tuple(found)
 
+    @lru_cache(maxsize=64)  # noqa: B019  # shards are few and live in the cache of `cut` anyway
+    def stretches(self, each: int) -> tuple[tuple[int, int, int, int], ...]:
+        """The runs as rows of a dimension that counts examples.
+
+        Args:
+            each: Consecutive rows that an example owns.
+
+        Returns:
+            First and last row (exclusive), first micro-batch and number of micro-batches of each run.
+        """
+        return tuple(
+            (self.starts[first] * each, (self.starts[first] + count * size) * each, first, count)
+            for first, count, size in self.runs
+        )
+
     def halved(self) -> "Shards":
         """The first half (rounded up) of each micro-batch.
 
@@ -114,6 +129,7 @@ class Shards:
         return torch.cat([torch.arange(start, start + half, device=device) for start, half in halves])
 
 
+@lru_cache(maxsize=64)
 def cut(size: int, num_micro_batches: int | None = None, micro_batch_size: int | None = None) -> Shards:
     """Sizes of the micro-batches of a batch; exactly one of the two arguments is given.
 

@@ -28,7 +28,7 @@ def check_loss(loss: Any, finite: bool) -> Tensor:
         raise ValueError("loss: expected a tensor with a graph, got one without gradients (no_grad, or detached?)")
     if finite:
         check_finite_loss(loss)
-    return loss.reshape(())
+    return loss.reshape(()) if loss.ndim else loss
 
 
 def check_finite_loss(loss: Tensor) -> None:

@@ -1,10 +1,14 @@
 """Methods side by side over seeds: accuracy, flatness, cost, and paired differences."""
 
 import math
+import os
+import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from core_tensor.files import read_json, write_json
 
 from msam.data import Task
 from msam.training import Run, train
@@ -76,23 +80,19 @@ def paired(members: Sequence[Run], reference: Mapping[int, Run]) -> dict[str, An
     }
 
 
-def run_all(
-    tasks: Iterable[tuple[Task, str, float, int, int]], *, epochs: int | None = None, sharpness: bool = True
-) -> Iterable[Run]:
-    """Train everything that is asked for, one run at a time.
+def sensitivity(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Means over seeds for every pair of m and rho.
 
     Args:
-        tasks: (task, method, rho, micro-batches, seed).
-        epochs: Instead of the tasks' own.
-        sharpness: Whether flatness is measured.
+        runs: Runs of the mSAM family (SAM has m = 1).
 
-    Yields:
-        The runs.
+    Returns:
+        One row per pair, in order of appearance, as `summarise` makes them.
     """
-    for task, method, rho, micro_batches, seed in tasks:
-        yield train(
-            task, method, rho=rho, num_micro_batches=micro_batches, seed=seed, epochs=epochs, sharpness=sharpness
-        )
+    groups: dict[tuple[int, float], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.num_micro_batches, run.rho), []).append(run)
+    return [summarise(members)[0] for members in groups.values()]
 
 
 def as_row(run: Run) -> dict[str, Any]:
@@ -107,3 +107,74 @@ def as_row(run: Run) -> dict[str, Any]:
     row = asdict(run)
     del row["history"]
     return row
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that is asked for.
+
+    Attributes:
+        method: One of `msam.training.METHODS`.
+        rho: Radius.
+        num_micro_batches: Micro-batches m.
+        seed: Of everything random.
+        sharpness: Whether flatness is measured at the end; a run without it only serves tuning.
+    """
+
+    method: str
+    rho: float
+    num_micro_batches: int
+    seed: int
+    sharpness: bool = True
+
+    @property
+    def key(self) -> str:
+        """Name of the run in a ledger."""
+        tail = "" if self.sharpness else " tuning"
+        return f"{self.method} rho={self.rho:g} m={self.num_micro_batches} seed={self.seed}{tail}"
+
+
+class Ledger:
+    """Finished runs of one task, kept in a JSON file: a killed job goes on where it stopped.
+
+    Args:
+        path: JSON file, created at the first run; None keeps the runs in memory.
+        settings: What the runs depend on beside their jobs, such as the task and its epochs.
+
+    Raises:
+        ValueError: If the file holds runs of other settings.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"settings": dict(settings), "runs": {}}
+        if path is not None and pathlib.Path(path).exists():
+            self.content = read_json(path)
+            if not isinstance(self.content, dict) or self.content.get("settings") != dict(settings):
+                raise ValueError(f"out: expected a file with runs of {dict(settings)}, got other ones in {path}")
+
+    def run(self, task: Task, job: Job, **options: Any) -> Run:
+        """Look a run up, or do it and write it down.
+
+        Args:
+            task: The task.
+            job: The run.
+            options: Further arguments of `msam.training.train`.
+
+        Returns:
+            The run.
+        """
+        if job.key not in self.content["runs"]:
+            done = train(
+                task, job.method, rho=job.rho, num_micro_batches=job.num_micro_batches, seed=job.seed,
+                sharpness=job.sharpness, **options,
+            )  # fmt: skip
+            gaps = [{"sharpness_gap": h["sharpness_gap"]} for h in done.history if job.sharpness]  # what is drawn
+            self.content["runs"][job.key] = asdict(done) | {"history": gaps}
+            self.save()
+        return Run(**self.content["runs"][job.key])
+
+    def save(self) -> None:
+        """Write everything, atomically."""
+        if self.path is not None:
+            write_json(self.path, self.content)

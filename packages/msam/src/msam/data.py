@@ -5,12 +5,13 @@ import io
 import itertools
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from core_tensor.checks import check_choice
+from core_tensor.checks import check_choice, check_number
 from core_tensor.extras import require
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ class Task:
         batch: Examples per mini-batch.
         epochs: Passes over the training part.
         lr: Largest learning rate of the cosine schedule.
+        optimizer: Base optimizer of every method, `"sgd"` or `"adamw"`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Task:
     batch: int
     epochs: int
     lr: float
+    optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
 def mlp(*widths: int, dropout: float = 0.0) -> nn.Sequential:
@@ -84,14 +87,23 @@ class TextTransformer(nn.Module):
         depth: Layers.
         length: Most tokens of a sentence.
         classes: Number of classes.
+        dropout: Probability.
     """
 
-    def __init__(self, vocabulary: int, width: int = 64, depth: int = 1, length: int = 32, classes: int = 2) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int = 64,
+        depth: int = 1,
+        length: int = 32,
+        classes: int = 2,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width, padding_idx=0)
         self.positions = nn.Parameter(torch.randn(1, length, width) * 0.02)
         layer = [
-            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.1, batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=dropout, batch_first=True, norm_first=True)
             for _ in range(depth)
         ]
         self.layers = nn.ModuleList(layer)
@@ -202,7 +214,7 @@ def mnist(folder: str | Path, train: int = 10_000, seed: int = 0) -> Task:
 
 
 def cifar(folder: str | Path, train: int = 5000, seed: int = 0) -> Task:
-    """A subset of CIFAR-10 as JPEGs; accuracies do not compare with published ones.
+    """A subset of CIFAR-10 from JPEGs, at 16 x 16 pixels; accuracies do not compare with published ones.
 
     Args:
         folder: Holds `cifar10_subset/cifar10_subset_jpeg.npz`.
@@ -222,17 +234,18 @@ def cifar(folder: str | Path, train: int = 5000, seed: int = 0) -> Task:
                 for a, b in itertools.pairwise(offsets[: count + 1])
             ]
             x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            return x, torch.from_numpy(packed[f"{name}_labels"][:count].astype(np.int64))
+            return nn.functional.avg_pool2d(x, 2), torch.from_numpy(packed[f"{name}_labels"][:count].astype(np.int64))
 
         parts, test = split(*part("train", train), 1000, 0, seed), part("test", 2000)
-    return Task("cifar", parts[0], parts[1], test, small_cnn, batch=128, epochs=8, lr=0.1)
+    return Task("cifar", parts[0], parts[1], test, lambda: small_cnn(width=16), batch=128, epochs=10, lr=0.1)
 
 
-def polarity(folder: str | Path, length: int = 32, vocabulary: int = 4000, seed: int = 0) -> Task:
+def polarity(folder: str | Path, train: int = 5000, length: int = 24, vocabulary: int = 3000, seed: int = 0) -> Task:
     """Film-review sentences, positive or negative (Pang and Lee).
 
     Args:
         folder: Holds `nlp_classification/sentence_polarity.zip`.
+        train: Training sentences that are used.
         length: Tokens that are kept of a sentence.
         vocabulary: Tokens that are told apart, by frequency; 0 is padding and 1 any other token.
         seed: Of the split.
@@ -257,7 +270,35 @@ def polarity(folder: str | Path, length: int = 32, vocabulary: int = 4000, seed:
         ids = [index.get(token, 1) for token in sentence[:length]] or [1]
         x[row, : len(ids)] = torch.tensor(ids)
     parts = split(x, torch.tensor(labels), 1000, 2000, seed)
-    return Task("polarity", *parts, lambda: TextTransformer(vocabulary, length=length), batch=64, epochs=3, lr=0.05)
+    parts = ((parts[0][0][:train], parts[0][1][:train]), *parts[1:])
+
+    def model() -> nn.Module:
+        return TextTransformer(vocabulary, width=32, length=length)
+
+    return Task("polarity", *parts, model, batch=64, epochs=4, lr=3e-3, optimizer="adamw")
+
+
+def noisy(task: Task, share: float, seed: int = 0) -> Task:
+    """Replace the labels of some training examples by wrong ones; validation and test labels stay right.
+
+    Args:
+        task: The task.
+        share: Share of the training labels that become wrong, in [0, 1].
+        seed: Of the choice of examples and of their labels.
+
+    Returns:
+        The task with `-noise` in its name; itself for a share of zero.
+    """
+    check_number("label_noise", share, low=0.0, high=1.0)
+    if share == 0:
+        return task
+    x, y = task.train
+    generator, classes = torch.Generator().manual_seed(seed), int(y.max()) + 1
+    wrong = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
+    shift = torch.randint(1, classes, (len(wrong),), generator=generator)
+    labels = y.clone()
+    labels[wrong] = (y[wrong] + shift) % classes
+    return replace(task, name=f"{task.name}-noise", train=(x, labels))
 
 
 TASKS = ("digits", "mnist1d", "mnist", "cifar", "polarity")

@@ -95,9 +95,8 @@ class MSAM(Optimizer):
         self.base = self._make_base(optimizer, params, base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._alias()
-        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        self._sequential = Sequential(model, self.options, trainable)
-        self._ghost: Ghost | None = Ghost(model, self.options, trainable) if self._wants_ghost() else None
+        self._sequential = Sequential(model, self.options, self.trainable())
+        self._ghost: Ghost | None = Ghost(model, self.options, self.trainable()) if self._wants_ghost() else None
         self.record: StepRecord | None = None
         self._steps = 0
         self._ready = False  # a gradient waits for step()
@@ -163,9 +162,16 @@ class MSAM(Optimizer):
         self._own.append(self._take_own(param_group))
         self.base.add_param_group(param_group)
         self._alias()
-        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        self._sequential = Sequential(self.model, self.options, trainable)
-        self._ghost = Ghost(self.model, self.options, trainable) if self._wants_ghost() else None
+        self._sequential = Sequential(self.model, self.options, self.trainable())
+        self._ghost = Ghost(self.model, self.options, self.trainable()) if self._wants_ghost() else None
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that get gradients; freezing and unfreezing between steps is allowed.
+
+        Returns:
+            Those of all groups, in order.
+        """
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def tracked(self, rho: float) -> Tracked:
         """The parameters that are perturbed, with the radius of each one's group.
@@ -240,6 +246,7 @@ class MSAM(Optimizer):
         shards = cut(batch_size(batch), self.options.num_micro_batches, self.options.micro_batch_size)
         rho = self.options.radius(self._steps, shards.count * world_size(self.model))
         scale = scaler.scale if scaler is not None and scaler.is_enabled() else None
+        self._sequential.retrain(self.trainable())
         if self._steps % self.options.every:
             self.record = self._plain(loss_fn, batch, shards, scale, weight)
         else:
@@ -328,7 +335,7 @@ class MSAM(Optimizer):
             )
         rho = self.options.radius(self._steps, (self.options.num_micro_batches or 1) * world_size(self.model))
         tracked = self.tracked(rho)
-        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        trainable = self.trainable()
         generators = Generators({p.device for p in trainable})
         drawer = GradientDrawer(trainable)
         try:
@@ -359,7 +366,7 @@ class MSAM(Optimizer):
             raise ValueError("descent: expected an ascent() block before it, got none")
         check_number("weight", weight, low=0.0, open_low=True)
         (steps, generators), moved = self._ascent, self._moved
-        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        trainable = self.trainable()
         drawer = GradientDrawer(trainable)
         if self.options.rng == "same":
             generators.rewind()

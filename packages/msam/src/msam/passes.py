@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,27 +79,27 @@ class Generators:
             module.set_rng_state(state, device)
 
 
-@contextmanager
-def unsynchronised(model: nn.Module) -> Iterator[None]:
+def unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
     """No gradient reduction across processes inside the block (DDP's `no_sync`, FSDP2's switch).
 
     Args:
         model: The model, wrapped or not.
 
-    Yields:
-        Nothing.
+    Returns:
+        A context.
     """
     if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-    else:
+        return cast(AbstractContextManager[None], model.no_sync())
+    return _unsynchronised(model) if isinstance(model, FSDPModule) else nullcontext()
+
+
+@contextmanager
+def _unsynchronised(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
         yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def world_size(model: Any) -> int:

@@ -87,46 +87,121 @@ def comparison(
         title: Heading.
     """
     figure, axes = pyplot("msam[plot]").subplots(
-        1, 3 + bool(gaps), figsize=(15 if gaps else 11.5, 3.8), layout="constrained"
+        1, 4 + bool(gaps), figsize=(18 if gaps else 14.5, 3.8), layout="constrained"
     )
     bars(axes[0], rows, "test", "test accuracy (%)")
     values = [row["test"] for row in rows]
     spread = max(max(values) - min(values), 0.5)
     axes[0].set_ylim(min(values) - 1.5 * spread, max(values) + spread)
     bars(axes[1], rows, "lambda_max", r"largest Hessian eigenvalue $\lambda_{max}$")
-    bars(axes[2], rows, "step_ratio", "CPU time per step / SGD")
-    axes[2].axhline(2.0, color="black", lw=0.8, ls="--")
-    axes[2].axhline(5 / 3, color="black", lw=0.8, ls=":")
-    axes[2].set_xlabel("dashed: 2 (SAM), dotted: 5/3 (ghost's floor)", fontsize=8)
+    bars(axes[2], rows, "trace", "trace of the Hessian")
+    bars(axes[3], rows, "step_ratio", "CPU time per step / SGD")
+    axes[3].axhline(2.0, color="black", lw=0.8, ls="--")
+    axes[3].axhline(5 / 3, color="black", lw=0.8, ls=":")
+    axes[3].set_xlabel("dashed: 2 (SAM), dotted: 5/3 (ghost's floor)", fontsize=8)
     if gaps:
-        gap_curves(axes[3], gaps)
+        gap_curves(axes[4], gaps)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
 
 def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str) -> None:
-    """Test accuracy and top eigenvalue over rho, one line per number of micro-batches.
+    """Test accuracy, top eigenvalue and trace over rho, one line per number of micro-batches.
 
     Args:
-        rows: With m, rho, test, test_se, lambda_max, lambda_max_se.
+        rows: With m, rho, and test, lambda_max, trace with their `_se`.
         path: Picture to write.
         title: Heading.
     """
-    figure, axes = pyplot("msam[plot]").subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    figure, axes = pyplot("msam[plot]").subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     radii = sorted({row["rho"] for row in rows})
     for m in sorted({row["m"] for row in rows}):
         own = sorted((row for row in rows if row["m"] == m), key=lambda row: row["rho"])
-        for axis, key in zip(axes, ("test", "lambda_max"), strict=True):
-            errors = [row[f"{key}_se"] or 0.0 for row in own]
+        for axis, key in zip(axes, ("test", "lambda_max", "trace"), strict=True):
+            errors = [row.get(f"{key}_se") or 0.0 for row in own]
             places, values = [row["rho"] for row in own], [row[key] for row in own]
             axis.errorbar(places, values, yerr=errors, marker="o", ms=4, capsize=3, label=f"m = {m}")
-    for axis, name in zip(axes, ("test accuracy (%)", r"$\lambda_{max}$"), strict=True):
+    for axis, name in zip(axes, ("test accuracy (%)", r"$\lambda_{max}$", "trace of the Hessian"), strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xticks(radii, [f"{radius:g}" for radius in radii])
         axis.set_xlabel(r"$\rho$")
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{title}: sensitivity to m and rho (m = 1 is SAM)", fontsize=11)
+    save(figure, path)
+
+
+def cost(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str) -> None:
+    """Time of a step over a plain one against the number of micro-batches, one panel per model.
+
+    Args:
+        rows: With model, mode, m and ratio.
+        path: Picture to write.
+        title: Heading.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    colours = {"ghost": COLOURS["msam"], "sequential": COLOURS["sam"], "vmap": COLOURS["half"]}
+    figure, axes = pyplot("msam[plot]").subplots(
+        1, len(models), figsize=(4.4 * len(models) + 0.6, 3.8), layout="constrained", squeeze=False
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        for mode in dict.fromkeys(row["mode"] for row in own):
+            points = sorted((row["m"], row["ratio"]) for row in own if row["mode"] == mode)
+            axis.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours.get(mode), label=mode)
+        counts = sorted({row["m"] for row in own})
+        for level, style, name in ((2.0, "--", "2 (SAM)"), (5 / 3, ":", "5/3")):
+            axis.axhline(level, color="black", lw=0.8, ls=style)
+            axis.annotate(name, (counts[-1], level), xytext=(0, 2), textcoords="offset points", ha="right", fontsize=7)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(counts, [str(m) for m in counts])
+        ticks = [t for t in (1, 2, 4, 8, 16, 32) if t <= 1.3 * max(row["ratio"] for row in own)]
+        axis.set_yticks(ticks, [str(t) for t in ticks])
+        axis.set_xlabel("micro-batches m")
+        axis.set_title(model, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("CPU time per step / SGD")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
+def portrait(
+    cosines: Mapping[str, Sequence[float]],
+    gaps: Mapping[str, Sequence[float]],
+    slices: Mapping[str, tuple[Any, Any]],
+    path: str | os.PathLike[str],
+    title: str,
+) -> None:
+    """Cosines of micro-batch and mean gradients, the sharpness gap, and the loss around each method's minimum.
+
+    Args:
+        cosines: cos(g_j, g) over the run, by method.
+        gaps: L(w + eps) - L(w) by epoch, by method.
+        slices: Axis and losses as `msam.flatness.loss_slice` returns them, by method.
+        path: Picture to write.
+        title: Heading.
+    """
+    figure, axes = pyplot("msam[plot]").subplots(
+        1, 2 + len(slices), figsize=(3.9 * (2 + len(slices)), 3.8), layout="constrained"
+    )
+    for name, values in cosines.items():
+        axes[0].hist(values, bins=30, range=(-0.2, 1.0), density=True, alpha=0.6, color=COLOURS.get(name), label=name)
+    axes[0].set_title(r"$\cos(g_j, g)$ of micro-batch and mean gradients", fontsize=10)
+    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].spines[["top", "right"]].set_visible(False)
+    gap_curves(axes[1], gaps)
+    levels = [0.01 * 2**k for k in range(11)]
+    for axis, (name, (places, losses)) in zip(axes[2:], slices.items(), strict=True):
+        places, grid = [float(v) for v in places], losses.clamp_min(levels[0]).tolist()
+        filled = axis.contourf(places, places, grid, levels=levels, norm="log", cmap="viridis_r", extend="max")
+        axis.plot([0.0], [0.0], "k+")
+        axis.set_title(f"loss around the minimum of {name}", fontsize=10)
+        axis.set_aspect("equal")
+    figure.colorbar(filled, ax=axes[-1], label="training loss", ticks=levels[::2], format="%.2g")
+    figure.suptitle(title, fontsize=11)
     save(figure, path)

@@ -8,6 +8,7 @@ micro-batches of unequal weight n_j are a Departure (the paper's are equal), whi
 not divide consistent.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -87,10 +88,19 @@ class Sequential:
     def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
         self._model = model
         self._options = options
-        self._trainable = trainable
+        self.trainable = trainable
         self._norms = norm_layers(model)
         self._devices = {p.device for p in trainable}
         self.previous: list[list[Tensor]] = []  # chained ascent: every slot's gradient of the last step
+
+    def retrain(self, trainable: Sequence[Tensor]) -> None:
+        """Take note of the parameters with gradients; slots of a chained ascent with other ones are void.
+
+        Args:
+            trainable: All parameters with gradients.
+        """
+        if len(trainable) != len(self.trainable) or not all(map(operator.is_, trainable, self.trainable)):
+            self.trainable, self.previous = trainable, []
 
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -169,11 +179,11 @@ class Sequential:
             return steps, norm, None
         if self._options.ascent == "half":
             part = narrow(part, 0, -(-size // 2))
-        drawer = GradientDrawer(self._trainable)
+        drawer = GradientDrawer(self.trainable)
         try:
             with unsynchronised(self._model), statistics(self._norms, self._options.bn, first=True):
                 loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
-                only = None if len(tracked.parameters) == len(self._trainable) else list(tracked.parameters)
+                only = None if len(tracked.parameters) == len(self.trainable) else list(tracked.parameters)
                 backward(loss, scale, only)
             steps, norm = perturbation(tracked, take_gradients(tracked.parameters))
         finally:
@@ -186,7 +196,7 @@ class Sequential:
         self, loss_fn: LossFunction, part: Any, share: float, scale: Scale | None, slot: int, last: bool
     ) -> Tensor:
         chained = self._options.ascent == "chained"
-        drawer = GradientDrawer(self._trainable) if chained else None
+        drawer = GradientDrawer(self.trainable) if chained else None
         # A chained step has a single pass, which then moves the statistics.
         with (
             nullcontext() if last else unsynchronised(self._model),
@@ -196,14 +206,14 @@ class Sequential:
             backward(loss * share, scale)
         if drawer is not None:
             self._keep(slot)
-            own = [p.grad for p in self._trainable]
+            own = [p.grad for p in self.trainable]
             drawer.close()
-            for p, g in zip(self._trainable, own, strict=True):
+            for p, g in zip(self.trainable, own, strict=True):
                 p.grad = g if p.grad is None else p.grad if g is None else p.grad + g
         return loss.detach()
 
     def _keep(self, slot: int) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self._trainable]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self.trainable]
         if all(bool(torch.isfinite(n)) for n in (norm_of(gradients),)):
             self.previous[slot : slot + 1] = [gradients]
 

@@ -1,7 +1,8 @@
 """Train one model with one method, and measure what came out."""
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ class Run:
         validation: Accuracy on the validation part, percent.
         test: Accuracy on the test part, percent.
         train_loss: Mean loss on the training part.
-        step_ms: CPU milliseconds per step.
+        step_ms: CPU milliseconds per step, the median.
         lambda_max: Largest eigenvalue of the training loss's Hessian, None if not asked for.
         trace: Its trace, None if not asked for.
         history: Figures of the first step of every epoch, from the optimizer's records.
@@ -51,9 +52,9 @@ class Run:
 
 
 def make_optimizer(
-    method: str, model: nn.Module, *, lr: float, rho: float, num_micro_batches: int
+    method: str, model: nn.Module, *, lr: float, rho: float, num_micro_batches: int, base: str = "sgd"
 ) -> torch.optim.Optimizer:
-    """The optimizer of a method: SGD with momentum 0.9 and weight decay 5e-4, inside MSAM for all but `"sgd"`.
+    """The optimizer of a method: the base optimizer itself for `"sgd"`, inside MSAM for all others.
 
     Args:
         method: One of `METHODS`.
@@ -61,20 +62,24 @@ def make_optimizer(
         lr: Learning rate.
         rho: Radius.
         num_micro_batches: Micro-batches of the mSAM family; SAM and ASAM have one.
+        base: `"sgd"` (momentum 0.9, weight decay 5e-4) or `"adamw"` (weight decay 0.01).
 
     Returns:
         The optimizer.
     """
     check_choice("method", method, METHODS)
-    base: dict[str, Any] = {"lr": lr, "momentum": 0.9, "weight_decay": 5e-4}
+    made: Callable[..., torch.optim.Optimizer] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[base]
+    arguments: dict[str, Any] = {"lr": lr} | (
+        {"momentum": 0.9, "weight_decay": 5e-4} if base == "sgd" else {"weight_decay": 0.01}
+    )
     if method == "sgd":
-        return torch.optim.SGD(model.parameters(), **base)
+        return made(model.parameters(), **arguments)
     alone = method in {"sam", "asam"}
     return MSAM(
-        model, torch.optim.SGD, rho=rho, num_micro_batches=1 if alone else num_micro_batches,
+        model, made, rho=rho, num_micro_batches=1 if alone else num_micro_batches,
         mode="sequential" if method in {"sam", "asam", "msam-sequential", "chained"} else "auto",
         ascent="half" if method == "half" else "chained" if method == "chained" else "full",
-        adaptive=method == "asam", **base,
+        adaptive=method == "asam", **arguments,
     )  # fmt: skip
 
 
@@ -121,6 +126,8 @@ def train(
     seed: int = 0,
     epochs: int | None = None,
     sharpness: bool = True,
+    examples: int = 4000,
+    explain: bool = False,
     keep: dict[str, nn.Module] | None = None,
 ) -> Run:
     """Train a fresh model on a task with a cosine schedule; same seed, same initialisation and batch order.
@@ -133,6 +140,8 @@ def train(
         seed: Of everything random.
         epochs: Instead of the task's.
         sharpness: Whether the Hessian's top eigenvalue and trace are computed at the end.
+        examples: At most so many training examples for that.
+        explain: Whether the history holds the cosines of micro-batch and mean gradients too (one more look per epoch).
         keep: Receives the trained model under the method's name.
 
     Returns:
@@ -140,35 +149,46 @@ def train(
     """
     torch.manual_seed(seed)
     model = task.model()
-    optimizer = make_optimizer(method, model, lr=task.lr, rho=rho, num_micro_batches=num_micro_batches)
+    optimizer = make_optimizer(
+        method, model, lr=task.lr, rho=rho, num_micro_batches=num_micro_batches,
+        base=task.optimizer,
+    )  # fmt: skip
+
+    def loss_fn(part: tuple[Tensor, Tensor]) -> Tensor:
+        return mean_loss(model, part)
+
     x, y = task.train
     epochs = task.epochs if epochs is None else epochs
     batches = len(x) // task.batch
     schedule = CosineAnnealingLR(optimizer, epochs * batches)
     order = torch.Generator().manual_seed(seed)
-    history, start = [], time.process_time()
+    history, seconds = [], []
     for _ in range(epochs):
         for step, index in enumerate(torch.randperm(len(x), generator=order)[: batches * task.batch].split(task.batch)):
             batch = (x[index], y[index])
+            looking = step == 0 and isinstance(optimizer, MSAM)
+            told = optimizer.explain(loss_fn, batch) if explain and looking else None  # type: ignore[attr-defined]
+            start = time.process_time()
             if isinstance(optimizer, MSAM):
-                optimizer.step(lambda part: mean_loss(model, part), batch)
-                if step == 0 and optimizer.record is not None:
-                    history.append(optimizer.record.as_dict())
+                optimizer.step(loss_fn, batch)
             else:
                 optimizer.zero_grad()
-                mean_loss(model, batch).backward()
+                loss_fn(batch).backward()
                 optimizer.step()
+            seconds.append(time.process_time() - start)
             schedule.step()
-    elapsed = time.process_time() - start
+            if looking:
+                figures = optimizer.record.as_dict()  # type: ignore[attr-defined]
+                history.append(figures if told is None else figures | {"cosines": list(told.cosines)})
     model.eval()
-    curvature = flatness(model, mean_loss, task.train, seed=seed) if sharpness else None
+    curvature = flatness(model, mean_loss, task.train, examples=examples, seed=seed) if sharpness else None
     if keep is not None:
         keep[method] = model
     return Run(
         method, 0.0 if method == "sgd" else rho,
         num_micro_batches if method not in {"sgd", "sam", "asam"} else 1, seed,
         evaluate(model, task.validation)[0] if len(task.validation[0]) else float("nan"), evaluate(model, task.test)[0],
-        evaluate(model, task.train)[1], 1e3 * elapsed / max(epochs * batches, 1),
+        evaluate(model, task.train)[1], 1e3 * statistics.median(seconds),
         None if curvature is None else curvature.lambda_max, None if curvature is None else curvature.trace,
         tuple(history),
     )  # fmt: skip

@@ -1,12 +1,17 @@
 """Elementwise uses of small parameters: scales and shifts, also those of normalization layers, and broadcast ones."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from msam.ghost.tape import Layout, Tape, UnsupportedError
+
+if TYPE_CHECKING:
+    from msam.ghost.directions import Plan
 
 
 def elementwise(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -119,33 +124,88 @@ def normalized(
         raise UnsupportedError("a batch norm over something other than the examples of the batch")
     x = tape.spread(x, layout)
     y = normalize(x)
+    places = range(1, 2) if channels else range(x.ndim - (weight if bias is None else bias).ndim, x.ndim)  # type: ignore[union-attr]
+    if tape.phase == "capture":
+        return _captured(tape, y, (weight, bias), owners, layout, places)
+    assert tape.plan is not None
+    split = tape.splits
+    if split:  # (..., m, examples of each, ...): a replica serves all examples of its micro-batch without copies
+        y = y.unflatten(layout.dim, (tape.shards.count, -1))
+    replicas = [
+        None if p is None else _aligned(tape, tape.plan.perturbed(index, p).to(y.dtype), layout, x.shape, places, split)
+        for p, index in zip((weight, bias), owners, strict=True)
+    ]
+    y = _scaled(y, *replicas)
+    return y.flatten(layout.dim, layout.dim + 1) if split else y
 
-    def own(parameter: Tensor | None, index: int | None) -> Tensor | None:
-        if parameter is None:
-            return None
-        shaped = parameter.view(-1, *[1] * (x.ndim - 2)) if channels else parameter
-        if index is None:
-            return shaped
-        replicas = tape.replicas(index, parameter)
-        replicas = replicas.view(replicas.shape[0], *shaped.shape)
-        return tape.per_example(replicas, x.ndim, layout, x.shape[layout.dim])
 
-    scale, shift = own(weight, owners[0]), own(bias, owners[1])
+def _scaled(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None:
-        return y if shift is None else y + shift.to(y.dtype)
-    return y * scale.to(y.dtype) if shift is None else torch.addcmul(shift.to(y.dtype), y, scale.to(y.dtype))
+        return y if shift is None else y + shift
+    return y * scale if shift is None else torch.addcmul(shift, y, scale)
 
 
-def add_constant(tape: Tape, y: Tensor, step: Tensor, layout: Layout) -> Tensor:
+def _captured(
+    tape: Tape,
+    y: Tensor,
+    parameters: tuple[Tensor | None, Tensor | None],
+    owners: tuple[int | None, int | None],
+    layout: Layout,
+    places: range,
+) -> Tensor:
+    """Scale and shift by the shared parameters, whose gradients by micro-batch are sums over the result's gradient.
+
+    Returns:
+        The result, recorded.
+    """
+    tail = (1,) * (y.ndim - places.stop)
+    scale, shift = (None if p is None else p.view(*p.shape, *tail).to(y.dtype) for p in parameters)
+    normal, result = y.detach(), _scaled(y, scale, shift)
+
+    def contribute(plan: Plan, gradient: Tensor) -> None:
+        for index, values in zip(owners, (gradient * normal, gradient), strict=True):
+            if index is not None:
+                plan.add_dense(index, tape.sums(values, layout, places))
+
+    tape.record(result, contribute)
+    return result
+
+
+def _aligned(tape: Tape, own: Tensor, layout: Layout, shape: torch.Size, places: range, split: bool) -> Tensor:
+    """Replicas of a scale or shift, shaped to broadcast against the normalized activation.
+
+    Args:
+        tape: The running pass.
+        own: One replica per micro-batch, or one for all, shape (m or 1, *parameter).
+        layout: Which dimension counts examples.
+        shape: Shape of the activation.
+        places: Dimensions of the activation that the parameter belongs to.
+        split: Whether the dimension of the examples has been split by micro-batch.
+
+    Returns:
+        A broadcastable tensor.
+
+    Raises:
+        UnsupportedError: If the parameter extends over the dimension of the examples.
+    """
+    if layout.dim in places and tape.shards.count > 1:
+        raise UnsupportedError(f"a parameter of shape {tuple(own.shape[1:])} reaches across examples")
+    own = own.view(len(own), *[1] * places.start, *own.shape[1:], *[1] * (len(shape) - places.stop))
+    if split:
+        return own.movedim(0, layout.dim)
+    return own[0] if len(own) == 1 else tape.per_example(own, len(shape), layout, shape[layout.dim])
+
+
+def add_constant(tape: Tape, y: Tensor, step: Tensor | None, layout: Layout) -> Tensor:
     """Add every micro-batch's own constant vector to a result.
 
     Args:
         tape: The running pass.
         y: Shape (..., d).
-        step: Shape (m, d).
+        step: Shape (m, d), or None for nothing to add.
         layout: Which dimension of y counts examples.
 
     Returns:
         The sum.
     """
-    return y + tape.per_example(step.to(y.dtype), y.ndim, layout, y.shape[layout.dim])
+    return y if step is None else y + tape.per_example(step.to(y.dtype), y.ndim, layout, y.shape[layout.dim])

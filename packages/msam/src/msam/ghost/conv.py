@@ -61,6 +61,19 @@ class Geometry:
         )  # fmt: skip
         return dx, dw
 
+    def positions(self, size: torch.Size, kernel: torch.Size) -> list[int]:
+        """Extent of the result of a convolution that is not transposed.
+
+        Args:
+            size: Extent of the input, by dimension.
+            kernel: Of the kernel.
+
+        Returns:
+            Extent by dimension.
+        """
+        zipped = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zipped]
+
     def unfold(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """Patches of a two-dimensional convolution.
 
@@ -81,7 +94,7 @@ class ShardedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, step: Tensor, bounds: list[tuple[int, int]], geometry: Geometry
+        ctx: Any, x: Tensor, weight: Tensor, own: Tensor, bounds: list[tuple[int, int]], geometry: Geometry
     ) -> Tensor:
         """Convolve micro-batch by micro-batch.
 
@@ -89,7 +102,7 @@ class ShardedConvolution(torch.autograd.Function):
             ctx: Autograd's context.
             x: Shape (N, C_in, *positions).
             weight: Shared kernel W.
-            step: E, shape (m, *kernel).
+            own: W + E, shape (m, *kernel).
             bounds: First and last example of every micro-batch.
             geometry: The convolution.
 
@@ -97,8 +110,8 @@ class ShardedConvolution(torch.autograd.Function):
             Shape (N, C_out, *positions).
         """
         ctx.save_for_backward(x, weight)
-        ctx.step, ctx.bounds, ctx.geometry = step, bounds, geometry
-        return torch.cat([geometry.run(x[a:b], weight + step[j], None) for j, (a, b) in enumerate(bounds)])
+        ctx.own, ctx.bounds, ctx.geometry = own, bounds, geometry
+        return torch.cat([geometry.run(x[a:b], own[j], None) for j, (a, b) in enumerate(bounds)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -114,10 +127,11 @@ class ShardedConvolution(torch.autograd.Function):
         dy = gradients[0].contiguous()
         x, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
+        own, ctx.own = ctx.own, None
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = torch.cat([
-                geometry.backward(dy[a:b], x[a:b], weight + ctx.step[j], (True, False))[0]
+                geometry.backward(dy[a:b], x[a:b], own[j], (True, False))[0]
                 for j, (a, b) in enumerate(ctx.bounds)
             ])  # fmt: skip
         if ctx.needs_input_grad[1]:

@@ -14,6 +14,9 @@ from msam.perturbation import Tracked, scale_of
 KAPPA = 1 / 3
 """Low rank pays below this ratio r (d_in + d_out) / (d_in d_out); above it a materialised direction is cheaper."""
 
+SMALL = 65536
+"""Elements below which a materialised direction is copied together with others to measure them in one reduction."""
+
 
 @dataclass
 class Factors:
@@ -39,16 +42,14 @@ class LowRank:
     Attributes:
         left: Factors by stretch, (n, r, d_0), with ASAM's T^2 multiplied in.
         right: Factors by stretch, (n, r, d_1).
-        coefficient: c_j of the matrix by stretch, (n, 1, 1).
-        bias: Index of the bias that moves along, or None.
-        bias_coefficient: c_j of that bias by stretch, (n, 1, 1).
+        coefficient: c_j by stretch, (n, 1, 1); set once the norms are known.
+        bias: Radius of the bias that moves along over the matrix's own; 0 if there is none.
     """
 
     left: list[Tensor]
     right: list[Tensor]
-    coefficient: list[Tensor]
-    bias: int | None
-    bias_coefficient: list[Tensor]
+    bias: float
+    coefficient: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -98,7 +99,6 @@ class Plan:
         tracked: Parameters, radii, scaling.
         shards: How the batch of pass 1 was cut.
         norms: ||T g_j||, shape (m,), once finished.
-        squares: The share of every parameter in their squares, each (m,).
         low_rank: Directions in factors, by parameter.
         tokens: Directions of embeddings, by parameter.
         kept: Products of the batch itself, by call; pass 2 takes them over.
@@ -107,14 +107,16 @@ class Plan:
     tracked: Tracked
     shards: Shards
     norms: Tensor = field(default_factory=lambda: torch.empty(0))
-    squares: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
+    low_rank: dict[int, LowRank] = field(default_factory=dict)
+    tokens: dict[int, Tokens] = field(default_factory=dict)
     _shapes: dict[int, torch.Size] = field(default_factory=dict)
     _factors: dict[int, list[Factors]] = field(default_factory=dict)
     _tokens: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _dense: dict[int, Tensor] = field(default_factory=dict)
-    low_rank: dict[int, LowRank] = field(default_factory=dict)
-    tokens: dict[int, Tokens] = field(default_factory=dict)
+    _coefficients: dict[float, Tensor] = field(default_factory=dict)
+    _own: dict[int, Tensor] = field(default_factory=dict)
+    _ones: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     # -- collecting ---
 
@@ -150,34 +152,64 @@ class Plan:
         self._shapes[index] = shape
         self._tokens.setdefault(index, []).append((keys, rows))
 
+    def gradient(self, index: int, shard: int) -> Tensor:
+        """One micro-batch's gradient of one parameter, put together from what was collected (before `finish`).
+
+        Args:
+            index: Index of the parameter.
+            shard: The micro-batch j.
+
+        Returns:
+            Its share of the whole loss's gradient, in the parameter's shape.
+        """
+        total = torch.zeros_like(self.tracked.parameters[index])
+        run, place = next(
+            (i, shard - first) for i, (first, count, _) in enumerate(self.shards.runs) if shard < first + count
+        )
+        for owner, uses in self._factors.items():
+            for use in uses:
+                left, right = use.left[run][place], use.right[run][place]  # (r, d_0), (r, d_1)
+                if owner == index:
+                    total += (left.mT @ right).view_as(total)
+                if use.bias == index:
+                    total += (right if use.flipped else left).sum(0)
+        for keys, rows in self._tokens.get(index, []):
+            mine = keys // total.shape[0] == shard
+            total.index_add_(0, keys[mine] % total.shape[0], rows[mine].to(total))
+        return total + self._dense[index][shard] if index in self._dense else total
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Types of what was collected, which under autocast are not those of the parameters.
+
+        Returns:
+            The types.
+        """
+        factors = {t.dtype for uses in self._factors.values() for use in uses for t in (*use.left, *use.right)}
+        rows = {r.dtype for parts in self._tokens.values() for _, r in parts}
+        return factors | rows | {t.dtype for t in self._dense.values()}
+
     # -- deciding and measuring ---
 
     def finish(self) -> None:
-        """Choose a form for every direction, compute the norms, and scale the directions to their radii."""
+        """Choose a form for every direction and compute the norms."""
         costly = [(index, uses) for index, uses in self._factors.items() if not self._pays(index, uses)]
         for index, uses in costly:
             self._materialise(index, uses)
         for index in [i for i in self._tokens if i in self._dense or i in self._factors]:
             self._tokens_to_rest(index)
-        self.squares = self._low_rank_squares() | self._token_squares() | self._dense_squares()
-        if not self.squares:
-            self.squares = {0: torch.zeros(self.shards.count)}
-        self.norms = torch.stack(list(self.squares.values())).sum(0).sqrt()
-        inverse = torch.where(self.norms > 0, 1 / self.norms, 0.0)
-        by_radius = {radius: inverse * radius for radius in set(self.tracked.radii)}
-        coefficient = [by_radius[radius] for radius in self.tracked.radii]
+        squares = [self._low_rank_squares(index, uses) for index, uses in self._factors.items()]
+        squares += [self._token_squares(index, parts) for index, parts in self._tokens.items()]
+        squares += self._dense_squares()  # last: biases of scaled matrices have joined by now
+        self.norms = (torch.stack(squares).sum(0) if squares else torch.zeros(self.shards.count)).sqrt()
+        inverse = self.norms.reciprocal().masked_fill_(self.norms == 0, 0.0)
+        self._coefficients = {radius: inverse * radius for radius in set(self.tracked.radii)}
         for index, direction in self.low_rank.items():
-            direction.coefficient = self._by_run(coefficient[index], direction.left)
-            if direction.bias is not None:
-                direction.bias_coefficient = self._by_run(coefficient[direction.bias], direction.left)
+            direction.coefficient = self._by_run(self._coefficient(index), direction.left)
         for index, found in self.tokens.items():
-            slot = found.keys // self._shapes[index][0]
-            found.rows = found.rows * coefficient[index][slot][:, None]
-        for index, dense in self._dense.items():
-            scale = self._scale(index)
-            if scale is not None:
-                dense = dense * scale.square()
-            self._dense[index] = dense * coefficient[index].view(-1, *[1] * (dense.ndim - 1)).to(dense)
+            found.rows = found.rows * self._coefficient(index)[found.keys // self._shapes[index][0]][:, None]
+
+    def _coefficient(self, index: int) -> Tensor:
+        return self._coefficients[self.tracked.radii[index]]
 
     def _pays(self, index: int, uses: list[Factors]) -> bool:
         """Whether low rank is cheaper, and the matrix and its bias are used together and nowhere else.
@@ -187,11 +219,14 @@ class Plan:
         """
         first, second = self._shapes[index][0], self._shapes[index][1:].numel()
         rows = sum(max(left.shape[1] for left in use.left) for use in uses)
+        if rows * (first + second) >= KAPPA * first * second or index in self._dense:
+            return False
         biases = {use.bias for use in uses}
+        if biases == {None}:
+            return True
         elsewhere = {use.bias for other, group in self._factors.items() if other != index for use in group}
-        alone = len(biases) == 1 and not (biases - {None}) & (elsewhere | set(self._dense))
-        tied = index in self._tokens and biases != {None}
-        return rows * (first + second) < KAPPA * first * second and index not in self._dense and alone and not tied
+        alone = len(biases) == 1 and not biases & (elsewhere | set(self._dense))
+        return alone and index not in self._tokens and self.tracked.radii[index] > 0
 
     def _materialise(self, index: int, uses: list[Factors]) -> None:
         for use in uses:
@@ -232,51 +267,51 @@ class Plan:
             return None
         return scale_of(self.tracked.parameters[index], self.tracked.scaling)
 
-    def _low_rank_squares(self) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        for index, uses in self._factors.items():
-            left = joined([use.left for use in uses], 1)
-            right = joined([use.right for use in uses], 1)
-            scale, bias, flipped = self._scale(index), uses[0].bias, uses[0].flipped
-            if scale is not None:  # the bias then needs another left factor than the matrix
-                for use in uses:
-                    self._bias_sums(use)
-                bias = None
-            scaled = left if scale is None else [x * scale.flatten().to(x) for x in left]
-            squares, bias_squares = [], []
-            for a, b in zip(scaled, right, strict=True):
-                aa, bb = torch.bmm(high(a), high(a).mT), torch.bmm(high(b), high(b).mT)
-                squares.append((aa * bb).sum((1, 2)))
-                bias_squares.append((bb if flipped else aa).sum((1, 2)))
-            (found[index],) = joined([[s] for s in squares], 0)
-            if bias is not None:
-                (found[bias],) = joined([[s] for s in bias_squares], 0)
-            moved = left if scale is None else [x * scale.flatten().square().to(x) for x in left]
-            self.low_rank[index] = LowRank(moved, right, [], bias, [])
-        return found
+    def _low_rank_squares(self, index: int, uses: list[Factors]) -> Tensor:
+        left = joined([use.left for use in uses], 1)
+        right = joined([use.right for use in uses], 1)
+        scale, bias, moved = self._scale(index), uses[0].bias, left
+        if scale is not None:  # the bias then needs another left factor than the matrix
+            for use in uses:
+                self._bias_sums(use)
+            bias = None
+            left = [x * scale.flatten().to(x) for x in left]
+            moved = [x * scale.flatten().to(x) for x in left]
+        ratio = 0.0 if bias is None else self.tracked.radii[bias] / self.tracked.radii[index]
+        self.low_rank[index] = LowRank(moved, right, ratio)
+        squares = []
+        for outer, inner in zip(left, right, strict=True):
+            outer, inner = (high(inner), high(outer)) if uses[0].flipped else (high(outer), high(inner))
+            # A bias is one more input that is always 1, so its squares are those of G G' alone.
+            gram = torch.bmm(inner, inner.mT) if bias is None else torch.baddbmm(self.one(inner), inner, inner.mT)
+            squares.append(torch.linalg.vecdot(gram.flatten(1), torch.bmm(outer, outer.mT).flatten(1)))
+        return squares[0] if len(squares) == 1 else torch.cat(squares)
 
-    def _token_squares(self) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        for index, parts in self._tokens.items():
-            vocabulary, width = self._shapes[index]
-            keys, inverse = torch.unique(torch.cat([k for k, _ in parts]), return_inverse=True)
-            rows = high(torch.cat([r for _, r in parts]))
-            rows = rows.new_zeros(len(keys), width).index_add_(0, inverse, rows)
-            scale = self._scale(index)
-            if scale is not None:
-                own = scale.expand(vocabulary, -1)[keys % vocabulary] if scale.ndim else scale
-                squares, rows = (rows * own).square().sum(1), rows * own.square()
-            else:
-                squares = rows.square().sum(1)
-            found[index] = squares.new_zeros(self.shards.count).index_add_(0, keys // vocabulary, squares)
-            self.tokens[index] = Tokens(keys, rows)
-        return found
+    def _token_squares(self, index: int, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        vocabulary, width = self._shapes[index]
+        keys, inverse = torch.unique(torch.cat([k for k, _ in parts]), return_inverse=True)
+        rows = high(torch.cat([r for _, r in parts]))
+        rows = rows.new_zeros(len(keys), width).index_add_(0, inverse, rows)
+        scale = self._scale(index)
+        if scale is not None:
+            own = scale.expand(vocabulary, -1)[keys % vocabulary] if scale.ndim else scale
+            squares, rows = (rows * own).square().sum(1), rows * own.square()
+        else:
+            squares = rows.square().sum(1)
+        self.tokens[index] = Tokens(keys, rows)
+        return squares.new_zeros(self.shards.count).index_add_(0, keys // vocabulary, squares)
 
-    def _dense_squares(self) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
+    def _dense_squares(self) -> list[Tensor]:
+        found, small = [], []
         for index, dense in self._dense.items():
             scale = self._scale(index)
-            found[index] = high(dense if scale is None else dense * scale).flatten(1).square().sum(1)
+            flat = high(dense if scale is None else dense * scale).flatten(1)
+            if flat.shape[1] > SMALL:
+                found.append(torch.linalg.vector_norm(flat, dim=1).square_())
+            else:
+                small.append(flat)
+        if small:  # biases, scales and shifts: one reduction for all of them
+            found.append(torch.linalg.vector_norm(torch.cat(small, 1), dim=1).square_())
         return found
 
     def _by_run(self, coefficient: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -287,21 +322,85 @@ class Plan:
 
     # -- applying ---
 
-    def dense_of(self, index: int | None) -> Tensor | None:
-        """A materialised direction.
+    def one(self, like: Tensor) -> Tensor:
+        """The number 1 as a tensor.
+
+        Args:
+            like: Gives type and device.
+
+        Returns:
+            Scalar tensor.
+        """
+        key = (like.dtype, like.device)
+        if key not in self._ones:
+            self._ones[key] = like.new_ones(())
+        return self._ones[key]
+
+    def is_dense(self, index: int | None) -> bool:
+        """Whether a direction is materialised.
 
         Args:
             index: Index of the parameter, or None.
 
         Returns:
-            eps_j, shape (m, *shape), or None if there is none.
+            True if so.
         """
-        return None if index is None else self._dense.get(index)
+        return index in self._dense or index in self._own
+
+    def perturbed(self, index: int | None, parameter: Tensor) -> Tensor:
+        """Every micro-batch's own copy of a parameter, differentiable with respect to the shared one.
+
+        Args:
+            index: Index of the parameter, or None if it is not perturbed.
+            parameter: The parameter w.
+
+        Returns:
+            w + eps_j, shape (m, *shape); w alone, shape (1, *shape), if it does not move.
+        """
+        if index in self._own:
+            return parameter + (self._own[index] - parameter).detach()
+        if index is None or index not in self._dense:
+            return parameter[None]
+        gradient, scale = self._dense[index], self._scale(index)
+        if scale is not None:
+            gradient = gradient * scale.square()
+        c = self._coefficient(index).view(-1, *[1] * parameter.ndim)
+        return torch.addcmul(parameter, gradient.to(parameter), c.to(parameter))
+
+    def shift(self, index: int | None, parameter: Tensor | None) -> Tensor | None:
+        """The materialised direction of a vector.
+
+        Args:
+            index: Index of the parameter, or None.
+            parameter: The parameter, or None.
+
+        Returns:
+            eps_j, shape (m, *shape), or None if it does not move in this form.
+        """
+        if parameter is None or not self.is_dense(index):
+            return None
+        return (self.perturbed(index, parameter) - parameter).detach()
+
+    def own(self, index: int, parameter: Tensor) -> Tensor:
+        """Every micro-batch's own copy of a large parameter, without graph; computed once for all uses.
+
+        Args:
+            index: Index of a parameter whose direction is materialised.
+            parameter: The parameter w.
+
+        Returns:
+            w + eps_j, shape (m, *shape).
+        """
+        if index not in self._own:
+            with torch.no_grad():
+                self._own[index] = self.perturbed(index, parameter)
+            del self._dense[index]
+        return self._own[index]
 
     def release(self) -> None:
         """Drop the directions: what the second backward pass needs of them is in its graph, and goes with it."""
         self.low_rank, self.tokens, self.kept = {}, {}, {}
-        self._factors, self._tokens, self._dense = {}, {}, {}
+        self._factors, self._tokens, self._dense, self._own = {}, {}, {}, {}
 
     def shape_of(self, index: int) -> torch.Size:
         """Shape of a tracked matrix that was used.
@@ -313,19 +412,6 @@ class Plan:
             Its shape.
         """
         return self._shapes[index]
-
-    def dense_direction(self, index: int, parameter: Tensor) -> Tensor:
-        """A materialised direction, zero for a parameter that got no gradient.
-
-        Args:
-            index: Index of the parameter.
-            parameter: The parameter.
-
-        Returns:
-            eps_j, broadcastable to (m, *shape).
-        """
-        found = self._dense.get(index)
-        return parameter.new_zeros(self.shards.count, *[1] * parameter.ndim) if found is None else found
 
 
 def joined(lists: list[list[Tensor]], dim: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class Ghost:
             UnsupportedError: If ghost mode cannot follow the model exactly; nothing has been accumulated then.
             ValueError: If a gradient is not finite and no GradScaler would notice.
         """
-        if self._table is None:
-            self._table = Table(self._model, tracked.parameters)
+        if self._table is None or not self._table.holds(tracked.parameters):  # also after (un)freezing
+            self._table, self._paths = Table(self._model, tracked.parameters), {False: [], True: []}
         generators = Generators(self._devices)
         try:
             plan, loss = self._ascend(loss_fn, batch, shards, tracked, scale)
@@ -74,6 +74,7 @@ class Ghost:
                 plan, loss = self._ascend(loss_fn, batch, shards, tracked, scale)
             except ChangedError as error:
                 raise UnsupportedError(f"the model takes another path at every call: {error}") from error
+        plan.finish()
         norms = self._own_norms(plan.norms, batch, shards, scale)
         finite = math.isfinite(float(norms.sum())) if self._options.check_finite or scale is not None else True
         if scale is not None and not finite:
@@ -92,13 +93,12 @@ class Ghost:
         Returns:
             Norms, shape (m,).
         """
-        if self._options.shard_weight is None:
-            shares = [size / shards.total for size in shards.sizes]
-        else:
-            parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
-            shares = shard_shares(parts, shards, self._options)
-        one = norms.new_ones(())
-        return norms / norms.new_tensor(shares).clamp_min(1e-30) / (one if scale is None else scale(one))
+        one = norms.new_ones(()) if scale is None else scale(norms.new_ones(()))
+        if self._options.shard_weight is None and len(shards.runs) == 1:
+            return norms * shards.count if scale is None else norms * (shards.count / one)
+        parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+        shares = shard_shares(parts, shards, self._options)
+        return norms / norms.new_tensor(shares).clamp_min(1e-30) / one
 
     def _ascend(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None
@@ -127,7 +127,7 @@ class Ghost:
             loss = check_loss(loss, finite=False)
             tape.finish()
             plan.release()
-            backward(loss * weight, scale)
+            backward(loss if weight == 1.0 else loss * weight, scale)
         return loss.detach()
 
     def _prove(self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, finite: bool) -> None:
@@ -166,7 +166,7 @@ def capture(
         finite: Whether a NaN loss raises.
 
     Returns:
-        The finished plan and the detached loss.
+        The plan, to be finished, and the detached loss.
 
     Raises:
         UnsupportedError: If no use was recorded.
@@ -186,24 +186,25 @@ def capture(
             if gradient is not None:
                 use.contribute(plan, gradient)
         tape.uses.clear()
-        plan.finish()
     return plan, loss.detach()
 
 
-@contextmanager
-def counted(norms: Sequence[_NormBase], micro_batches: int) -> Iterator[None]:
+def counted(norms: Sequence[_NormBase], micro_batches: int) -> AbstractContextManager[None]:
     """Let batch norms count every micro-batch, as they do when these come one by one.
 
     Args:
         norms: The model's batch norms.
         micro_batches: Their number m.
 
-    Yields:
-        Nothing.
+    Returns:
+        A context.
     """
-    counters = [
-        m.num_batches_tracked for m in norms if m.training and m.num_batches_tracked is not None and micro_batches > 1
-    ]
+    return _counted(norms, micro_batches) if norms and micro_batches > 1 else nullcontext()
+
+
+@contextmanager
+def _counted(norms: Sequence[_NormBase], micro_batches: int) -> Iterator[None]:
+    counters = [m.num_batches_tracked for m in norms if m.training and m.num_batches_tracked is not None]
     before = [c.clone() for c in counters]
     yield
     for counter, value in zip(counters, before, strict=True):

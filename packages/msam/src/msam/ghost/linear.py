@@ -1,152 +1,200 @@
-"""Perturbed matrix products: the low-rank correction, and the materialised form."""
+r"""Perturbed matrix products, $y_j = x_j (W + E_j)^\top + b + e_j$, with E in factors or materialised."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-Block = tuple[int, int, Tensor, Tensor, Tensor, Tensor | None]
-"""First and last leading row of a stretch, factors on the input's and the result's side (n, r, d), c and bias c."""
+Stretch = tuple[int, int, int, int]
+"""First and last leading row, first micro-batch and number n of micro-batches of a stretch of equal ones."""
 
 
-class LowRankCorrection(torch.autograd.Function):
-    r"""$y_j \mathrel{+}= (c\, x_j R_j^\top + c_b)\, L_j$, in place; the factors are constants."""
+def part(x: Tensor, start: int, stop: int, n: int) -> Tensor:
+    """The rows of a stretch by micro-batch, as a view.
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, blocks: list[Block]) -> Tensor:
-        """Add the correction.
+    Args:
+        x: Shape (rows, ..., d), contiguous.
+        start: First leading row.
+        stop: Last leading row, exclusive.
+        n: Micro-batches of the stretch.
+
+    Returns:
+        Shape (n, rows of each, d).
+    """
+    return (x if stop - start == len(x) else x[start:stop]).view(n, -1, x.shape[-1])
+
+
+class Step(Protocol):
+    """How every micro-batch's weights differ from the shared ones."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply by the perturbed weights.
 
         Args:
-            ctx: Autograd's context.
-            y: Unperturbed result, shape (rows, ..., d_out), contiguous; overwritten.
-            x: Input, shape (rows, ..., d_in).
-            blocks: Stretches of equal micro-batches.
+            x: Input, shape (rows, ..., d_in), contiguous.
+            weight: W, shape (d_out, d_in).
+            bias: b, shape (d_out,), or None.
+
+        Returns:
+            y, shape (rows, ..., d_out).
+        """
+        ...
+
+    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the input.
+
+        Args:
+            dy: Gradient of y, contiguous.
+            weight: W.
+
+        Returns:
+            dx, shape (rows, ..., d_in).
+        """
+        ...
+
+
+@dataclass
+class LowRankStep:
+    r"""$E_j = c_j O_j^\top I_j$, $e_j = \beta c_j O_j^\top 1$: $y_j = x_j W^\top + b + c_j (x_j I_j^\top + \beta) O_j$.
+
+    Attributes:
+        stretches: Stretches of equal micro-batches.
+        inner: I by stretch, on the input's side, (n, r, d_in).
+        outer: O by stretch, on the result's side, (n, r, d_out).
+        coefficient: c by stretch, (n, 1, 1).
+        bias: beta, 0 if the bias does not move along.
+        product: `x W' + b` if pass 1 computed it already for the same x.
+        one: The number 1 as a tensor.
+    """
+
+    stretches: tuple[Stretch, ...]
+    inner: list[Tensor]
+    outer: list[Tensor]
+    coefficient: list[Tensor]
+    bias: float
+    product: Tensor | None
+    one: Tensor
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Step.forward`.
+
+        Args:
+            x: Input.
+            weight: W.
+            bias: b or None.
 
         Returns:
             y.
         """
-        ctx.mark_dirty(y)
-        ctx.blocks, ctx.shape = blocks, x.shape
-        for start, stop, inner, outer, c, bias in blocks:
-            n = inner.shape[0]
-            s = torch.bmm(x[start:stop].reshape(n, -1, x.shape[-1]), inner.mT).mul_(c)  # (n, rows, r)
-            if bias is not None:
-                s.add_(bias)
-            y[start:stop].view(n, -1, y.shape[-1]).baddbmm_(s, outer)
+        # The product of pass 1 may have been kept by others as well, so it is not overwritten.
+        y = F.linear(x, weight, bias) if self.product is None else self.product.clone()
+        self.product = None
+        for (start, stop, _, n), inner, outer, c in zip(
+            self.stretches, self.inner, self.outer, self.coefficient, strict=True
+        ):
+            rows = part(x, start, stop, n)
+            # (n, rows, r); with beta = 0 the summand is not even read
+            s = torch.baddbmm(self.one, rows, inner.mT, beta=self.bias)
+            part(y, start, stop, n).baddbmm_(s.mul_(c), outer)
         return y
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        r"""The gradient passes y unchanged, and x gets $c\, (dy_j L_j^\\top) R_j$ on top.
+    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """See `Step.backward`.
 
         Args:
-            ctx: Autograd's context.
-            gradients: dy.
+            dy: Gradient of y.
+            weight: W.
 
         Returns:
-            Gradients of y, x and the blocks.
+            dx.
         """
-        (dy,) = gradients
-        blocks, ctx.blocks = ctx.blocks, None  # frees the factors layer by layer
-        if not ctx.needs_input_grad[1]:
-            return dy, None, None
-        dx = dy.new_empty(ctx.shape)
-        for start, stop, inner, outer, c, _ in blocks:
-            n = inner.shape[0]
-            s = torch.bmm(dy[start:stop].reshape(n, -1, dy.shape[-1]), outer.mT).mul_(c)
-            torch.bmm(s, inner, out=dx[start:stop].view(n, -1, dx.shape[-1]))
-        return dy, dx, None
+        dx = dy @ weight
+        for (start, stop, _, n), inner, outer, c in zip(
+            self.stretches, self.inner, self.outer, self.coefficient, strict=True
+        ):
+            s = torch.bmm(part(dy, start, stop, n), outer.mT).mul_(c)
+            part(dx, start, stop, n).baddbmm_(s, inner)
+        return dx
 
 
-class KeptProduct(torch.autograd.Function):
-    """A product of the batch itself and the weights, computed in pass 1; pass 2 takes over its result.
+@dataclass
+class OwnWeights:
+    """Every micro-batch has its own copy of the weights.
 
-    The first layer's unperturbed product is the same in both passes, so one matrix product in six is saved there.
+    Attributes:
+        stretches: Stretches of equal micro-batches.
+        weights: W + E, shape (m, d_out, d_in).
+        biases: b + e, shape (m or 1, d_out), or None.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,  # noqa: ARG004
-        bias: Tensor | None,  # noqa: ARG004
-        result: list[Tensor],
-    ) -> Tensor:
-        """Return the result, with the weights' gradient attached.
+    stretches: tuple[Stretch, ...]
+    weights: Tensor
+    biases: Tensor | None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Step.forward`.
 
         Args:
-            ctx: Autograd's context.
-            x: Input without gradient, shape (..., d_in).
-            weight: W, shape (d_out, d_in); only its gradient is of interest.
-            bias: b, shape (d_out,), or None.
-            result: `x W' + b`, boxed so that autograd does not take it for an argument.
+            x: Input.
+            weight: W.
+            bias: b or None; unused, as `biases` holds it.
 
         Returns:
-            The result itself.
+            y.
         """
-        ctx.save_for_backward(x)
-        return result.pop()
+        del bias
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for start, stop, first, n in self.stretches:
+            own = self.weights[first : first + n].mT  # (n, d_in, d_out)
+            rows, result = part(x, start, stop, n), part(y, start, stop, n)
+            if self.biases is None:
+                torch.bmm(rows, own, out=result)
+            else:
+                shift = self.biases if len(self.biases) == 1 else self.biases[first : first + n]
+                torch.baddbmm(shift[:, None], rows, own, out=result)
+        return y
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        """Gradients of W and b.
+    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """See `Step.backward`.
 
         Args:
-            ctx: Autograd's context.
-            gradients: dy.
+            dy: Gradient of y.
+            weight: W.
 
         Returns:
-            None for x, the two gradients, None for the box.
+            dx.
         """
-        (x,) = ctx.saved_tensors
-        dy = gradients[0].flatten(0, -2)
-        dw = dy.mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return None, dw, dy.sum(0) if ctx.needs_input_grad[2] else None, None
+        dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
+        for start, stop, first, n in self.stretches:
+            torch.bmm(part(dy, start, stop, n), self.weights[first : first + n], out=part(dx, start, stop, n))
+        return dx
 
 
-class ShardedLinear(torch.autograd.Function):
-    r"""$y_j = x_j (W + E_j)^\top + b + e_j$ by stretches; one whole-batch product for the gradient of W."""
+class PerturbedProduct(torch.autograd.Function):
+    """The product of every micro-batch with its own weights; one whole-batch product for the gradient of W."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        step: Tensor,
-        shift: Tensor | None,
-        stretches: list[tuple[int, int, int, int]],
-    ) -> Tensor:
-        """Multiply every micro-batch by its own weights.
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
+        """Multiply.
 
         Args:
             ctx: Autograd's context.
             x: Input, shape (rows, ..., d_in), contiguous.
             weight: W, shape (d_out, d_in).
             bias: b, shape (d_out,), or None.
-            step: E, shape (m, d_out, d_in).
-            shift: e, shape (m, d_out), or None.
-            stretches: First and last leading row, first micro-batch and number of micro-batches of each.
+            step: The perturbation, a constant.
 
         Returns:
             y, shape (rows, ..., d_out).
         """
         ctx.save_for_backward(x, weight)
-        ctx.step, ctx.stretches = step, stretches
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for start, stop, first, n in stretches:
-            own = (weight + step[first : first + n]).mT  # (n, d_in, d_out)
-            rows, result = x[start:stop].view(n, -1, x.shape[-1]), y[start:stop].view(n, -1, y.shape[-1])
-            if shift is not None or bias is not None:
-                offset = shift[first : first + n] if shift is not None else y.new_zeros(n, y.shape[-1])
-                offset = offset if bias is None else offset + bias
-                torch.baddbmm(offset[:, None], rows, own, out=result)
-            else:
-                torch.bmm(rows, own, out=result)
-        return y
+        ctx.step = step
+        return step.forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Gradients of x, W and b.
 
         Args:
@@ -154,19 +202,12 @@ class ShardedLinear(torch.autograd.Function):
             gradients: dy.
 
         Returns:
-            Gradients of x, W and b, and None for the constants.
+            Gradients of x, W and b, and None for the perturbation.
         """
         dy = gradients[0].contiguous()
         x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            for start, stop, first, n in ctx.stretches:
-                own = weight + ctx.step[first : first + n]
-                rows = dy[start:stop].view(n, -1, dy.shape[-1])
-                torch.bmm(rows, own, out=dx[start:stop].view(n, -1, x.shape[-1]))
-        if ctx.needs_input_grad[1]:
-            dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
-        if ctx.needs_input_grad[2]:
-            db = dy.flatten(0, -2).sum(0)
-        return dx, dw, db, None, None, None
+        step, ctx.step = ctx.step, None  # frees the perturbation layer by layer
+        dx = step.backward(dy, weight) if ctx.needs_input_grad[0] else None
+        dy = dy.view(-1, dy.shape[-1])
+        dw = dy.mT @ x.view(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None, None

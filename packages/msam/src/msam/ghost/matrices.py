@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from msam.ghost.affine import add_constant
 from msam.ghost.conv import Geometry, ShardedConvolution, kernel_gradients
-from msam.ghost.directions import KAPPA, Factors, Kept, LowRank, Plan
-from msam.ghost.linear import Block, KeptProduct, LowRankCorrection, ShardedLinear
+from msam.ghost.directions import KAPPA, Factors, Kept, Plan
+from msam.ghost.linear import LowRankStep, OwnWeights, PerturbedProduct
 from msam.ghost.tape import Contribution, Layout, Tape, UnsupportedError
 
 
@@ -32,32 +32,21 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipp
         UnsupportedError: If it is not a matrix applied to rows.
     """
     w, b = tape.table.find(weight), tape.table.find(bias)
-    if x.ndim < 2 or weight.ndim != 2 or tape.touches(x):
+    if w is None and b is None:
+        return _multiply(x, weight, bias, flipped)
+    if x.ndim < 2 or weight.ndim != 2 or tape.table.find(x) is not None:
         raise UnsupportedError(f"a product of shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     layout = tape.enter("product", (w, b), x.ndim)
     x = tape.spread(x, layout)
     if tape.phase == "apply":
-        assert tape.plan is not None
-        found = None if w is None else tape.plan.low_rank.get(w)
-        step = tape.plan.dense_of(w)
-        if step is not None and found is None:
-            return _materialised(tape, x, (weight, bias), (step, tape.plan.dense_of(b)), layout, flipped)
-        kept = tape.plan.kept.pop(len(tape.calls) - 1, None)
-        if kept is not None and kept.serves(x):
-            y = KeptProduct.apply(x, weight, bias, [kept.y])
-        else:
-            y = _multiply(x, weight, bias, flipped)
-        if found is not None:
-            y = corrected(tape, y, x, found, layout, flipped)
-        shift = tape.plan.dense_of(b)
-        return y if shift is None else add_constant(tape, y, shift, layout)
+        return _perturbed(tape, x, (weight, bias), (w, b), layout, flipped)
     y = _multiply(x, weight, bias, flipped)
     if tape.phase == "probe":
         return tape.note(y)
     if not (
         x.requires_grad or flipped or layout.shared or tape.table.sharded or torch.is_autocast_enabled(x.device.type)
     ):
-        tape.kept[len(tape.calls) - 1] = Kept(x.detach(), y.detach(), (x._version, y._version))
+        tape.kept[tape.position] = Kept(x.detach(), y.detach(), (x._version, y._version))
     tape.record(y, _factor_contribution(tape, x.detach(), weight.shape, layout, (w, b), flipped))
     return y
 
@@ -80,7 +69,7 @@ def _factor_contribution(
     w, b = owners
 
     def contribute(plan: Plan, gradient: Tensor) -> None:
-        inputs, outputs = tape.blocks(x.to(gradient.dtype), layout), tape.blocks(gradient, layout)
+        inputs, outputs = tape.blocks(cast(x, gradient.dtype), layout), tape.blocks(gradient, layout)
         if w is None:
             if b is not None:
                 plan.add_dense(b, torch.cat([g.sum(1) for g in outputs]))
@@ -91,33 +80,17 @@ def _factor_contribution(
     return contribute
 
 
-def corrected(tape: Tape, y: Tensor, x: Tensor, found: LowRank, layout: Layout, flipped: bool) -> Tensor:
-    """Add a low-rank perturbation to a product.
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type; a call of `Tensor.to` costs more than the question whether it is needed.
 
     Args:
-        tape: The running pass.
-        y: Unperturbed product; overwritten.
-        x: Its input.
-        found: The direction.
-        layout: Which dimension counts examples.
-        flipped: Orientation of the weight.
+        x: Any tensor.
+        dtype: Wanted type.
 
     Returns:
-        The perturbed product.
+        The tensor itself or a copy.
     """
-    inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
-    moved = layout.dim != 0 and tape.shards.count > 1
-    rows, result = (x.movedim(layout.dim, 0), y.movedim(layout.dim, 0).contiguous()) if moved else (x, y)
-    each = tape.rows_each(rows.shape[0]) if tape.shards.count > 1 else 0
-    blocks: list[Block] = []
-    for i, (first, count, size) in enumerate(tape.shards.runs):
-        start = tape.shards.starts[first] * each
-        stop = start + count * size * each if each else rows.shape[0]
-        bias = found.bias_coefficient[i] if found.bias_coefficient else None
-        blocks.append((start, stop, inner[i], outer[i], found.coefficient[i], bias))
-    with plain_precision(y.device.type):
-        done: Tensor = LowRankCorrection.apply(result, rows.to(result.dtype), blocks)
-    return done.movedim(0, layout.dim).contiguous() if moved else done
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -145,29 +118,46 @@ def plain_precision(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _materialised(
+def _perturbed(
     tape: Tape,
     x: Tensor,
     parameters: tuple[Tensor, Tensor | None],
-    directions: tuple[Tensor, Tensor | None],
+    owners: tuple[int | None, int | None],
     layout: Layout,
     flipped: bool,
 ) -> Tensor:
-    (weight, bias), (step, shift) = parameters, directions
-    dtype = working_dtype(x)
-    own, steps = (weight.mT, step.mT) if flipped else (weight, step)
-    moved = layout.dim != 0 and tape.shards.count > 1
-    rows = (x.movedim(layout.dim, 0) if moved else x).to(dtype).contiguous()
-    each = tape.rows_each(rows.shape[0]) if tape.shards.count > 1 else 0
-    stretches = []
-    for first, count, size in tape.shards.runs:
-        start = tape.shards.starts[first] * each
-        stretches.append((start, start + count * size * each if each else rows.shape[0], first, count))
-    with plain_precision(x.device.type):
-        y: Tensor = ShardedLinear.apply(
-            rows, own.to(dtype), None if bias is None else bias.to(dtype), steps.to(dtype),
-            None if shift is None else shift.to(dtype), stretches,
+    """The product in pass 2.
+
+    Returns:
+        Shape (..., d_out).
+    """
+    (weight, bias), (w, b), plan = parameters, owners, tape.plan
+    assert plan is not None
+    found = None if w is None else plan.low_rank.get(w)
+    if found is None and not plan.is_dense(w):  # the matrix itself does not move
+        return add_constant(tape, _multiply(x, weight, bias, flipped), plan.shift(b, bias), layout)
+    moved, dtype = layout.dim != 0 and tape.shards.count > 1, working_dtype(x)
+    rows = cast(x.movedim(layout.dim, 0) if moved else x, dtype).contiguous()
+    stretches = tape.stretches(rows.shape[0])
+    step: LowRankStep | OwnWeights
+    if found is not None:
+        kept = plan.kept.pop(tape.position, None)
+        inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
+        step = LowRankStep(
+            stretches, [cast(i, dtype) for i in inner], [cast(o, dtype) for o in outer], found.coefficient, found.bias,
+            kept.y if kept is not None and kept.serves(x) else None, plan.one(rows),
         )  # fmt: skip
+    else:
+        assert w is not None
+        own = cast(plan.own(w, weight), dtype)
+        shift = None if bias is None else cast(plan.perturbed(b, bias).detach(), dtype)
+        step = OwnWeights(stretches, own.mT if flipped else own, shift)
+    with plain_precision(x.device.type):
+        y: Tensor = PerturbedProduct.apply(
+            rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
+        )
+    if found is not None:  # ASAM scales the bias by other factors than the matrix
+        y = add_constant(tape, y, plan.shift(b, bias), Layout())
     return y.movedim(0, layout.dim).contiguous() if moved else y
 
 
@@ -203,7 +193,7 @@ def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> T
 
         tape.record(y, contribute)
         return y
-    return y + _token_steps(tape, index, keys, tokens, y).view_as(y)
+    return y + _token_steps(tape, index, weight.detach(), keys, tokens, y).view_as(y)
 
 
 def _slots(tape: Tape, ids: Tensor, layout: Layout) -> Tensor:
@@ -220,7 +210,7 @@ def _slots(tape: Tape, ids: Tensor, layout: Layout) -> Tensor:
     return slots.view(-1, *[1] * (ids.ndim - 1 - layout.dim)).expand(ids.shape).flatten()
 
 
-def _token_steps(tape: Tape, index: int, keys: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
+def _token_steps(tape: Tape, index: int, weight: Tensor, keys: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
     """Perturbation of every looked-up row.
 
     Returns:
@@ -235,9 +225,8 @@ def _token_steps(tape: Tape, index: int, keys: Tensor, tokens: Tensor, like: Ten
         place = torch.searchsorted(found.keys, keys).clamp_(max=len(found.keys) - 1)
         hit = found.keys[place] == keys
         return (found.rows[place] * hit[:, None]).to(like.dtype)
-    dense = plan.dense_of(index)
-    if dense is not None:
-        return dense.flatten(0, 1)[keys].to(like.dtype)
+    if plan.is_dense(index):
+        return (plan.own(index, weight).flatten(0, 1)[keys] - weight[tokens]).to(like.dtype)
     tied = plan.low_rank.get(index)
     if tied is None:
         return like.new_zeros(len(keys), like.shape[-1])
@@ -281,31 +270,23 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
         y = geometry.run(x, weight, bias)
         tape.record(y, _convolution_contribution(tape, x.detach(), weight.shape, layout, (w, b), bounds, geometry))
         return y
-    assert tape.plan is not None
-    found, step = (None, None) if w is None else (tape.plan.low_rank.get(w), tape.plan.dense_of(w))
-    if found is not None:
-        y = geometry.run(x, weight, bias)
-        rows = corrected(
-            tape,
-            y.flatten(2).mT.contiguous(),
-            geometry.unfold(x, tuple(weight.shape[2:])),
-            found,
-            layout,
-            flipped=False,
-        )
-        y = rows.mT.reshape(y.shape)
-    elif step is not None:
+    plan = tape.plan
+    assert plan is not None
+    if w is not None and w in plan.low_rank:
+        patches = geometry.unfold(x, tuple(weight.shape[2:]))  # (N, positions, C_in * kernel)
+        rows = _perturbed(tape, patches, (weight.flatten(1), bias), (w, b), layout, flipped=False)
+        return rows.mT.reshape(x.shape[0], weight.shape[0], *geometry.positions(x.shape[2:], weight.shape[2:]))
+    if w is not None and plan.is_dense(w):
         dtype = working_dtype(x)
         with plain_precision(x.device.type):
-            y = ShardedConvolution.apply(x.to(dtype), weight.to(dtype), step.to(dtype), bounds, geometry)
-        y = y if bias is None else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
+            y = ShardedConvolution.apply(x.to(dtype), weight.to(dtype), plan.own(w, weight).to(dtype), bounds, geometry)
+        y = y if bias is None or plan.is_dense(b) else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
     else:
-        y = geometry.run(x, weight, bias)
-    shift = tape.plan.dense_of(b)
-    if shift is None:
+        y = geometry.run(x, weight, None if plan.is_dense(b) else bias)
+    if bias is None or not plan.is_dense(b):
         return y
-    shift = shift.to(y.dtype).view(*shift.shape, *[1] * (x.ndim - 2))
-    return y + tape.per_example(shift, y.ndim, layout, y.shape[0])
+    shift = plan.perturbed(b, bias).to(y.dtype)  # (m, C_out)
+    return y + tape.per_example(shift.view(*shift.shape, *[1] * (x.ndim - 2)), y.ndim, layout, y.shape[0])
 
 
 def _convolution_contribution(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from msam.batches import Shards, narrow, tree_map
 from msam.checks import check_loss
+from msam.ghost.directions import Plan
 from msam.ghost.rules import RULES
 from msam.ghost.tape import Call, Layout, Table, Tape, UnsupportedError
 from msam.options import Options
@@ -106,7 +108,7 @@ def prove(
         except (RuntimeError, IndexError) as error:
             raise UnsupportedError(f"the model cannot run with one replica per micro-batch: {error}") from error
         sharded = any(isinstance(m, FSDPModule) for m in model.modules())
-        _compare(loss_fn, batch, shards, plain, options, loss, plan.squares, sharded=sharded)
+        _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
     return path
 
 
@@ -156,17 +158,9 @@ def find_layout(shape: torch.Size, gradient: Tensor | None, rolled: Tensor | Non
 
 
 def _compare(
-    loss_fn: LossFunction,
-    batch: Any,
-    shards: Shards,
-    tracked: Tracked,
-    options: Options,
-    whole: Tensor,
-    squares: Mapping[int, Tensor],
-    *,
-    sharded: bool,
+    loss_fn: LossFunction, batch: Any, shards: Shards, options: Options, whole: Tensor, plan: Plan, *, sharded: bool
 ) -> None:
-    """Compare the loss, and the norm of every parameter's gradient, with micro-batches that run alone.
+    """Compare the loss, every parameter's recorded gradient and the norms with micro-batches that run alone.
 
     The recorded gradients are those of the whole loss, so a micro-batch's carries its share as a factor. Under FSDP2
     whole gradients do not exist, and only the loss is compared.
@@ -174,36 +168,50 @@ def _compare(
     Raises:
         UnsupportedError: If they differ by more than rounding.
     """
+    parameters = plan.tracked.parameters
+    tolerance = max(TOLERANCES.get(dtype, 2e-3) for dtype in plan.dtypes() | {whole.dtype})
     parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
-    losses, norms = [], []
-    for part, share in zip(parts, shard_shares(parts, shards, options), strict=True):
+    total, norms = 0.0, []
+    for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, options), strict=True)):
         loss = check_loss(loss_fn(part), finite=False)
-        losses.append(share * loss.detach())
+        total += share * float(loss.detach())
         if not sharded:
-            gradients = torch.autograd.grad(loss, list(tracked.parameters), allow_unused=True)
-            norms.append([whole.new_zeros(()) if g is None else share * torch.linalg.vector_norm(g) for g in gradients])
-    tolerance = max(TOLERANCES.get(t.dtype, 2e-3) for t in (whole, next(iter(squares.values()))))
-    if torch.is_autocast_enabled(whole.device.type) or any(p.dtype != whole.dtype for p in tracked.parameters):
-        tolerance = TOLERANCES[torch.bfloat16]
-    loss = torch.stack(losses).sum()
-    if not torch.allclose(loss, whole.to(loss), rtol=tolerance, atol=tolerance):
+            gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+            norms.append(_compare_gradients(plan, j, share, gradients, tolerance))
+    if not abs(total - float(whole)) <= tolerance * (1 + abs(float(whole))):
         raise UnsupportedError(
             f"the loss of the batch ({float(whole):.6g}) is not the weighted mean over its micro-batches "
-            f"({float(loss):.6g}); give shard_weight (such as the number of valid tokens) if the loss is masked"
+            f"({total:.6g}); give shard_weight (such as the number of valid tokens) if the loss is masked"
         )
     if sharded:
         return
-    truth = torch.tensor(norms, dtype=torch.float64).T  # (parameters, m)
-    got = torch.stack([
-        squares[i].double().sqrt().cpu() if i in squares else torch.zeros(shards.count, dtype=torch.float64)
-        for i in range(len(tracked.parameters))
-    ])  # fmt: skip
-    # A norm from a Gram matrix is sure to sqrt(eps) of the whole only: a bias before a batch norm has a zero gradient.
-    floor = max(tolerance, 10 * torch.finfo(whole.dtype).eps ** 0.5) * truth.norm(dim=0)
-    off = (truth - got).abs() > tolerance * truth + floor / len(truth) ** 0.5
-    if bool(off.any()):
-        i, j = (int(v) for v in off.nonzero()[0])
-        raise UnsupportedError(
-            f"the gradient of parameter {i} of shape {tuple(tracked.parameters[i].shape)} has norm {got[i, j]:.6g} as "
-            f"recorded and {truth[i, j]:.6g} in truth in micro-batch {j}: part of the model runs out of sight"
-        )
+    plan.finish()
+    got = plan.norms.double().cpu()
+    if not torch.allclose(got, got.new_tensor(norms), rtol=max(tolerance, 1e-6), atol=tolerance * max(norms)):
+        raise UnsupportedError(f"the micro-batches' gradients have norms {norms}, but {got.tolist()} as measured")
+
+
+def _compare_gradients(
+    plan: Plan, shard: int, share: float, gradients: Sequence[Tensor | None], tolerance: float
+) -> float:
+    """Compare one micro-batch's gradients with what was recorded of them.
+
+    Returns:
+        The norm over all parameters.
+
+    Raises:
+        UnsupportedError: If a parameter's gradient differs by more than rounding.
+    """
+    norm = share * math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients if g is not None))
+    for i, (p, gradient) in enumerate(zip(plan.tracked.parameters, gradients, strict=True)):
+        truth = torch.zeros_like(p) if gradient is None else share * gradient
+        size = float(torch.linalg.vector_norm(truth))
+        error = float(torch.linalg.vector_norm(plan.gradient(i, shard) - truth))
+        # Rounding is relative to the whole gradient: a bias before a batch norm has a zero gradient, but for rounding.
+        if not error <= tolerance * (size + norm / len(gradients) ** 0.5):
+            raise UnsupportedError(
+                f"the gradient of parameter {i} of shape {tuple(p.shape)} is off by {error:.6g} of {size:.6g} as "
+                f"recorded in micro-batch {shard}: part of the model runs out of sight, or the loss is no weighted "
+                "mean over micro-batches; give shard_weight (such as the number of valid tokens) if the loss is masked"
+            )
+    return norm

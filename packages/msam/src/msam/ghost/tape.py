@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -89,12 +90,24 @@ class Table:
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._index: dict[int, int] = {id(p): i for i, p in enumerate(parameters)}
-        self._held = list(parameters)  # keeps the ids alive
+        self._parameters = tuple(parameters)  # keeps the ids alive, as does the next one
+        self._held: list[Tensor] = []
         self.sharded = any(isinstance(m, FSDPModule) for m in model.modules())
         self._model = model
         self._names: dict[str, int] = {}
         if self.sharded:
             self._names = {n: self._index[id(p)] for n, p in model.named_parameters() if id(p) in self._index}
+
+    def holds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these, in this order, are the tracked parameters.
+
+        Args:
+            parameters: Parameters.
+
+        Returns:
+            True if so.
+        """
+        return len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
 
     def find(self, value: Any) -> int | None:
         """Index of a tracked parameter.
@@ -179,8 +192,7 @@ class Tape(TorchFunctionMode):
         rule = self.rules.get(func)
         if rule is not None:
             return rule(self, func, args, kwargs)
-        touching = self.touches(args) or (bool(kwargs) and self.touches(tuple(kwargs.values())))
-        if touching and not harmless(func):
+        if (self.touches(args) or (kwargs and self.touches(tuple(kwargs.values())))) and not harmless(func):
             raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)} of a perturbed parameter")
         return func(*args, **kwargs)
 
@@ -193,11 +205,8 @@ class Tape(TorchFunctionMode):
         Returns:
             True if so.
         """
-        if isinstance(value, tuple | list):
-            for item in value:
-                if self.touches(item) if isinstance(item, tuple | list) else self.table.find(item) is not None:
-                    return True
-            return False
+        if value.__class__ is tuple or value.__class__ is list:
+            return any(map(self.touches, value))
         return self.table.find(value) is not None
 
     def enter(self, kind: str, owners: tuple[int | None, ...], ndim: int) -> Layout:
@@ -218,16 +227,15 @@ class Tape(TorchFunctionMode):
         self.calls.append(call)
         if self.phase == "probe":
             return _FIRST
-        for path in self.paths:
-            if len(path) <= position or path[position][0] != call:
-                break
-        else:
-            if self.paths:
-                return self.paths[0][position][1]
         self.paths = [path for path in self.paths if len(path) > position and path[position][0] == call]
         if not self.paths:
             raise ChangedError(f"call {position} ({kind}) is new")
         return self.paths[0][position][1]
+
+    @property
+    def position(self) -> int:
+        """Number of the use that was entered last."""
+        return len(self.calls) - 1
 
     def finish(self) -> None:
         """Check that the forward pass made all calls of a proved path.
@@ -314,14 +322,47 @@ class Tape(TorchFunctionMode):
         Returns:
             Tensors of shape (micro-batches of the stretch, rows of each, d).
         """
+        x = x.movedim(layout.dim, 0) if layout.dim and self.shards.count > 1 else x
+        return [x[start:stop].reshape(count, -1, x.shape[-1]) for start, stop, _, count in self.stretches(x.shape[0])]
+
+    def stretches(self, length: int) -> tuple[tuple[int, int, int, int], ...]:
+        """Stretches of equal micro-batches in a dimension that counts examples.
+
+        Args:
+            length: Length of the dimension.
+
+        Returns:
+            First and last row, first micro-batch and number of micro-batches of each.
+        """
+        return ((0, length, 0, 1),) if self.shards.count == 1 else self.shards.stretches(self.rows_each(length))
+
+    @property
+    def splits(self) -> bool:
+        """Whether a dimension of examples can be split by micro-batch as a view: several of one size."""
+        return self.shards.count > 1 and len(self.shards.runs) == 1
+
+    def sums(self, values: Tensor, layout: Layout, places: range) -> Tensor:
+        """Sum over everything but the micro-batches and a parameter's own dimensions.
+
+        Args:
+            values: Terms.
+            layout: Which dimension counts examples.
+            places: The parameter's dimensions.
+
+        Returns:
+            Shape (m, *shape of the parameter).
+        """
+        others = [d for d in range(values.ndim) if d not in places]
         if self.shards.count == 1:
-            return [x.reshape(1, -1, x.shape[-1])]
-        x = x.movedim(layout.dim, 0) if layout.dim else x
-        each, starts = self.rows_each(x.shape[0]), self.shards.starts
-        return [
-            x[starts[first] * each : (starts[first] + count * size) * each].reshape(count, -1, x.shape[-1])
-            for first, count, size in self.shards.runs
-        ]
+            return values.sum(others)[None] if others else values[None]
+        if self.splits and layout.dim < places.start:
+            self.rows_each(values.shape[layout.dim])
+            rest = [d + (d > layout.dim) for d in others if d != layout.dim]
+            sums: Tensor = values.unflatten(layout.dim, (self.shards.count, -1)).sum([layout.dim + 1, *rest])
+            return sums
+        each = self.rows_each(values.shape[layout.dim])
+        cut = [(start * each, size * each) for start, size in zip(self.shards.starts, self.shards.sizes, strict=True)]
+        return torch.stack([values.narrow(layout.dim, start, length).sum(others) for start, length in cut])
 
     def per_example(self, replicas: Tensor, ndim: int, layout: Layout, length: int) -> Tensor:
         """Give every example its micro-batch's replica of a parameter, shaped to broadcast against an activation.
@@ -364,7 +405,8 @@ class Tape(TorchFunctionMode):
         """
         if self.phase == "apply":
             assert self.plan is not None
-            return parameter + self.plan.dense_direction(index, parameter)
+            own = self.plan.perturbed(index, parameter)
+            return own if len(own) == self.shards.count else own.expand(self.shards.count, *parameter.shape)
         leaf = parameter.detach().expand(self.shards.count, *parameter.shape).clone().requires_grad_()
         self.uses.append(Use(leaf, lambda plan, gradient: plan.add_dense(index, gradient)))
         return leaf

@@ -1,0 +1,43 @@
+"""What a step costs over a plain one, by engine and number of micro-batches: `results/cost.json` and its picture.
+
+    python packages/msam/reproduce/cost.py [--models mlp,cnn] [--repeats 7]
+
+Models that are not asked for keep the figures they have. CPU time of one thread; all engines take their steps in turn,
+so that a drift of the machine hits all of them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from core_tensor.files import read_json, write_json
+from msam import plots
+from msam.cost import MODELS, ratios
+
+RESULTS = Path(__file__).parent / "results"
+COUNTS = (2, 4, 8, 16, 32)
+
+
+def main() -> None:
+    """Time every model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path, asked = RESULTS / "cost.json", options.models.split(",")
+    rows = [row for row in read_json(path)["rows"] if row["model"] not in asked] if path.exists() else []
+    rows += [row for name in asked for row in ratios(name, COUNTS, ("ghost", "sequential"), options.repeats)]
+    rows.sort(key=lambda row: MODELS.index(row["model"]))
+    by_pair = {(row["model"], row["mode"], row["m"]): row["ratio"] for row in rows}
+    table = [
+        {"model": name, "mode": mode} | {f"m{m}": by_pair[name, mode, m] for m in COUNTS}
+        for name in dict.fromkeys(row["model"] for row in rows)
+        for mode in ("ghost", "sequential")
+    ]
+    write_json(path, {"rows": rows, "table": table})
+    plots.cost(rows, RESULTS / "cost.png", "CPU time of a step against the number of micro-batches, one thread")
+
+
+if __name__ == "__main__":
+    main()
