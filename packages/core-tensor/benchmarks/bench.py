@@ -3,6 +3,7 @@
 import core_tensor
 import torch
 from core_tensor.benchmarking import compare, run_bars
+from torch import Tensor
 
 
 def cd_block(quick: bool) -> dict[str, object]:
@@ -36,20 +37,39 @@ def bit_packing(quick: bool) -> dict[str, object]:
 
 
 def quantized_linear(quick: bool) -> dict[str, object]:
-    """One token and eight through a 3-bit layer, against torch's float32 product (memory-bound: 32 / 3 the bytes)."""
+    """Packed layers against torch's float32 product (one token reads every weight once) and against memory.
+
+    For one token also the packed bytes per second over the rate at which this machine reads (a sum over as many bytes
+    of float32): the limit of a layer that is larger than the caches.
+    """
     size = 2048 if quick else 4096
     weight = torch.randn(size, size)
-    words = core_tensor.pack_bits(torch.randint(0, 8, (size, size), dtype=torch.uint8), 3)
-    scale, zero = torch.rand(size, 1), torch.full((size, 1), 4, dtype=torch.uint8)
+    scale, zero = torch.rand(size, 1), torch.full((size, 1), 2, dtype=torch.uint8)
     results: dict[str, object] = {}
-    for tokens in (1, 8):
+    for bits, tokens, fraction in ((3, 1, 0.0), (3, 8, 0.0), (3, 256, 0.0), (3, 1, 0.01), (2, 1, 0.0), (4, 1, 0.0)):
+        words = core_tensor.pack_bits(torch.randint(0, 2**bits, (size, size), dtype=torch.uint8), bits)
+        sparse = _outliers(size, fraction) if fraction else None
         x = torch.randn(tokens, size)
-        pair = compare(
-            lambda x=x: core_tensor.quantized_linear(x, words, scale, zero, 3), lambda x=x: x @ weight.T, pairs=11
-        )
-        results |= {f"quantized_linear_{tokens}_vs_float32": round(pair.speedup, 2)}
-        results |= {f"quantized_linear_{tokens}_detail": pair.spread()}
+
+        def ours(x: Tensor = x, words: Tensor = words, bits: int = bits, sparse: Sparse | None = sparse) -> Tensor:
+            return core_tensor.quantized_linear(x, words, scale, zero, bits, -1, sparse)
+
+        name = f"quantized_linear_{bits}b_{tokens}" + ("_outliers" if fraction else "")
+        pair = compare(ours, lambda x=x: x @ weight.T, pairs=11)
+        results |= {f"{name}_vs_float32": round(pair.speedup, 2), f"{name}_detail": pair.spread()}
+        if tokens == 1 and not fraction:
+            block = weight.flatten()[: words.numel()]  # as many bytes
+            results[f"{name}_of_read_rate"] = round(compare(ours, block.sum, pairs=11).speedup, 3)
     return results
+
+
+Sparse = tuple[Tensor, Tensor, Tensor]
+
+
+def _outliers(size: int, fraction: float) -> Sparse:
+    count = round(fraction * size)
+    columns = torch.stack([torch.randperm(size)[:count].sort().values for _ in range(size)]).flatten().to(torch.int32)
+    return torch.arange(size + 1) * count, columns, torch.randn(len(columns)).half()
 
 
 def assignment(quick: bool) -> dict[str, object]:

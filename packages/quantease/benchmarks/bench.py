@@ -1,14 +1,29 @@
 """Benchmarks of quantease's layer algorithms: speed against torch.matmul, errors on generated and real layers."""
 
+import importlib.util
 import pydoc_data.topics
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from core_tensor.benchmarking import Comparison, compare, run_bars
-from quantease import GramFolds, LayerConfig, quantize_layer, relative_error
+from quantease import (
+    GramFolds,
+    LayerConfig,
+    ModelConfig,
+    export_model,
+    open_causal_lm,
+    quantize_layer,
+    quantize_model,
+    relative_error,
+)
+from quantease.certified import gptq_descent
+from quantease.export import logit_difference
 from quantease.gptq import gptq
 from quantease.grid import Grid, group_index, minmax_grid
 from quantease.objective import row_objective
@@ -17,7 +32,7 @@ from quantease.smollm2 import smollm2_path
 from quantease.sweep import Sweeper
 from quantease.synthetic import synthetic_layer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 Result = dict[str, Any]
 BLOCKS = (0, 14, 29)
@@ -96,6 +111,114 @@ def gptq_gemm_fraction(quick: bool) -> Result:
     problem, grid = _square(4096)
     found = _against_gemm(4096, lambda: gptq(problem, grid), quick)
     return {"gptq_gemm_fraction": round(found.speedup, 4), "gptq_gemm_fraction_detail": found.spread()}
+
+
+def gptq_descent_vs_gptq(quick: bool) -> Result:
+    """GPTQ and descent to a certified coordinate-wise minimum over GPTQ's time; greatest of two sizes."""
+    found, moved = {}, {}
+    for size in (2048, 4096):
+        problem, grid = _square(size)
+        codes, certificate = gptq_descent(problem, grid)
+        if not certificate.holds:
+            raise RuntimeError("the minimum was not certified")
+        moved[size] = round(float((codes != gptq(problem, grid)).double().mean()), 5)
+        found[size] = compare(
+            lambda p=problem, g=grid: gptq_descent(p, g), lambda p=problem, g=grid: gptq(p, g), pairs=3 if quick else 7
+        )
+    return {
+        "gptq_descent_vs_gptq": round(max(c.ratio for c in found.values()), 4),
+        "gptq_descent_vs_gptq_detail": {str(size): c.spread() | {"moved": moved[size]} for size, c in found.items()},
+    }
+
+
+def outlier_error_vs_iht(quick: bool) -> Result:
+    """Mixed descent over the paper's iterative hard thresholding: layer error at equal storage, synthetic A."""
+    results: Result = {}
+    for bits, fraction in ((3, 0.01), (2, 0.02)):
+        ratios, unseen = [], []
+        for seed in range(2 if quick else 5):
+            layer = synthetic_layer("A", seed=seed, features=512, rows=512)
+            ours, theirs = (
+                quantize_layer(layer.weight, layer.gram, LayerConfig(name, bits=bits, outliers=fraction))  # type: ignore[arg-type]
+                for name in ("quantease", "quantease-paper")
+            )
+            if ours.report.bits_per_weight != theirs.report.bits_per_weight:
+                raise RuntimeError("the two do not store the same")
+            ratios.append(round(ours.report.calibration_error / theirs.report.calibration_error, 4))
+            errors = [relative_error(layer.weight, found.dequantize(), layer.heldout) for found in (ours, theirs)]
+            unseen.append(round(errors[0] / errors[1], 4))
+        name = f"outlier_error_{bits}b_vs_iht"
+        results |= {name: statistics.median(ratios), f"{name}_detail": {"calibration": ratios, "unseen": unseen}}
+    return results
+
+
+_MEMORY = """
+import resource, sys
+from quantease import LayerConfig, ModelConfig, export_model, open_causal_lm, quantize_model
+import quantease.export, transformers.models.llama.modeling_llama, torch
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.set_num_threads(1)
+before = peak()
+folder = sys.argv[1]
+lm = open_causal_lm(folder)
+tokens = torch.randint(1000, (4, 256), generator=torch.Generator().manual_seed(0))
+run = quantize_model(lm, tokens, folder + "/run", ModelConfig(LayerConfig("gptq")), blocks=2)
+quantized = peak()
+export_model(run, folder + "/out")
+print(before, quantized, peak())
+"""
+
+
+def peak_memory(quick: bool) -> Result:
+    """Peak memory above that of the imports, over the weights in float32: quantize, then also save and load again."""
+    del quick
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlamaConfig(
+            vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        weights = 4 * sum(p.numel() for p in model.parameters())
+        model.save_pretrained(folder)
+        del model
+        command = [sys.executable, "-c", _MEMORY, folder]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    before, quantized, saved = map(int, output.split()[-3:])
+    return {
+        "peak_memory_over_weights": round((saved - before) / weights, 3),
+        "peak_memory_over_weights_detail": {
+            "weights_MB": round(weights / 1e6),
+            "imports_MB": round(before / 1e6),
+            "while_quantizing": round((quantized - before) / weights, 3),
+        },
+    }
+
+
+def export_reload_difference(quick: bool) -> Result:
+    """Logits of a saved model as transformers (and GPTQModel) load it against those in memory, over the greatest."""
+    del quick
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
+    results: Result = {}
+    peers = all(map(importlib.util.find_spec, ("gptqmodel", "optimum")))
+    for name, layer in (
+        ("compressed-tensors", LayerConfig("rtn")),
+        ("gptq", LayerConfig("rtn", symmetric=True)),
+        ("gptq_v2", LayerConfig("rtn")),
+        ("native", LayerConfig("quantease", outliers=0.01)),
+    ):
+        key = f"reload_difference_{name.replace('-', '_')}"
+        if name.startswith("gptq") and not peers:
+            results |= {key: None, f"{key}_reason": "peers not installed: gptqmodel and optimum"}
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            run = quantize_model(open_causal_lm(model.eval()), tokens, f"{folder}/run", ModelConfig(layer))
+            export_model(run, f"{folder}/out", name)
+            loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=torch.float32).eval()
+            results[key] = logit_difference(run, loaded)
+    return results
 
 
 def paper_vs_gptq_layer_error(quick: bool) -> Result:
@@ -188,7 +311,7 @@ def smollm2_layers(blocks: tuple[int, ...]) -> dict[str, tuple[Tensor, GramFolds
     grams = []
     for part, windows in ((text[:60_000], 4), (text[middle : middle + 60_000], 2)):
         tokens = tokenizer(part, return_tensors="pt").input_ids[0, : 512 * windows].reshape(windows, 512)
-        grams.append({name: GramFolds(module.in_features) for name, module in modules.items()})
+        grams.append({name: GramFolds(module.in_features, segment=512) for name, module in modules.items()})
         hooks = [
             module.register_forward_pre_hook(lambda _, args, gram=grams[-1][name]: gram.update(args[0]))
             for name, module in modules.items()
@@ -205,9 +328,13 @@ BARS = {
     "cd_sweep_gemm_fraction": cd_sweep_gemm_fraction,
     "cd_sweep_vs_column_loop": cd_sweep_vs_column_loop,
     "gptq_gemm_fraction": gptq_gemm_fraction,
+    "gptq_descent_vs_gptq": gptq_descent_vs_gptq,
     "paper_vs_gptq_layer_error": paper_vs_gptq_layer_error,
     "default_worse_rows": default_worse_rows,
     "heldout_layer_error_vs_gptq": heldout_layer_error_vs_gptq,
+    "outlier_error_vs_iht": outlier_error_vs_iht,
+    "peak_memory_over_weights": peak_memory,
+    "export_reload_difference": export_reload_difference,
 }
 
 if __name__ == "__main__":

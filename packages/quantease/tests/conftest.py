@@ -41,14 +41,14 @@ ARCHITECTURES = {
 }
 
 
-def build(name: str, seed: int = 0) -> torch.nn.Module:
-    """A random model of one of `ARCHITECTURES`, without dropout."""
+def build(name: str, seed: int = 0, **sizes: int) -> torch.nn.Module:
+    """A random model of one of `ARCHITECTURES`, without dropout; `sizes` replace those of its configuration."""
     import transformers
 
     kind, values = ARCHITECTURES[name]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(seed)
-    config = getattr(transformers, kind)(**values, **special)
+    config = getattr(transformers, kind)(**(values | sizes), **special)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -77,6 +77,29 @@ def test_truncated_and_foreign_files(tiny_llama, tmp_path):
             open_causal_lm(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "cannot load"),
+        ('{"model_type": "nonsense"}', "cannot load"),
+        ('{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 9}', "cannot load"),
+    ],
+)
+def test_folder_without_a_model(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message) as found:
+        open_causal_lm(tmp_path)
+    assert "\n" not in str(found.value)
+
+
+def test_files_that_are_no_gguf_and_devices_that_are_not_there(tiny_llama, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(ValueError, match=r"cannot load .*model\.gguf"):
+        open_causal_lm(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="device: torch cannot use"):
+        open_causal_lm(tiny_llama, device="cuda:99")
+
+
 def test_checkpoint_of_another_shape(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text().replace('"vocab_size": 97', '"vocab_size": 96')

@@ -1,8 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
+from quantease import cli, export
 from quantease.cli import main
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +73,10 @@ def test_compare_resumes(folder, tmp_path):
     ("arguments", "message"),
     [
         (("quantize", "nowhere", "out"), "expected a folder, a .gguf file or a hub id (owner/name), got nowhere"),
-        (("quantize", "nowhere", "out", "--format", "zip"), "--format: expected one of"),
+        (("quantize", "nowhere", "out", "--format", "zip"), "Invalid value for '--format': 'zip' is not one of"),
         (("quantize", "nowhere", "out", "--bits", "9"), "9 is not in the range"),
-        (("inspect", "."), "report.json"),
+        (("inspect", "."), "RUN: expected the OUT of `quantease quantize`, found no report.json in ."),
+        (("export", ".", "out", "--model", "nowhere"), "found no run.json in ."),
         (("eval", "nowhere"), "expected a folder, a .gguf file or a hub id (owner/name), got nowhere"),
     ],
 )
@@ -85,3 +92,43 @@ def test_text_that_is_too_short(folder, tmp_path):
     result = run("quantize", folder, tmp_path / "out", "--text", folder / "text.txt", "--windows", 999, code=2)
     assert "text: expected at least" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_formats_of_the_command_are_those_of_the_library():
+    assert set(cli.FORMATS) == set(export.FORMATS)
+
+
+@pytest.mark.parametrize("outliers", [(), ("--outliers", 0.05)])
+def test_quantize_on_own_samples_and_evaluate_in_another_process(outliers, folder, tmp_path):
+    sizes = ("--windows", 4, "--length", 24, "--text", "self", "--algorithm", "quantease-paper", "--bits", 4)
+    report = json.loads(run("quantize", folder, tmp_path / "out", *sizes, *outliers, "--json").stdout)
+    assert report["export"]["format"] == ("native" if outliers else "compressed-tensors")
+    command = ["eval", tmp_path / "out", "--text", folder / "text.txt", "--length", 32, "--tokens", 320, "--json"]
+    found = subprocess.run([sys.executable, "-m", "quantease", *map(str, command)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""  # neither bars nor notes where nobody sits at a terminal
+    assert 20 < json.loads(found.stdout)["perplexity"] < 200
+
+
+def test_format_that_cannot_hold_the_model_is_refused_before_any_work(folder, tmp_path):
+    arguments = ("quantize", folder, tmp_path / "out", "--outliers", 0.01, "--format", "compressed-tensors")
+    result = run(*arguments, "--text", folder / "text.txt", code=2)
+    assert "compressed-tensors has no outliers; use native or dense" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.distributed
+def test_torchrun_quantizes_as_one_process_does(folder, tmp_path):
+    sizes = ["--windows", "8", "--length", "32", "--text", str(folder / "text.txt"), "--algorithm", "rtn", "--json"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    both = subprocess.run(
+        [*launch, "quantease", "quantize", str(folder), str(tmp_path / "two"), *sizes],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    alone = json.loads(run("quantize", folder, tmp_path / "one", *sizes).stdout)
+    together = json.loads(both.stdout)
+    assert together["median_calibration_error"] == pytest.approx(alone["median_calibration_error"], rel=1e-3)
+    saved = [load_file(tmp_path / place / "model.safetensors") for place in ("one", "two")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])  # rounding needs no Gram matrix

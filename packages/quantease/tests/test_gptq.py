@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from core_tensor.testing import assert_close
-from quantease.gptq import gptq, upper_factor
+from quantease.gptq import gptq, gptq_with_gradient, upper_factor
 
 
 def _obq(W, sigma, grid, damping, order):
@@ -56,3 +56,15 @@ def test_beats_rounding_to_nearest(make_problem, make_minmax):
     grid = make_minmax(problem)
     nearest = problem.candidate(grid.quantize(problem.weight), grid)
     assert problem.candidate(gptq(problem, grid), grid).total < 0.8 * nearest.total
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_the_gradient_comes_with_the_codes(make_problem, make_minmax, act_order, damping, block):
+    problem = make_problem(11, 30, dtype=torch.float64, dead=(3,) if damping else ())
+    grid = make_minmax(problem)
+    options = {"act_order": act_order, "damping": damping, "block": block}
+    codes, gradient = gptq_with_gradient(problem, grid, **options)
+    assert torch.equal(codes, gptq(problem, grid, **options))
+    assert_close("gradient", (problem.weight - grid.dequantize(codes, torch.float64)) @ problem.sigma, gradient, 1e-10)

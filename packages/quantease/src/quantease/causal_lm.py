@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,20 @@ def open_causal_lm(
     """
     transformers = require("transformers", "quantease[hf]")
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    _check_device(device)
     if isinstance(model, nn.Module):
         return _from_module(model, tokenizer, str(getattr(model, "name_or_path", "") or "model"), device)
     path = Path(model)
     check_place(path)
     if path.suffix == ".gguf":
-        place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        loaded = _pretrained(transformers, dtype=torch.float32 if wanted == "auto" else wanted, **place)
-        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(**place)
-        return _from_module(loaded, tokenizer, path.name, device)
+        loaded, own = open_gguf(path, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        return _from_module(loaded, tokenizer or own, path.name, device)
     folder = path if path.is_dir() else _download(str(model))
     if not (folder / "config.json").exists():
         raise ValueError(f"model: expected a config.json in {model}, found none")
     tokenizer = tokenizer or _tokenizer(transformers, folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    with _foreign(model):
+        config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"model: expected one that is not quantized, but {model} has a quantization_config")
     stored: torch.dtype = (
@@ -129,8 +130,58 @@ def open_causal_lm(
         weights = SafetensorsWeights(folder, skeleton.base_model_prefix)
         if all(weights.has(name) for name in _stored_names(skeleton)):
             return _assemble(skeleton, weights, tokenizer, str(model), device, lazy=True)
-    loaded = _pretrained(transformers, pretrained_model_name_or_path=str(folder), dtype=wanted)
+    with _foreign(model):
+        loaded = _pretrained(transformers, pretrained_model_name_or_path=str(folder), dtype=wanted)
     return _from_module(loaded, tokenizer, str(model), device)
+
+
+def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load a GGUF file with transformers, whole.
+
+    Args:
+        path: The file.
+        dtype: Of the weights.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: If it is no GGUF file, or one of an architecture that transformers does not convert.
+    """
+    transformers = require("transformers", "quantease[hf]")
+    require("gguf", "quantease[demo]")
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _quiet_conversion(), _foreign(path):
+        return _pretrained(transformers, dtype=dtype, **place), transformers.AutoTokenizer.from_pretrained(**place)
+
+
+@contextmanager
+def _foreign(model: Any) -> Iterator[None]:
+    # Says in one line what transformers says in many about files that it cannot load.
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"model: transformers cannot load {model} ({first})") from error
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"device: torch cannot use {device} ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def _quiet_conversion() -> Iterator[None]:
+    """Transformers' bar over the tensors of a GGUF file shows even when standard error is no terminal."""
+    module = require("transformers.modeling_gguf_pytorch_utils", "quantease[hf]")
+    bar = module.tqdm
+    module.tqdm = partial(bar, disable=None)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
 
 
 def check_place(path: Path) -> None:

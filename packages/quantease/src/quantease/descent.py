@@ -32,13 +32,34 @@ def descend(
     Returns:
         A candidate that is in no row worse than the start.
     """
-    grid, sparse = candidate.grid, candidate.sparse
     single = sparse_sweeps(problem.weight, problem.sigma, candidate, frozen, max_sweeps)
-    start = candidate.best_rows(problem.candidate(single, grid, sparse))
     if not exact:
-        return start
-    double = sparse_sweeps(problem.weight.double(), problem.sigma64, start, frozen, max_sweeps)
-    return start.best_rows(problem.candidate(double, grid, sparse))
+        return candidate.best_rows(problem.candidate(single, candidate.grid, candidate.sparse))
+    return _descend_exactly(problem, candidate, single, frozen, max_sweeps)
+
+
+def _descend_exactly(
+    problem: Problem, before: Candidate, codes: Tensor, frozen: Tensor | None, max_sweeps: int
+) -> Candidate:
+    # One float64 product gives the objective of what float32 found, the gradient to go on from and, updated by the
+    # sweeps, the objective at their end.
+    W, grid, sparse = problem.weight.double(), before.grid, before.sparse
+
+    def residual(codes: Tensor) -> Tensor:
+        D = W - grid.dequantize(codes, torch.float64)
+        return D if sparse is None else D - sparse
+
+    D = residual(codes)
+    gradient = D @ problem.sigma64
+    single = Candidate(codes, grid, torch.linalg.vecdot(D, gradient).clamp_min_(0.0), sparse)
+    start = before.best_rows(single)
+    back = (~(single.objective < before.objective)).nonzero()[:, 0]  # rows that float32 did not improve
+    gradient[back] = residual(start.codes)[back] @ problem.sigma64
+    moved, gradient, _, _ = core_tensor.cd_sparse(
+        start.codes, gradient, problem.sigma64, grid.scale.double(), grid.group, frozen, grid.max_code, max_sweeps
+    )
+    objective = torch.linalg.vecdot(residual(moved), gradient).clamp_min_(0.0)
+    return start.best_rows(Candidate(moved, grid, objective, sparse))
 
 
 def _gradient(W: Tensor, sigma: Tensor, candidate: Candidate) -> Tensor:

@@ -1,6 +1,6 @@
 """GPTQ with act-order and static groups: error feedback along a Cholesky factor."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import core_tensor
 import torch
@@ -61,11 +61,54 @@ def gptq(problem: Problem, grid: Grid, *, damping: float = 0.01, act_order: bool
 
     Source: arXiv 2210.17323, Alg. 1; act-order and static groups as in the authors' code.
     """
+    return _gptq(problem, grid, damping, act_order, block).codes
+
+
+def gptq_with_gradient(
+    problem: Problem, grid: Grid, *, damping: float = 0.01, act_order: bool = True, block: int = 256
+) -> tuple[Tensor, Tensor]:
+    r"""GPTQ and the gradient $D \Sigma$ of its result, for half of what the product would cost.
+
+    With the scaled errors E and the factor R of the damped matrix it is
+    $(\Sigma + \Lambda) D^\top = R R^\top U^\top E = R E$, a triangular product; $\Lambda$ is what damping added.
+
+    Args:
+        problem: Weights and Gram matrix.
+        grid: Scales and zero points.
+        damping: As in `gptq`.
+        act_order: As in `gptq`.
+        block: As in `gptq`.
+
+    Returns:
+        Codes, shape (q, p), uint8, and $(W - \hat W) \Sigma$, shape (q, p).
+    """
+    done = _gptq(problem, grid, damping, act_order, block)
+    gradient = torch.empty_like(done.error)  # (p, q)
+    for start in range(0, len(gradient), block):
+        rows = slice(start, min(start + block, len(gradient)))
+        torch.mm(done.factor[rows, start:], done.error[start:], out=gradient[rows])
+    sigma = problem.sigma.diagonal()[done.order]
+    added = done.factor.square().sum(1) - sigma  # the diagonal of R R' less that of Sigma
+    gradient.addcmul_(added[:, None], done.residual, value=-1)
+    return done.codes, gradient.T[:, torch.argsort(done.order)].contiguous()
+
+
+@dataclass(frozen=True)
+class _Run:
+    codes: Tensor  # (q, p), natural order
+    order: Tensor  # (p,); what follows is in this order
+    factor: Tensor  # R, (p, p)
+    error: Tensor  # E, (p, q)
+    residual: Tensor  # D, (p, q)
+
+
+def _gptq(problem: Problem, grid: Grid, damping: float, act_order: bool, block: int) -> _Run:
     features = problem.weight.shape[1]
-    order = torch.argsort(problem.energy, descending=True, stable=True) if act_order else torch.arange(features)
+    natural = torch.arange(features, device=problem.weight.device)
+    order = torch.argsort(problem.energy, descending=True, stable=True) if act_order else natural
     R = upper_factor(problem.sigma[order][:, order] if act_order else problem.sigma, damping)
     W = problem.weight.T[order].contiguous()  # (p, q)
-    D = torch.empty_like(W)
+    D, E = torch.empty_like(W), torch.empty_like(W)
     scale, zero = grid.scale.T.contiguous().to(W), grid.zero.T.contiguous().to(W)  # (G, q)
     group = grid.group[order]
     for start in range(0, features, block):
@@ -73,10 +116,10 @@ def gptq(problem: Problem, grid: Grid, *, damping: float = 0.01, act_order: bool
         identity = torch.eye(rows.stop - start, dtype=W.dtype, device=W.device)
         U = torch.linalg.solve_triangular(R[rows, rows], identity, upper=True)
         entered = torch.addmm(W[rows], U.T, R[:start, rows].T @ D[:start])  # (B, q)
-        quantized, _ = core_tensor.gptq_block(entered, U, scale, zero, group[rows], grid.max_code)
+        quantized, E[rows] = core_tensor.gptq_block(entered, U, scale, zero, group[rows], grid.max_code)
         D[rows] = W[rows] - quantized
         W[rows] = quantized
-    return _natural_order(W, order, grid)
+    return _Run(_natural_order(W, order, grid), order, R, E, D)
 
 
 def _natural_order(W: Tensor, order: Tensor, grid: Grid) -> Tensor:

@@ -57,6 +57,7 @@ class GramFolds:
         features: $p$, the layer's number of inputs.
         folds: Number of folds, at least 1; held-out choices need 2 or more.
         segment: Consecutive tokens that stay in one fold; neighbours in a text are alike, so longer is more honest.
+            With tokens in windows, give a window's length: the first tokens of a window are unlike the others.
         dtype: Accumulator, float32 or float64.
         device: Where the accumulators live.
     """

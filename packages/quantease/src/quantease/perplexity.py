@@ -28,6 +28,20 @@ def streamed_perplexity(lm: CausalLM, tokens: Tensor, progress: Step | None = No
     Returns:
         The perplexity.
     """
+    return math.exp(float(window_losses(lm, tokens, progress).mean()))
+
+
+def window_losses(lm: CausalLM, tokens: Tensor, progress: Step | None = None) -> Tensor:
+    """Mean negative log-likelihood of every window, for comparisons of models on the same windows.
+
+    Args:
+        lm: The model.
+        tokens: Token ids, shape (windows, length), int64.
+        progress: Called with blocks done and their number.
+
+    Returns:
+        Nats per predicted token, shape (windows,), float64; the exponential of their mean is the perplexity.
+    """
     check_tensor("tokens", tokens, ndim=2, dtype=torch.int64, nonempty=True)
     stream = BlockStream(lm, tokens)
     for index in range(len(lm.blocks)):
@@ -35,10 +49,8 @@ def streamed_perplexity(lm: CausalLM, tokens: Tensor, progress: Step | None = No
             stream.advance(index, block)
         if progress is not None:
             progress(index + 1, len(lm.blocks))
-    total = sum(
-        float(_negative_log_likelihood(stream.logits(w)[:-1], window[1:]).sum()) for w, window in enumerate(tokens)
-    )
-    return math.exp(total / tokens[:, 1:].numel())
+    losses = [_negative_log_likelihood(stream.logits(w)[:-1], window[1:]).mean() for w, window in enumerate(tokens)]
+    return torch.stack(losses).cpu()
 
 
 def perplexity(

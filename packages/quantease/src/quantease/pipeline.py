@@ -52,7 +52,7 @@ def quantease(problem: Problem, config: LayerConfig) -> Solution:
     grid, options = base.grid, {"relax": config.relax, "sweeps": 9 if config.sweeps is None else config.sweeps}
     for name, start in (("paper", problem.weight), ("gptq, paper", grid.dequantize(base.codes))):
         codes, _ = relaxed_descent(problem, grid, start, keep_best=True, block=config.block, **options)
-        entries[name] = descend(problem, problem.candidate(codes, grid), exact=False)
+        entries[name] = descend(problem, problem.unevaluated(codes, grid), exact=False)
     entries["gptq, descent"] = descend(problem, base, exact=False)
     trace = [(name, entry.total / problem.scale) for name, entry in entries.items()]
     best, starts = _best_of(entries)
@@ -60,7 +60,7 @@ def quantease(problem: Problem, config: LayerConfig) -> Solution:
     trace.append(("best per row, descent", best.total / problem.scale))
     for round_ in range(config.refits):
         grid = refit_scales(problem, best, storage=config.storage)
-        refitted = descend(problem, problem.candidate(best.codes, grid))
+        refitted = descend(problem, problem.unevaluated(best.codes, grid))
         best = best.best_rows(refitted)
         trace.append((f"refit {round_}", best.total / problem.scale))
     return Solution(best, certify(problem, best), starts, tuple(trace))

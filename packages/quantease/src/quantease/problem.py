@@ -82,6 +82,18 @@ class Problem:
             residual -= sparse
         return Candidate(codes, grid, row_objective(residual, self.sigma64), sparse)
 
+    def unevaluated(self, codes: Tensor, grid: Grid) -> "Candidate":
+        """A start for a descent, whose objective does not matter because anything is better than it.
+
+        Args:
+            codes: Shape (q, p), uint8.
+            grid: Scales and zero points.
+
+        Returns:
+            The candidate, with an infinite objective.
+        """
+        return Candidate(codes, grid, self.weight.new_full(codes.shape[:1], torch.inf, dtype=torch.float64))
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -7,6 +7,7 @@ import torch
 from core_tensor.checks import check_tensor
 from torch import Tensor
 
+from quantease.certified import gptq_descent
 from quantease.config import LayerConfig
 from quantease.gptq import gptq
 from quantease.gram import GramFolds, Shrinkage
@@ -108,6 +109,9 @@ def _solve(problem: Problem, config: LayerConfig) -> Solution:
         return quantease(problem, config)
     grid = make_grid(problem.weight, problem.energy, config, clip=config.clips)
     trace: Trace = ()
+    if config.algorithm == "gptq-descent":
+        codes, certificate = gptq_descent(problem, grid, damping=config.damping, act_order=config.act_order)
+        return Solution(problem.candidate(codes, grid), certificate)
     if config.algorithm == "rtn":
         codes = rtn(problem.weight, grid)
     elif config.algorithm == "gptq":

@@ -12,6 +12,7 @@ from core_tensor.files import read_json, write_json
 from torch import Tensor, nn
 
 from quantease.block_stream import BlockStream
+from quantease.budget import outlier_fractions
 from quantease.calibration import collect_grams, input_groups
 from quantease.causal_lm import CausalLM
 from quantease.config import LayerConfig
@@ -20,6 +21,9 @@ from quantease.layer import QuantizedLayer
 from quantease.layer_store import LayerStore, digest
 from quantease.matrices import DEFAULT_SKIP, Group, Matrix, find_matrices
 from quantease.quantize import quantize_layer
+
+Blocks = tuple[tuple[Matrix, ...], ...]
+"""The quantized matrices of every block."""
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of matrices done, their total, and what comes next."""
@@ -35,7 +39,10 @@ class ModelConfig:
             the paper); `block`: one pass per block, faster, with only earlier blocks quantized.
         skip: Regular expressions over matrix names within a block; what one finds stays as it is.
         folds: Token folds of the Gram matrices; held-out choices need 2 or more.
-        segment: Consecutive tokens that stay in one fold.
+        segment: Consecutive tokens that stay in one fold; None is a whole window (less where there are fewer windows
+            than folds). The first tokens of a window are unlike the others, so that every fold needs its share.
+        outlier_budget: `layer`: every layer keeps the same fraction of its weights as outliers; `model`: the fraction
+            is one of the whole model, and the layers share it by what it saves them.
         min_tokens: Matrices that fewer tokens reach (rarely used experts) are rounded to nearest instead.
         gram_bytes: Memory that Gram matrices may take at a time; a group that needs more takes several passes.
     """
@@ -44,15 +51,21 @@ class ModelConfig:
     order: Literal["layer", "block"] = "layer"
     skip: Sequence[str] = DEFAULT_SKIP
     folds: int = 2
-    segment: int = 256
+    segment: int | None = None
+    outlier_budget: Literal["layer", "model"] = "layer"
     min_tokens: int = 32
     gram_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))  # lists, as JSON has them, compare and hash like tuples
         check_choice("order", self.order, ("layer", "block"))
-        for name in ("folds", "segment", "min_tokens", "gram_bytes"):
+        check_choice("outlier_budget", self.outlier_budget, ("layer", "model"))
+        if self.outlier_budget == "model" and self.layer.structure == "structured":
+            raise ValueError("outlier_budget: expected 'layer' with structured outliers, got 'model'")
+        for name in ("folds", "min_tokens", "gram_bytes"):
             check_number(name, getattr(self, name), low=1, integer=True)
+        if self.segment is not None:
+            check_number("segment", self.segment, low=1, integer=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class QuantizedCausalLM:
     lm: CausalLM
     original: CausalLM
     config: ModelConfig
-    matrices: tuple[tuple[Matrix, ...], ...]
+    matrices: Blocks
     store: LayerStore
     folder: Path
 
@@ -120,11 +133,14 @@ def quantize_model(
     folder = Path(folder)
     count = len(lm.blocks) if blocks is None else blocks
     check_number("blocks", count, low=1, high=len(lm.blocks), integer=True)
-    matrices = tuple(tuple(find_matrices(lm.block(i), config.skip)) for i in range(count))
+    matrices = model_matrices(lm, config, count)
     _claim(folder, _identity(lm, tokens, config, count))
     store = LayerStore(folder / "layers")
-    job = _Job(config, store, progress or _silent, sum(map(len, matrices)))
-    stream = BlockStream(lm, _own_share(tokens))
+    share = _own_share(tokens)
+    job = _Job(
+        config, store, progress or _silent, sum(map(len, matrices)), _budget(lm, share, folder, config, matrices)
+    )
+    stream = BlockStream(lm, share)
     for index in range(count):
         with lm.loaded(index) as block:
             job.quantize_block(stream, index, block, matrices[index])
@@ -157,7 +173,7 @@ def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
     config = ModelConfig(**{**run["config"], "layer": LayerConfig(**layer)})
     if run["model"] != _model_identity(lm):
         raise ValueError(f"{folder}: expected the run of {lm.name}, but it is one of another model")
-    matrices = tuple(tuple(find_matrices(lm.block(i), config.skip)) for i in range(run["blocks"]))
+    matrices = model_matrices(lm, config, run["blocks"])
     store = LayerStore(folder / "layers")
     missing = [f"{i}:{m.name}" for i, ms in enumerate(matrices) for m in ms if not store.has(i, m.name)]
     if missing:
@@ -165,9 +181,22 @@ def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
     return _result(lm, config, matrices, store, folder)
 
 
-def _result(
-    lm: CausalLM, config: ModelConfig, matrices: tuple[tuple[Matrix, ...], ...], store: LayerStore, folder: Path
-) -> QuantizedCausalLM:
+def model_matrices(lm: CausalLM, config: ModelConfig, blocks: int | None = None) -> Blocks:
+    """The matrices that a configuration quantizes.
+
+    Args:
+        lm: The model.
+        config: Says which are skipped.
+        blocks: Only of the first blocks; None is all.
+
+    Returns:
+        The matrices of every block.
+    """
+    count = len(lm.blocks) if blocks is None else blocks
+    return tuple(tuple(find_matrices(lm.block(i), config.skip)) for i in range(count))
+
+
+def _result(lm: CausalLM, config: ModelConfig, matrices: Blocks, store: LayerStore, folder: Path) -> QuantizedCausalLM:
     def overlay(index: int, block: nn.Module) -> None:
         for matrix in matrices[index] if index < len(matrices) else ():
             matrix.assign(block, store.load(index, matrix.name, matrix.weight(block)).dequantize())
@@ -183,6 +212,7 @@ class _Job:
     store: LayerStore
     progress: Progress
     total: int
+    outliers: Mapping[str, float]
     done: int = 0
 
     def quantize_block(self, stream: BlockStream, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> None:
@@ -198,7 +228,7 @@ class _Job:
                     for name in part.names[rank::world]:
                         self.progress(self.done + group.names.index(name), self.total, f"{index}.{name}")
                         weight = by_name[name].weight(block).contiguous()  # Conv1D's is a transposed view
-                        layer = quantize_layer(weight, grams[name], self._layer_config(grams[name]))
+                        layer = quantize_layer(weight, grams[name], self._layer_config(index, name, grams[name]))
                         self.store.save(index, name, layer, weight)
                     _barrier()
             for name in group.names:
@@ -215,13 +245,15 @@ class _Job:
     def _grams(
         self, stream: BlockStream, index: int, block: nn.Module, matrices: Sequence[Matrix], group: Group
     ) -> Mapping[str, GramFolds]:
-        return collect_grams(
-            stream, index, block, matrices, group, folds=self.config.folds, segment=self.config.segment
-        )
+        windows, length = stream.tokens.shape
+        folds = self.config.folds
+        segment = self.config.segment or (length if windows >= folds else max(1, length // folds))
+        return collect_grams(stream, index, block, matrices, group, folds=folds, segment=segment)
 
-    def _layer_config(self, gram: GramFolds) -> LayerConfig:
+    def _layer_config(self, index: int, name: str, gram: GramFolds) -> LayerConfig:
         if gram.tokens >= self.config.min_tokens:
-            return self.config.layer
+            layer = self.config.layer
+            return replace(layer, outliers=self.outliers.get(f"{index}.{name}", layer.outliers))
         return replace(self.config.layer, algorithm="rtn", outliers=0.0, shrinkage="none")
 
 
@@ -239,6 +271,20 @@ def _passes(group: Group, matrices: Mapping[str, Matrix], block: nn.Module, conf
         names.append(name)
         leaders[leader] = size
     yield Group(tuple(names), {n: group.leader[n] for n in names})
+
+
+def _budget(lm: CausalLM, tokens: Tensor, folder: Path, config: ModelConfig, matrices: Blocks) -> dict[str, float]:
+    # Fractions of outliers by layer where the budget is one of the model; kept in a file for a run that continues.
+    if not config.layer.outliers or config.outlier_budget == "layer":
+        return {}
+    path = folder / "outliers.json"
+    if not path.exists():
+        fractions = outlier_fractions(lm, tokens, matrices, config.layer)
+        if _rank()[0] == 0:
+            write_json(path, {f"{index}.{name}": value for (index, name), value in fractions.items()})
+        _barrier()
+    found: dict[str, float] = read_json(path)
+    return found
 
 
 def _silent(done: int, total: int, name: str) -> None:

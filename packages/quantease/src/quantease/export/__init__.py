@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantease.block_stream import BlockStream
-from quantease.export import compressed_tensors, dense, native
-from quantease.quantize_model import QuantizedCausalLM
+from quantease.causal_lm import CausalLM
+from quantease.export import compressed_tensors, dense, gptq, native
+from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM, model_matrices
 
 Tensors = dict[str, Tensor]
+
+_EPSILONS = 8  # of the model's dtype: how far logits may differ after reloading, relative to the greatest; 1e-6 in fp32
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,37 @@ class Format:
         block: Tensors of a block, by their names in the model's state dict.
         config: What `config.json` says under `quantization_config`, or None.
         check: Raises ValueError where the format cannot hold the model.
-        tolerance: Greatest difference of logits after reloading, relative to the greatest logit, in units of the
-            model's machine epsilon: 8 is 1e-6 in float32.
+        load: Loads a saved folder in a dtype as a transformers model.
     """
 
     block: Callable[[QuantizedCausalLM, int], Tensors]
     config: Callable[[QuantizedCausalLM], dict[str, Any] | None]
-    check: Callable[[QuantizedCausalLM], None]
-    tolerance: float
+    check: Callable[[CausalLM, ModelConfig, Blocks], None]
+    load: Callable[[Path, torch.dtype], Any]
+
+
+def pretrained(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a saved model the way its users will.
+
+    Args:
+        folder: The saved model.
+        dtype: Of its weights.
+
+    Returns:
+        A transformers model.
+    """
+    transformers = require("transformers", "quantease[hf]")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 FORMATS = {
     "compressed-tensors": Format(
-        compressed_tensors.block, compressed_tensors.config, compressed_tensors.check, tolerance=8
+        compressed_tensors.block, compressed_tensors.config, compressed_tensors.check, pretrained
     ),
-    "dense": Format(dense.block, dense.config, dense.check, tolerance=8),
-    "native": Format(native.block, native.config, native.check, tolerance=8),
+    "gptq": Format(partial(gptq.block, version=1), partial(gptq.config, version=1), gptq.check, gptq.load),
+    "gptq_v2": Format(partial(gptq.block, version=2), partial(gptq.config, version=2), gptq.check, gptq.load),
+    "dense": Format(dense.block, dense.config, dense.check, pretrained),
+    "native": Format(native.block, native.config, native.check, pretrained),
 }
 
 
@@ -74,6 +93,21 @@ class ExportReport:
         return asdict(self) | {"files": list(self.files)}
 
 
+def check_format(lm: CausalLM, config: ModelConfig, format: str) -> None:  # noqa: A002
+    """Refuse a format that cannot hold a model, before any work on it.
+
+    Args:
+        lm: The model.
+        config: How it will be quantized.
+        format: Name of the format.
+
+    Raises:
+        ValueError: If the format cannot hold it.
+    """
+    check_choice("format", format, FORMATS)
+    FORMATS[format].check(lm, config, model_matrices(lm, config))
+
+
 def export_model(
     quantized: QuantizedCausalLM,
     folder: Path | str,
@@ -100,8 +134,9 @@ def export_model(
     """
     check_choice("format", format, FORMATS)
     chosen = FORMATS[format]
-    chosen.check(quantized)
+    chosen.check(quantized.lm, quantized.config, quantized.matrices)
     folder = Path(folder)
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     unproved = folder / f".{format}.unproved"
     shutil.rmtree(unproved, ignore_errors=True)
@@ -111,8 +146,8 @@ def export_model(
         _write_config(unproved, quantized, chosen)
         if quantized.lm.tokenizer is not None:
             quantized.lm.tokenizer.save_pretrained(unproved)
-        difference = reload_difference(quantized, unproved)
-        allowed = chosen.tolerance * torch.finfo(quantized.lm.dtype).eps
+        difference = logit_difference(quantized, chosen.load(unproved, quantized.lm.dtype))
+        allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
         if not difference <= allowed:
             raise ValueError(
                 f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
@@ -127,20 +162,21 @@ def export_model(
         return ExportReport(format, names, sum((folder / n).stat().st_size for n in names), difference)
     finally:
         shutil.rmtree(unproved, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
 
 
-def reload_difference(quantized: QuantizedCausalLM, folder: Path, length: int = 32) -> float:
-    """Load a saved model and compare its logits with those of the model in memory.
+def logit_difference(quantized: QuantizedCausalLM, model: Any, length: int = 32) -> float:
+    """Compare the logits of a reloaded model with those of the model in memory, on two random windows.
 
     Args:
         quantized: The model in memory (streamed).
-        folder: The saved one.
-        length: Tokens of each of two windows.
+        model: The reloaded transformers model.
+        length: Tokens of each window.
 
     Returns:
         Greatest difference relative to the greatest logit.
     """
-    transformers = require("transformers", "quantease[hf]")
     vocabulary = quantized.lm.skeleton.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, length), generator=generator)
@@ -149,7 +185,6 @@ def reload_difference(quantized: QuantizedCausalLM, folder: Path, length: int = 
         with quantized.lm.loaded(index) as block:
             stream.advance(index, block)
     expected = torch.stack([stream.logits(w).cpu().float() for w in range(len(tokens))])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=quantized.lm.dtype).eval()
     model.config._experts_implementation = "eager"
     with torch.no_grad():
         got = torch.cat([model(input_ids=window[None], use_cache=False).logits.cpu().float() for window in tokens])

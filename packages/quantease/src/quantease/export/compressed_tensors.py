@@ -10,29 +10,30 @@ import torch
 from core_tensor import pack_bits
 from torch import Tensor, nn
 
+from quantease.causal_lm import CausalLM
 from quantease.matrices import find_matrices
-from quantease.quantize_model import QuantizedCausalLM
+from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
 
 
-def check(quantized: QuantizedCausalLM) -> None:
+def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
     """Refuse what the format cannot hold.
 
     Args:
-        quantized: The model.
+        lm: The model.
+        config: How it is quantized.
+        matrices: The quantized matrices of every block.
 
     Raises:
         ValueError: If there are outliers, matrices that are no `nn.Linear`, or groups of unequal size.
     """
-    layer = quantized.config.layer
+    layer = config.layer
     if layer.outliers:
         raise ValueError("format: compressed-tensors has no outliers; use native or dense")
-    for matrices in quantized.matrices:
-        for matrix in matrices:
+    for index, block_matrices in enumerate(matrices):
+        for matrix in block_matrices:
             if matrix.expert is not None or matrix.transposed:
                 raise ValueError(f"format: compressed-tensors holds nn.Linear layers, not {matrix.name}; use dense")
-    for index, matrices in enumerate(quantized.matrices):
-        for matrix in matrices:
-            features = matrix.weight(quantized.lm.block(index)).shape[1]
+            features = matrix.weight(lm.block(index)).shape[1]
             if layer.group_size > 0 and features % layer.group_size:
                 raise ValueError(
                     f"format: compressed-tensors needs inputs divisible by the group size {layer.group_size}, "

@@ -5,16 +5,19 @@ from typing import Any
 from core_tensor.extras import require
 from torch import Tensor
 
-from quantease.quantize_model import QuantizedCausalLM
+from quantease.causal_lm import CausalLM
+from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
 
 
-def check(quantized: QuantizedCausalLM) -> None:
+def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
     """Every model can be stored so.
 
     Args:
-        quantized: The model.
+        lm: The model.
+        config: How it is quantized.
+        matrices: The quantized matrices of every block.
     """
-    del quantized
+    del lm, config, matrices
 
 
 def config(quantized: QuantizedCausalLM) -> dict[str, Any] | None:

@@ -8,24 +8,28 @@ from typing import Any
 from core_tensor.extras import require
 from torch import Tensor, nn
 
+from quantease.causal_lm import CausalLM
 from quantease.nn import QuantizedLinear
-from quantease.quantize_model import QuantizedCausalLM
+from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
 
 
-def check(quantized: QuantizedCausalLM) -> None:
+def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
     """Refuse what the format cannot hold.
 
     Args:
-        quantized: The model.
+        lm: The model.
+        config: How it is quantized.
+        matrices: The quantized matrices of every block.
 
     Raises:
         ValueError: If experts are fused in one parameter, or groups are not multiples of 8.
     """
-    size = quantized.config.layer.group_size
+    del lm
+    size = config.layer.group_size
     if size > 0 and size % 8:
         raise ValueError(f"format: native needs a group size that is a multiple of 8, got {size}; use dense")
-    for matrices in quantized.matrices:
-        for matrix in matrices:
+    for block_matrices in matrices:
+        for matrix in block_matrices:
             if matrix.expert is not None:
                 raise ValueError(f"format: native holds modules, not {matrix.name} of a fused parameter; use dense")
     require("quantease.hf", "quantease[hf]")

@@ -1,0 +1,111 @@
+"""SmolLM2-135M at 3 bits per channel on WikiText-2 validation text: this package and GPTQModel on the same calibration.
+
+One half of the text calibrates, windows of the other half evaluate. About twelve minutes of CPU time; a run that was
+killed continues. WikiText-2 is data, not part of the repository: the folder `shared/data` beside it, or
+`CORE_TENSOR_SHARED_DATA`, has it. The rows of GPTQModel need `pip install gptqmodel optimum`; without, they are null.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from core_tensor.files import read_json, write_json
+from core_tensor.testing import shared_data
+from quantease.causal_lm import open_causal_lm, open_gguf
+from quantease.compare import compare_methods
+from quantease.config import LayerConfig
+from quantease.export import gptq
+from quantease.perplexity import window_losses
+from quantease.smollm2 import open_smollm2, smollm2_path
+from quantease.text import read_text, split, windows
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = {
+    "rtn": LayerConfig("rtn"),
+    "gptq": LayerConfig("gptq", act_order=False),
+    "gptq act-order": LayerConfig("gptq"),
+    "quantease": LayerConfig(),
+}
+
+
+def gptqmodel(folder: Path, calibration: Tensor, act_order: bool) -> Path:
+    """Quantize SmolLM2 with GPTQModel: the same bits, groups, damping and calibration as ours.
+
+    Args:
+        folder: Working folder; what is finished there is not done again.
+        calibration: Token ids, shape (windows, length).
+        act_order: Its `desc_act`.
+
+    Returns:
+        The checkpoint.
+    """
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores its own default is too few for its loader
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    dense, out = folder / "dense", folder / f"gptqmodel-{act_order}"
+    if not dense.exists():
+        for part in open_gguf(smollm2_path(), torch.float32):
+            part.save_pretrained(folder / "dense.part")
+        config = read_json(folder / "dense.part" / "config.json")
+        config.pop("quantization_config", None)
+        write_json(folder / "dense.part" / "config.json", config)
+        (folder / "dense.part").rename(dense)
+    if not (out / "seconds.json").exists():
+        options: dict[str, Any] = {"desc_act": act_order, "act_group_aware": False, "damp_percent": 0.01}
+        settings = QuantizeConfig(bits=3, group_size=-1, sym=False, format="gptq_v2", **options)
+        model = GPTQModel.load(str(dense), settings, device="cpu", dtype=torch.float32)
+        data = [{"input_ids": w[None], "attention_mask": torch.ones_like(w)[None]} for w in calibration]
+        start = time.process_time()
+        model.quantize(data, batch_size=1)
+        seconds = time.process_time() - start
+        model.save(str(out))
+        write_json(out / "seconds.json", {"seconds": seconds})
+    return out
+
+
+def main() -> None:
+    """Run all methods and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("out") / "quantease-wikitext", help="working folder")
+    parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
+    parser.add_argument("--evaluation", type=int, default=24, help="evaluation windows of 512 tokens")
+    options = parser.parse_args()
+    text = split(read_text([shared_data("text", "wikitext2_valid.txt")]), "WikiText-2 validation")
+    lm = open_smollm2()
+    calibration = windows(lm.tokenizer, text.calibration, 512, options.windows)
+    evaluation = windows(lm.tokenizer, text.evaluation, 512, options.evaluation)
+
+    def stage(what: str, done: int, total: int) -> None:
+        print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+
+    compared = compare_methods(lm, calibration, evaluation, options.folder, METHODS, unseen=4, stage=stage)
+    rows = [{key: row[key] for key in ("method", "perplexity", "seconds")} for row in compared.rows]
+    for act_order in (False, True):
+        row: dict[str, Any] = {"method": f"GPTQModel{' act-order' if act_order else ''}"}
+        if importlib.util.find_spec("gptqmodel") is None:
+            rows.append(row | {"perplexity": None, "seconds": None, "reason": "gptqmodel is not installed"})
+            continue
+        out = gptqmodel(options.folder, calibration, act_order)
+        if not (out / "losses.json").exists():
+            losses = window_losses(open_causal_lm(gptq.load(out, torch.float32)), evaluation)
+            write_json(out / "losses.json", {"losses": losses.tolist()})
+        perplexity = math.exp(torch.tensor(read_json(out / "losses.json")["losses"]).mean())
+        rows.append(row | {"perplexity": perplexity, "seconds": read_json(out / "seconds.json")["seconds"]})
+    full = rows[0]["perplexity"]
+    for row in rows:
+        row["over fp32"] = None if row["perplexity"] is None else row["perplexity"] / full
+    write_json(
+        RESULTS / "wikitext.json",
+        {"calibration_tokens": calibration.numel(), "evaluation_tokens": evaluation.numel(), "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    main()
