@@ -3,9 +3,10 @@ import importlib
 import pytest
 import torch
 from core_tensor.spectrum import SymmetricOperator, hutchinson_trace
-from sgd_stability import CurvatureFamily, Sampling, analyze, lr_threshold, nested
+from sgd_stability import CurvatureFamily, Sampling, Update, analyze, lr_threshold, nested
 from sgd_stability.demo import digits, digits_network
 from sgd_stability.losses import resolve_loss
+from sgd_stability.maps import stability_map
 from sgd_stability.network import make_network
 from sgd_stability.spectra import (
     exact_gauss_newton_trace,
@@ -132,3 +133,13 @@ def test_nested_subspaces_stop_at_the_threshold_of_the_whole_family(monkeypatch,
         assert found.value >= exact * (1 - 1e-9)
         last.append(sizes[-1])
     assert min(last) < 60
+
+
+def test_cells_of_the_map_agree_with_the_exact_curve():
+    Z = torch.randn(150, 1, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Z = Z * torch.linspace(0, -4, 200, dtype=torch.float64).exp()
+    Z[7] *= 10
+    family = CurvatureFamily.from_factors(Z)
+    star = lr_threshold(family, Sampling(150, 1)).value
+    drawn = stability_map(family, 150, [0.9 * star, 1.1 * star], [1], "without_replacement", Update(), {})
+    assert drawn.stable[:, 0].tolist() == [True, False]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sgd_stability.dynamics import Update, noise_gain
 from sgd_stability.family import CurvatureFamily
+from sgd_stability.nested import compress
 from sgd_stability.sampling import Sampling, Scheme
 from sgd_stability.second_moment import second_moment_radius
 
@@ -61,9 +62,9 @@ def stability_map(
     update: Update,
     curves: Mapping[str, Sequence[float]],
     *,
-    eigenvectors: int = 48,
+    directions: int = 128,
 ) -> StabilityMap:
-    """Evaluate the growth on a grid, on the top eigenvectors of H.
+    """Evaluate the growth on a grid, for the family compressed to a few directions.
 
     Args:
         family: The per-sample Hessians.
@@ -73,12 +74,12 @@ def stability_map(
         scheme: Minibatch scheme.
         update: Update rule.
         curves: Boundary curves to carry along.
-        eigenvectors: Eigenvectors of H for the colours; the curves do not depend on it.
+        directions: Most directions for the colours; the curves do not depend on it.
 
     Returns:
         The map.
     """
-    top = family.truncate(eigenvectors)
+    top = compress(family, directions)
     growth = torch.empty(len(lrs), len(batch_sizes), dtype=torch.float64)
     for i, lr in enumerate(lrs):
         for j, batch_size in enumerate(batch_sizes):
@@ -88,7 +89,7 @@ def stability_map(
 
 def _log_growth(family: CurvatureFamily, lr: float, sampling: Sampling, update: Update) -> float:
     if update.plain:
-        return float(torch.tensor(second_moment_radius(family, lr, sampling, tolerance=1e-3).value).log())
+        return float(torch.tensor(second_moment_radius(family, lr, sampling, tolerance=1e-5).value).log())
     if lr >= update.edge(family.lambda_max):
         return float("inf")
     return float(torch.tensor(noise_gain(family, lr, sampling, update, tolerance=1e-3)[0].value).log())

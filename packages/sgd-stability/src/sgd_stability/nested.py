@@ -21,8 +21,7 @@ class Nested:
     """A family and its compressions, made when they are first needed.
 
     Args:
-        family: The per-sample Hessians; indefinite ones are never compressed, because a direction left out may be
-            the one that pushes outwards.
+        family: The per-sample Hessians; indefinite ones are never compressed.
         tolerance: Relative change between two levels at which the finer one is taken.
     """
 
@@ -49,7 +48,23 @@ class Nested:
 
     def _level(self, size: int) -> CurvatureFamily:
         if size not in self._levels:
-            V, _ = torch.linalg.qr(rayleigh_vectors(self.family, size // 2))
-            level = CurvatureFamily.from_factors(self.family.factors @ V)
-            self._levels[size] = replace(level, sample_curvature=self.family.sample_curvature, truncated=True)
+            self._levels[size] = compress(self.family, size)
         return self._levels[size]
+
+
+def compress(family: CurvatureFamily, size: int) -> CurvatureFamily:
+    """Keep the top eigenvectors of H and of the most curved H_i, half of the directions each.
+
+    Args:
+        family: The per-sample Hessians.
+        size: Most directions.
+
+    Returns:
+        The compressed family, whose thresholds are certified upper bounds; the family itself if it is no larger, or if
+        it is indefinite: a direction left out might be the one that pushes outwards.
+    """
+    if size >= len(family.h) or family.signs is not None:
+        return family
+    V, _ = torch.linalg.qr(rayleigh_vectors(family, size // 2))
+    compressed = CurvatureFamily.from_factors(family.factors @ V)
+    return replace(compressed, sample_curvature=family.sample_curvature, truncated=True)

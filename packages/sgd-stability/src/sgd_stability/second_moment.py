@@ -91,7 +91,9 @@ def second_moment_radius(
     r = len(family.h)
     if r == 0:
         return Extreme(1.0, 0.0, True, 0)
-    start = torch.eye(r, dtype=torch.float64, device=family.h.device)
+    # Flat directions, on which T is nearly the identity, would pass for the top at a loose tolerance: start away from
+    # them. Any positive definite start has a share of the semidefinite eigenvector sought.
+    start = torch.diag(family.h.abs().clamp_min(_NEGATIVE * float(family.h.abs().max())))
     return largest_eigenvalue(lambda M: second_moment_step(family, M, lr, sampling), start, tolerance, max_steps)[0]
 
 
