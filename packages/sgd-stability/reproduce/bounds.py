@@ -2,8 +2,8 @@
 
     python packages/sgd-stability/reproduce/bounds.py
 
-Writes `results/bounds.json`, `results/almost_sure.json` and `results/quadratic.png` (the paper's Figure 1 beside the map
-over batch size and rate).
+Writes `results/bounds.json`, `results/almost_sure.json` and `results/quadratic.png` (the paper's Figure 1 beside the
+map over batch size and rate).
 """
 
 import dataclasses

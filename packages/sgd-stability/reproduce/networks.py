@@ -3,7 +3,8 @@
     python packages/sgd-stability/reproduce/networks.py [--only NAME]
 
 Minima of a tanh MLP on random data, and of an MLP and CNNs on digits and CIFAR-10, squared error, in float64; the same
-MLP and CNN under cross-entropy, which has no minimum. Writes one JSON file per network and the maps to `results/`.
+MLP and CNN under cross-entropy, which has no minimum. Writes one JSON file per network and the maps to `results/`; runs
+of SGD that are in the file already are not repeated (delete it to start anew).
 CIFAR is read from the shared data folder (`core_tensor.testing.shared_data`).
 """
 
@@ -143,11 +144,17 @@ def thresholds(report: StabilityReport) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(problem: Problem, report: StabilityReport, factors: tuple[float, ...], seeds: int) -> list[dict[str, Any]]:
-    """SGD at multiples of the threshold; the criterion is `sgd_stability.nonlinear.LEAVES`."""
+def judge(
+    problem: Problem, report: StabilityReport, factors: tuple[float, ...], seeds: int, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """SGD at multiples of the threshold, unless known; the criterion is `sgd_stability.nonlinear.LEAVES`."""
+    done = {(t["batch_size"], t["factor"], t["seed"]): t for t in known}
     runs = list(itertools.product((1, 4, 16), factors, range(seeds)))
     trials = []
     for B, factor, seed in progress(runs, problem.title, unit="run"):
+        if (B, factor, seed) in done:
+            trials.append(done[B, factor, seed])
+            continue
         lr = factor * report.lr_threshold(B).exact
         trial = run_sgd(problem.model, problem.loss, problem.x, problem.y, lr=lr, batch_size=B, seed=seed)
         trials.append({"factor": factor, **vars(trial)})
@@ -200,8 +207,12 @@ def evidence(name: str) -> None:
     loss = train(problem)
     report = analyze(problem.model, problem.loss, (problem.x, problem.y))
     seeds = 3 if name == "tanh_mlp" else 1
-    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), seeds)
-    scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), seeds) + judged if name == "tanh_mlp" else judged
+    own = RESULTS / f"{name}.json"
+    known = read_json(own)["runs"] if own.exists() else []
+    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), seeds, known)
+    scan = judged
+    if name == "tanh_mlp":
+        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), seeds, known) + judged
     right = sum((t["outcome"] == "returns") == (t["factor"] < 1) for t in judged)
     summary = {
         "network": problem.title,
@@ -217,7 +228,7 @@ def evidence(name: str) -> None:
     }
     draw(name, problem, report, judged)
     result = {"summary": summary, "thresholds": thresholds(report), "shares": shares(scan), "runs": finite_rows(scan)}
-    write_json(RESULTS / f"{name}.json", result)
+    write_json(own, result)
     files = [RESULTS / f"{other}.json" for other in PROBLEMS]
     write_json(RESULTS / "summary.json", {"networks": [read_json(file)["summary"] for file in files if file.exists()]})
 
