@@ -7,7 +7,7 @@ from core_tensor.checks import check_number
 from torch import Tensor
 
 from frechet_gan.distance import check_pair
-from frechet_gan.mmd import squared_distances
+from frechet_gan.mmd import BLOCK, squared_distances
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Manifold:
 def manifold(fake: Tensor, real: Tensor, k: int = 5) -> Manifold:
     """Precision, recall, density and coverage: a manifold is the union of balls up to the k-th nearest neighbour.
 
+    Distances are formed in blocks of rows, so that memory grows with n + m and not with their product.
+
     Args:
         fake: Generated features, shape (n, d).
         real: Real features, shape (m, d).
@@ -47,19 +49,32 @@ def manifold(fake: Tensor, real: Tensor, k: int = 5) -> Manifold:
     check_pair(fake, real)
     check_number("k", k, low=1, high=min(fake.shape[0], real.shape[0]) - 1, integer=True)
     fake, real = fake.detach().double(), real.detach().double()
-    cross = squared_distances(fake, real)  # (n, m)
-    radius_real = _radius(real, k)
-    inside_real = cross <= radius_real  # (n, m)
-    inside_fake = cross <= _radius(fake, k)[:, None]
+    n, m = fake.shape[0], real.shape[0]
+    radius_fake, radius_real = _radius(fake, k), _radius(real, k)
+    precise = balls = 0
+    recalled = torch.zeros(m, dtype=torch.bool, device=real.device)
+    nearest = torch.full_like(radius_real, torch.inf)
+    for rows, radius in zip(fake.split(BLOCK), radius_fake.split(BLOCK), strict=True):
+        cross = squared_distances(rows, real)  # (block, m)
+        inside = cross <= radius_real
+        precise += int(inside.any(1).sum())
+        balls += int(inside.sum())
+        recalled |= (cross <= radius[:, None]).any(0)
+        nearest = torch.minimum(nearest, cross.min(0).values)
     return Manifold(
-        precision=float(inside_real.any(1).double().mean()),
-        recall=float(inside_fake.any(0).double().mean()),
-        density=float(inside_real.double().sum(1).mean() / k),
-        coverage=float((cross.min(0).values <= radius_real).double().mean()),
+        precision=precise / n,
+        recall=float(recalled.double().mean()),
+        density=balls / (n * k),
+        coverage=float((nearest <= radius_real).double().mean()),
     )
 
 
 def _radius(x: Tensor, k: int) -> Tensor:
-    squares = squared_distances(x, x)
-    squares.fill_diagonal_(-1.0)  # the point itself comes first, whatever round-off says
-    return torch.kthvalue(squares, k + 1, dim=1).values
+    # squared distance of every row to its k-th neighbour
+    radii = []
+    for first, rows in enumerate(x.split(BLOCK)):
+        squares = squared_distances(rows, x)  # (block, n)
+        own = torch.arange(rows.shape[0], device=x.device)
+        squares[own, own + first * BLOCK] = -1.0  # the point itself comes first, whatever round-off says
+        radii.append(torch.kthvalue(squares, k + 1, dim=1).values)
+    return torch.cat(radii)

@@ -14,6 +14,8 @@ from torch import Tensor
 from frechet_gan.distance import check_pair
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
+BLOCK = 1024
+"""Rows of a distance or kernel matrix that exist at a time where no gradient is wanted."""
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -158,4 +160,9 @@ def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
     check_pair(x, y)
     x, y = (torch.nn.functional.normalize(t.detach().double()) for t in (x, y))
     kernel = GaussianKernel((bandwidth,))
-    return 1000 * float(kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean())
+    return 1000 * (_mean(kernel, x, x) + _mean(kernel, y, y) - 2 * _mean(kernel, x, y))
+
+
+def _mean(kernel: Kernel, x: Tensor, y: Tensor) -> float:
+    # mean of the kernel matrix, of which a block of rows exists at a time
+    return float(sum(kernel(rows, y).sum() for rows in x.split(BLOCK))) / (x.shape[0] * y.shape[0])
