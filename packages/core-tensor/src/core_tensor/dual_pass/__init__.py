@@ -51,6 +51,7 @@ _pass = operator(
     reference=reference.dual_pass,
     fake=_fake,
     cpu=cpu.dual_pass,
+    cuda="core_tensor.dual_pass.triton:dual_pass",
 )
 
 

@@ -41,6 +41,7 @@ _project = operator(
     reference=reference.project_blocks,
     fake=_fake,
     cpu=cpu.project_blocks,
+    cuda="core_tensor.project_blocks.triton:project_blocks",
     setup_context=_setup,
     backward=_backward,
 )
