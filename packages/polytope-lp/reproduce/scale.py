@@ -1,0 +1,73 @@
+"""Time, memory and convergence from 1M to 100M variables. Writes results/scale.json and results/scale.png.
+
+    python packages/polytope-lp/reproduce/scale.py [--sources 100000 --sources 1000000 --sources 10000000]
+
+Every size is generated, packed and then solved in a process of its own from the mapped files: the memory is that
+process's growth over what it had before it opened the problem, mapped pages included. Two threads, wall seconds. Sizes
+that were run before stay in the file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from core_tensor.extras import pyplot
+from core_tensor.files import atomic_path, read_json, write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from bench import solve_apart
+
+RESULTS = Path(__file__).parent / "results"
+TOL = 1e-4
+
+
+def measure(sources: int) -> dict[str, Any]:
+    """One size to a certified 1e-4, with its convergence."""
+    found = solve_apart(sources, TOL, 2)
+    return {
+        "sources": sources,
+        "variables": found["variables"],
+        "status": found["status"],
+        "gap": found["gap"],
+        "evaluations": len(found["history"]),
+        "seconds": found["seconds"],
+        "bytes_per_variable": found["bytes"] / found["variables"],
+        "peak_gb": found["peak_bytes"] / 1e9,
+        "curve": [{name: entry[name] for name in ("evaluation", "seconds", "gap")} for entry in found["history"]],
+    }
+
+
+def picture(sizes: list[dict[str, Any]]) -> None:
+    """Certified gap over wall time, one line per size."""
+    plt = pyplot("polytope-lp[plot]")
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for size, colour in zip(sizes, ("#92c5de", "#4393c3", "#2166ac", "#053061"), strict=False):
+        curve = [point for point in size["curve"] if point["gap"]]
+        label = f"{size['variables'] / 1e6:.0f}M variables, {size['peak_gb']:.1f} GB"
+        axes.loglog([p["seconds"] for p in curve], [p["gap"] for p in curve], color=colour, lw=2, label=label)
+    axes.axhline(TOL, color="#999999", lw=1, ls="--")
+    axes.set(xlabel="seconds, two threads", ylabel="certified relative gap")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.2)
+    with atomic_path(RESULTS / "scale.png") as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def main() -> None:
+    """Measure the sizes asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sources", type=int, action="append")
+    asked = parser.parse_args().sources or [100_000, 1_000_000]
+    file = RESULTS / "scale.json"
+    sizes = {size["sources"]: size for size in (read_json(file)["sizes"] if file.exists() else [])}
+    for sources in asked:
+        sizes[sources] = measure(sources)
+        print({name: value for name, value in sizes[sources].items() if name != "curve"}, flush=True)
+        ordered = [sizes[key] for key in sorted(sizes)]
+        write_json(file, {"tol": TOL, "sizes": ordered, "largest": ordered[-1]})
+        picture(ordered)
+
+
+if __name__ == "__main__":
+    main()
