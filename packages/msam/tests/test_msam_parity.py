@@ -129,6 +129,17 @@ def test_any_perceptron(widths, examples, data, rho):
     assert (found[0] - found[1]).norm() <= 1e-11 * found[0].norm() + 1e-300
 
 
+def test_batch_norm_without_parameters_on_the_raw_input(double, oracle):
+    """It mixes examples, so it needs a rule, and has no gradient to read off."""
+    model = nn.Sequential(nn.BatchNorm1d(20, affine=False), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    batch = (torch.randn(12, 20), torch.randint(5, (12,)))
+    truth = oracle.brute_force(copy.deepcopy(model), batch, [3] * 4, rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    opt.backward(oracle.loss_of(model), batch)
+    assert opt.record.mode == "ghost"
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
 def test_recurrent_weights_are_shared_over_steps(double, oracle):
     """The same linear layer at several times: cross terms of the norm count."""
 

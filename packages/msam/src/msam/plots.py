@@ -155,7 +155,7 @@ def cost(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title:
         counts = sorted({row["m"] for row in own})
         for level, style, name in ((2.0, "--", "2 (SAM)"), (5 / 3, ":", "5/3")):
             axis.axhline(level, color="black", lw=0.8, ls=style)
-            axis.annotate(name, (counts[-1], level), xytext=(0, 2), textcoords="offset points", ha="right", fontsize=7)
+            axis.text(1.01, level, name, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(counts, [str(m) for m in counts])

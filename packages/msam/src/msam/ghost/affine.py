@@ -114,17 +114,18 @@ def normalized(
     Raises:
         UnsupportedError: If a mixing layer does not count examples along its first dimension.
     """
-    owners = (tape.table.find(weight), tape.table.find(bias))
+    owners, parameter = (tape.table.find(weight), tape.table.find(bias)), bias if weight is None else weight
     if owners == (None, None) and not (coupled and tape.shards.count > 1):
         return plain()
     layout = tape.enter("normalized", owners, x.ndim)
     if tape.phase == "probe":
-        return tape.note(plain())
+        return tape.note(plain(), constant=owners == (None, None))
     if coupled and (layout.dim or layout.shared or (tape.shards.count > 1 and x.shape[0] != tape.shards.total)):
         raise UnsupportedError("a batch norm over something other than the examples of the batch")
     x = tape.spread(x, layout)
     y = normalize(x)
-    places = range(1, 2) if channels else range(x.ndim - (weight if bias is None else bias).ndim, x.ndim)  # type: ignore[union-attr]
+    shape = () if parameter is None else parameter.shape
+    places = range(1, 2) if channels else range(x.ndim - len(shape), x.ndim)
     if tape.phase == "capture":
         return _captured(tape, y, (weight, bias), owners, layout, places)
     assert tape.plan is not None
@@ -161,6 +162,8 @@ def _captured(
     tail = (1,) * (y.ndim - places.stop)
     scale, shift = (None if p is None else p.view(*p.shape, *tail).to(y.dtype) for p in parameters)
     normal, result = y.detach(), _scaled(y, scale, shift)
+    if owners == (None, None):
+        return result
 
     def contribute(plan: Plan, gradient: Tensor) -> None:
         for index, values in zip(owners, (gradient * normal, gradient), strict=True):

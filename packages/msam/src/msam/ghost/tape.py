@@ -246,17 +246,21 @@ class Tape(TorchFunctionMode):
         if self.phase != "probe" and not any(len(path) == len(self.calls) for path in self.paths):
             raise ChangedError(f"the forward pass ended after {len(self.calls)} calls")
 
-    def note(self, result: Tensor) -> Tensor:
+    def note(self, result: Tensor, constant: bool = False) -> Tensor:
         """In a probe: read the gradient off at a result.
 
         Args:
             result: What the use returned.
+            constant: Whether it may lack a graph, as a norm layer without parameters on the batch itself does.
 
         Returns:
             The same tensor.
         """
         self.shapes.append(result.shape)
-        self.record(result, _ignore)
+        if constant and not result.requires_grad:
+            self.uses.append(Use(torch.zeros((), requires_grad=True), _ignore))  # has no gradient, and keeps the count
+        else:
+            self.record(result, _ignore)
         return result
 
     def record(self, result: Tensor, contribute: Contribution) -> None:
