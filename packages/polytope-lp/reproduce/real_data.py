@@ -3,6 +3,7 @@
 python packages/polytope-lp/reproduce/real_data.py
 """
 
+import argparse
 import csv
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.files import write_json
+from core_tensor.files import read_json, write_json
 from core_tensor.testing import shared_data
 from polytope_lp import MatchingProblem, box_cut, linprog_blocks, solve
 
@@ -48,10 +49,12 @@ def movielens() -> list[dict[str, Any]]:
     return found
 
 
-def netlib() -> list[dict[str, Any]]:
-    """Every LP: what was reached, and what was claimed."""
+def netlib(names: list[str]) -> list[dict[str, Any]]:
+    """Every LP (or those named): what was reached, and what was claimed."""
     found = []
     for path in sorted(shared_data("netlib_lp", "AFIRO.npz").parent.glob("*.npz")):
+        if names and path.stem not in names:
+            continue
         with np.load(path, allow_pickle=True) as file:
             z = {name: file[name] for name in file.files}
         n, bounds, given = z["c"].size, np.squeeze(z["bounds"]), {}
@@ -61,7 +64,7 @@ def netlib() -> list[dict[str, Any]]:
                 given[f"b_{side}"] = z[f"b_{side}"].astype(float).ravel()
         started = time.process_time()
         bound = bounds.tolist() if bounds.ndim == 2 else None
-        result = linprog_blocks(z["c"].astype(float), **given, bounds=bound, time_limit=120)
+        result = linprog_blocks(z["c"].astype(float), **given, bounds=bound)
         optimum = float(z["obj"])
         error = abs(result.fun - optimum) / max(1.0, abs(optimum))
         found.append(
@@ -84,8 +87,16 @@ def netlib() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run both and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", nargs="+", default=[])
+    again = parser.parse_args().again
     torch.set_num_threads(1)
-    lps = netlib()
+    path = RESULTS / "real_data.json"
+    old = read_json(path) if again else {"netlib": [], "movielens": movielens()}
+    if "movielens" in again:
+        old["movielens"] = movielens()
+    fresh = {lp["name"]: lp for lp in netlib(again)}
+    lps = [fresh.pop(lp["name"], lp) for lp in old["netlib"]] + list(fresh.values())
     summary = {
         "problems": len(lps),
         "solved": sum(lp["reached"] and lp["claimed"] for lp in lps),
@@ -93,7 +104,7 @@ def main() -> None:
         "reached_unclaimed": sum(lp["reached"] and not lp["claimed"] for lp in lps),
         "missed": ", ".join(lp["name"] for lp in lps if not (lp["reached"] and lp["claimed"])),
     }
-    write_json(RESULTS / "real_data.json", {"movielens": movielens(), "netlib": lps, "netlib_summary": summary})
+    write_json(path, {"movielens": old["movielens"], "netlib": lps, "netlib_summary": summary})
 
 
 if __name__ == "__main__":

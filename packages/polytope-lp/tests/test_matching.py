@@ -61,6 +61,9 @@ def test_movielens_matching_meets_the_published_optimum(K, share, optimum):
     assert solution.lower_bound <= -optimum <= solution.upper_bound
     assert solution.objective == pytest.approx(-optimum, rel=1e-5)
     assert solution.verify()["ok"]
+    whole = solution.rounded()  # budgets of whole numbers are used up to the last unit
+    assert 0.97 * optimum <= whole.value <= optimum
+    assert (whole.load <= budgets).all()
 
 
 def test_verify_finds_a_lie():

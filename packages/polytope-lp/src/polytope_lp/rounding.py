@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 SAFE = 1.0 - 1e-12
-"""Part of a budget that may be used, so that no order of summation finds it exceeded."""
+"""Part of a budget that may be used, so that no order of summation exceeds it; all of it where costs are whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,8 @@ class _State:
         self.block = np.repeat(np.arange(d.blocks), np.diff(d.offsets.numpy()))
         self.weight = np.ones(n) if d.weight is None else d.weight.double().numpy()
         self.value = -d.cost.double().numpy()
-        self.budgets = problem.budgets.numpy()
+        whole = np.bincount(self.rows.ravel(), (self.a != np.round(self.a)).ravel(), problem.rows) == 0
+        self.budgets = problem.budgets.numpy() * np.where(whole, 1.0, SAFE)
         self.limit = np.floor(problem.limits(0, d.blocks).numpy() + 1e-9)
         self.x = np.minimum(np.floor(solution.x().numpy()), self.limit)
         self.profit = self.value - (self.a * solution.lam.numpy()[self.rows]).sum(1)
@@ -105,7 +106,7 @@ class _State:
     def give(self, rank: Array, rounds: int = 1000) -> None:
         # Give units to candidates of positive rank, as far as they fit.
         open_ = np.flatnonzero((rank > 0) & (self.x < self.limit))
-        left = SAFE * self.budgets - self.load()
+        left = self.budgets - self.load()
         for _ in range(rounds):
             fits = (self.weight[open_] <= self.room[self.block[open_]] * (1 + 1e-12)) & (
                 (self.a[open_] <= left[self.rows[open_]]) | (self.a[open_] == 0)
@@ -119,7 +120,7 @@ class _State:
             taken = best[self._prefix(best, left)]
             self.x[taken] += 1.0
             np.subtract.at(self.room, self.block[taken], self.weight[taken])
-            left = SAFE * self.budgets - self.load()
+            left = self.budgets - self.load()
 
     def _prefix(self, best: NDArray[np.int64], left: Array) -> NDArray[np.bool_]:
         # Proposals, by falling rank, whose running sum in every one of their rows fits into what is left.
