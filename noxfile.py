@@ -322,7 +322,7 @@ def install_peers(session: nox.Session, python: Path, peers: Path) -> None:
         freeze = [UV, "pip", "freeze", "--python", str(python)]
         held = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
         pins = "\n".join(pin for pin in held if "==" in pin)
-        command = [*install, "--constraint", "-", *peer.split()]  # a line may hold options, such as --no-build-isolation
+        command = [*install, "--constraint", "-", *peer.split()]  # a line may hold options of the installer
         done = subprocess.run(command, input=pins, capture_output=True, text=True)
         if done.returncode:
             session.warn(f"peer {peer} cannot be installed, its bars will be null:\n{done.stderr}")
