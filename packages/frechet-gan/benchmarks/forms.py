@@ -32,4 +32,5 @@ def rank_gradient(rank: int, ranks: int, fake: Tensor, real: Tensor, rows: int, 
     own.requires_grad_()
     TransportLoss(**options)(own, target).backward()
     assert own.grad is not None
-    return own.grad / ranks
+    share: Tensor = own.grad / ranks
+    return share

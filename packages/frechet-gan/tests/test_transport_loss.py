@@ -287,6 +287,7 @@ def test_encoders_and_mixture():
         ({"plan": "mmd", "reference": FeatureStats(3)}, "reference: expected real features"),
         ({"refresh_every": 2}, "refresh_every: expected 1"),
         ({"population": EMAPopulation(), "normalize": "whiten"}, "normalize: expected a reference"),
+        ({"population": QueuePopulation(), "normalize": "whiten"}, "normalize: expected a reference"),
         ({"epsilon": 0.0}, "epsilon: "),
     ],
 )

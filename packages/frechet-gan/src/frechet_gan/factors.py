@@ -179,7 +179,9 @@ def polar_quintic(cross: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
         Nuclear norm, a scalar, and the approximate polar factor, shape (k, l).
     """
     x = cross.mT if cross.shape[0] > cross.shape[1] else cross
-    x = x / (x.norm() * 1.01).clamp_min(torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().max().clamp_min(tiny)  # first, because the norm of 1e-200 is zero
+    x = x / (x.norm() * 1.01).clamp_min(tiny)
     for step in range(steps):
         a, b, c = _QUINTIC[step] if step < len(_QUINTIC) else _POLISH
         gram = x @ x.mT

@@ -15,7 +15,7 @@ import torch
 from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor, nn
 
-from frechet_gan.distance import regress, value_and_gradient
+from frechet_gan.distance import value_and_gradient
 from frechet_gan.distributed import gather_rows, world
 from frechet_gan.encoders import Encoder, check_features
 from frechet_gan.factors import Factor
@@ -30,6 +30,7 @@ from frechet_gan.populations import (
     Queue,
     QueuePopulation,
 )
+from frechet_gan.regression import regress
 from frechet_gan.stats import FeatureStats
 from frechet_gan.virtual_batch import VirtualBatch
 from frechet_gan.whitening import moments, whiten, whitener
@@ -99,8 +100,10 @@ class TransportLoss(nn.Module):
             raise ValueError(f"reference: expected real features with plan {plan!r}, got statistics")
         if refresh_every > 1 and not isinstance(population, EMAPopulation):
             raise ValueError("refresh_every: expected 1 without an EMAPopulation: another batch needs another map")
-        if normalize == "whiten" and isinstance(population, EMAPopulation) and reference is None:
-            raise ValueError("normalize: expected a reference with whiten and moving averages")
+        if normalize == "whiten" and not isinstance(population, BatchPopulation) and reference is None:
+            raise ValueError(
+                "normalize: expected a reference with whiten and a past: every batch would whiten otherwise"
+            )
         self.plan, self.population, self.normalize = plan, population, normalize
         self.reference, self.encoder = reference, encoder
         self.rescale = rescale

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frechet_gan.distance import regress
+from frechet_gan.regression import regress
 
 if TYPE_CHECKING:
     from frechet_gan.loss import TransportLoss
