@@ -121,8 +121,37 @@ def save(path: Path, search: Search, stage: Stage, mark: str) -> None:
     meta["best_anchored"] = best is not None and best.anchor is not None
     plain: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
     plain["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    if getattr(search.dual, "group", None) is not None and path.exists():
+        path.replace(_previous(path))  # another rank may die before it has written this generation
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **plain)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_suffix(f".before{path.suffix}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            meta = json.loads(bytes(file["meta"]))
+            return meta, {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path} cannot be read ({error})") from error
+
+
+def _latest(path: Path, search: Search) -> tuple[Path, dict[str, Any], dict[str, Tensor]] | None:
+    # The newest state that every rank has.
+    mine = rank_path(path, search)
+    group = getattr(search.dual, "group", None)
+    files = [file for file in ([mine] if group is None else [mine, _previous(mine)]) if file.exists()]
+    found = {len(meta["history"]): (file, meta, arrays) for file in files for meta, arrays in [_read(file)]}
+    common = set(found)
+    if group is not None:
+        every: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(every, list(found), group=group)
+        common = set.intersection(*map(set, every))
+    return found[max(common)] if common else None
 
 
 def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage | None:
@@ -139,15 +168,10 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
     Raises:
         ValueError: If the file is no checkpoint, or one of another problem.
     """
-    if path is None or not rank_path(path, search).exists():
+    latest = None if path is None else _latest(Path(path), search)
+    if latest is None:
         return None
-    mine = rank_path(path, search)
-    try:
-        with mine.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            meta = json.loads(bytes(file["meta"]))
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-    except Exception as error:
-        raise ValueError(f"checkpoint: {mine} cannot be read ({error})") from error
+    mine, meta, arrays = latest
     if meta["mark"] != fingerprint(problem):
         raise ValueError(f"checkpoint: {mine} belongs to another problem")
     numbers = {name: float(text) for name, text in meta["numbers"].items()}

@@ -87,19 +87,21 @@ def solve(
     """Solve a problem folder, or a Parquet file of edges, to a certified gap.
 
     Writes primal.arrow (source, destination, x), prices.parquet, certificate.json, history.parquet, policy.npz and
-    input.json. A run that is killed leaves checkpoint.npz behind, from which --resume goes on.
+    input.json. A run that is killed leaves checkpoint.npz behind, from which --resume goes on. Under torchrun
+    (torchrun --nproc-per-node 2 -m polytope_lp solve ...) the ranks share the blocks.
     """
     import torch
 
     from polytope_lp.columns import columns_of
     from polytope_lp.folders import write_solution
     from polytope_lp.options import Options
+    from polytope_lp.ranks import ranks, whole
     from polytope_lp.solve import solve as run
-    from polytope_lp.tables import polytope_of, read_problem
+    from polytope_lp.tables import overridden, polytope_of, read_problem
 
     if threads is not None:
         torch.set_num_threads(threads)
-    described = None if cap is None and upper is None else {"cap": 1.0 if cap is None else cap, "upper": upper}
+    described = None if cap is None and upper is None else overridden(problem, budgets, cap, upper)
     columns = _columns(named)
     loaded = read_problem(
         problem,
@@ -111,27 +113,57 @@ def solve(
     )
     start = None if warm_start is None else _prices(warm_start, loaded.rows)
     state = out / "checkpoint.npz"
-    if not resume:
-        state.unlink(missing_ok=True)
     options = Options(tol=tol, time_limit=time_limit, checkpoint=state)
     nothing: list[int] = []
-    with progress(nothing, "solve", unit="eval") as bar:
+    with ranks(loaded) as (shard, group, first), progress(nothing, "solve", unit="eval") as bar:
+        if not resume and first:
+            _remove(out)
+        if group is not None:
+            torch.distributed.barrier()
 
         def report(entry: dict[str, Any]) -> None:
+            if not first:
+                return
             bar.update()
             gap = "-" if entry["gap"] is None else f"{entry['gap']:.2e}"
             bar.set_postfix(gap=gap, violation=f"{entry['violation']:.1e}", gamma=f"{entry['gamma']:.1e}")
 
-        solution = run(loaded, options=options, report=report, warm_start=start)
+        solution = whole(run(shard, group=group, options=options, report=report, warm_start=start), loaded, group)
+    if not first:
+        return
     read = {"polytope": described, "columns": columns, "allow_unused": allow_unused_budgets}
     write_solution(solution, out, problem, budgets, read, sources)
-    state.unlink(missing_ok=True)
+    _remove(out)
     result = {"out": str(out), **solution.certificate()}
     if plot:
         from polytope_lp.plots import picture
 
         result["picture"] = str(picture(solution, out / "convergence.png"))
     emit(result, as_json, lambda: _describe(result))
+
+
+def _remove(out: Path) -> None:
+    # The checkpoints of all ranks.
+    for file in out.glob("checkpoint*.npz"):
+        file.unlink(missing_ok=True)
+
+
+@main.command()
+@click.argument("problem", type=EXISTING)
+@click.option("--budgets", type=EXISTING, help="Parquet file of budgets, if PROBLEM is a file of edges.")
+@click.option("--allow-unused-budgets", is_flag=True, help="Let budgets without any edge pass.")
+@click.option("-o", "--out", type=OUT, required=True, help="Folder to write; must not exist.")
+@json_option
+def pack(problem: Path, budgets: Path | None, allow_unused_budgets: bool, out: Path, as_json: bool) -> None:
+    """Turn Parquet into arrays that solve maps from disk, for problems larger than memory.
+
+    Edges sorted by source stream from file to file. Every command that takes a problem folder takes the result.
+    """
+    from polytope_lp.packed import pack as run
+
+    packed = run(problem, out, budgets, allow_unused=allow_unused_budgets)
+    result = {"out": str(out), "sources": packed.data.blocks, "edges": packed.data.variables}
+    emit(result, as_json, lambda: f"{out}: {packed.data.variables:,} edges of {packed.data.blocks:,} sources")
 
 
 @main.command()
