@@ -195,13 +195,15 @@ def portrait(
     axes[0].legend(fontsize=8, frameon=False)
     axes[0].spines[["top", "right"]].set_visible(False)
     gap_curves(axes[1], gaps)
-    levels = [0.01 * 2**k for k in range(11)]
+    low = max(min(float(losses.min()) for _, losses in slices.values()), 1e-4)
+    high = max(max(float(losses.max()) for _, losses in slices.values()), 1.01 * low)
+    levels = [low * (high / low) ** (k / 16) for k in range(17)]  # the same for all methods
     for axis, (name, (places, losses)) in zip(axes[2:], slices.items(), strict=True):
-        places, grid = [float(v) for v in places], losses.clamp_min(levels[0]).tolist()
-        filled = axis.contourf(places, places, grid, levels=levels, norm="log", cmap="viridis_r", extend="max")
+        places, grid = [float(v) for v in places], losses.clamp(levels[0], levels[-1]).tolist()
+        filled = axis.contourf(places, places, grid, levels=levels, norm="log", cmap="viridis_r")
         axis.plot([0.0], [0.0], "k+")
         axis.set_title(f"loss around the minimum of {name}", fontsize=10)
         axis.set_aspect("equal")
-    figure.colorbar(filled, ax=axes[-1], label="training loss", ticks=levels[::2], format="%.2g")
+    figure.colorbar(filled, ax=axes[-1], label="training loss", ticks=levels[::4], format="%.2g")
     figure.suptitle(title, fontsize=11)
     save(figure, path)
