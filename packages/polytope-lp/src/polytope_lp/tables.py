@@ -178,6 +178,26 @@ def input_hashes(path: str | Path, budgets: str | Path | None, sources: str | Pa
     return {str(file): sha256(file) for file in [*files, budget_file, *(file for file in more if file.exists())]}
 
 
+def overridden(path: str | Path, budgets: str | Path | None, cap: float | None, upper: float | None) -> dict[str, Any]:
+    """What a `problem.json` says of the polytope, with a cap or an upper bound in place of its own.
+
+    Args:
+        path: As in `read_problem`.
+        budgets: As in `read_problem`.
+        cap: Cap of every source, infinite for none; the problem's own if None.
+        upper: Upper bound of every edge; the problem's own if None.
+
+    Returns:
+        A description for `polytope_of`.
+    """
+    described: dict[str, Any] = dict(locate(path, budgets)[2].get("polytope", {}))
+    if cap is not None:
+        described["cap"] = None if np.isinf(cap) else cap
+    if upper is not None:
+        described["upper"] = upper
+    return described
+
+
 def polytope_of(described: dict[str, Any]) -> CappedBox:
     """The polytope that a `problem.json` describes.
 
