@@ -69,7 +69,7 @@ quantize_model(open_causal_lm(build("llama")), tokens, sys.argv[2], config, prog
 
     for kill_at in (2, 11):  # in the middle of a group, then in a later block
         command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "killed"), str(kill_at)]
-        assert subprocess.run(command, check=False, timeout=300).returncode == -signal.SIGKILL
+        assert subprocess.run(command, check=False, timeout=900).returncode == -signal.SIGKILL
     lm, config = open_causal_lm(tiny_llama), ModelConfig(RTN)
     quantize_model(lm, tokens, tmp_path / "whole", config)
     interrupted = contents(tmp_path / "killed")

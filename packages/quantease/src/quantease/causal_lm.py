@@ -1,6 +1,7 @@
 """A transformers causal language model of which one decoder block at a time is in memory."""
 
 import copy
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ def _foreign(model: Any) -> Iterator[None]:
     # Says in one line what transformers says in many about files that it cannot load.
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"model: transformers cannot load {model} ({first})") from error
 

@@ -18,7 +18,7 @@ class LayerConfig:
 
     Attributes:
         algorithm: `rtn` (nearest grid point), `gptq`, `gptq-descent` (GPTQ on the clip grid and sparse descent to a
-            certified coordinate-wise minimum, in hardly more time than GPTQ's), `quantease-paper` (relaxed schedule
+            certified coordinate-wise minimum, in a fraction of the default's time), `quantease-paper` (relaxed schedule
             from W; with `outliers` the paper's iterative hard thresholding) or `quantease` (shrunken Gram matrix, clip
             grid, several starts, the same descent, best start per row, scale refit; with `outliers` mixed descent).
         bits: Bits per code, 1 to 8; symmetric grids need 2 or more.
