@@ -1,35 +1,86 @@
 """The same answer by every road: several ranks, a killed and resumed run, the other optimiser, a warm start."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from core_tensor.testing import run_ranks
-from polytope_lp import Marketplace, generate, solve
+from polytope_lp import Marketplace, generate, read_problem, solve
 
 MARKET = Marketplace(sources=4000, destinations=40, seed=5)
 
 
-def _solve_shard(rank, world_size):
-    problem = generate(MARKET)
-    solution = solve(problem.shard(rank, world_size), 1e-4, group=dist.group.WORLD)
-    return solution.status, solution.lower_bound, solution.upper_bound, solution.lam, solution.evaluations
+def _solve_in_groups(rank, world_size):
+    # One, two and all four ranks, in groups of one set of processes: starting them costs more than the solves.
+    problem, results = generate(MARKET), []
+    for size in (1, 2, world_size):
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        solution = solve(problem.shard(rank, size), 1e-4, group=group)
+        results.append(
+            (solution.status, solution.lower_bound, solution.upper_bound, solution.lam, solution.evaluations)
+        )
+    return results
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_agree_with_one_process(world_size):
+def test_one_two_and_four_ranks_agree():
     alone = solve(generate(MARKET), 1e-4)
-    for status, lower, upper, lam, evaluations in run_ranks(_solve_shard, world_size):
-        assert status == alone.status == "optimal"
-        assert lower == pytest.approx(alone.lower_bound, rel=1e-10)
-        assert upper == pytest.approx(alone.upper_bound, rel=1e-10)
+    for results in run_ranks(_solve_in_groups, 4):
+        for status, lower, upper, lam, evaluations in results:
+            assert status == alone.status == "optimal"
+            assert lower == pytest.approx(alone.lower_bound, rel=1e-10)
+            assert upper == pytest.approx(alone.upper_bound, rel=1e-10)
+            torch.testing.assert_close(lam, alone.lam, rtol=1e-10, atol=1e-12)
+            assert evaluations == alone.evaluations
+
+
+def _solve_shard(rank, world_size, path, killed):
+    def report(entry):
+        if rank == killed and entry["evaluation"] == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shard = generate(MARKET).shard(rank, world_size)
+    solution = solve(shard, 1e-4, group=dist.group.WORLD, report=report, checkpoint=path, checkpoint_every=2)
+    return solution.lam, solution.lower_bound, solution.evaluations
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_the_run_and_all_resume(tmp_path):
+    path = tmp_path / "state.npz"
+    with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
+        run_ranks(_solve_shard, 2, path, 1)
+    files = {p.name for p in tmp_path.iterdir()}
+    assert {"state.0.npz", "state.1.npz"} <= files <= {f"state.{r}{b}.npz" for r in (0, 1) for b in ("", ".before")}
+    alone = solve(generate(MARKET), 1e-4)
+    for lam, lower, evaluations in run_ranks(_solve_shard, 2, path, None):
         torch.testing.assert_close(lam, alone.lam, rtol=1e-10, atol=1e-12)
+        assert lower == pytest.approx(alone.lower_bound, rel=1e-10)
         assert evaluations == alone.evaluations
+
+
+@pytest.mark.distributed
+def test_torchrun_writes_what_one_process_writes(tmp_path):
+    from polytope_lp.folders import verify_folder, write_marketplace
+
+    write_marketplace(MARKET, tmp_path / "problem")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "polytope_lp", "solve", tmp_path / "problem", "-o", tmp_path / "out", "--json"]
+    done = subprocess.run([*run, *map(str, command)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["sources"] == read_problem(tmp_path / "problem").data.blocks
+    assert verify_folder(tmp_path / "out")["ok"]
+    assert result["lower_bound"] == pytest.approx(solve(read_problem(tmp_path / "problem")).lower_bound, rel=1e-10)
+    assert not list((tmp_path / "out").glob("checkpoint*"))
 
 
 def _die_midway(path, last):
