@@ -35,7 +35,7 @@ def test_netlib_reaches_the_published_optimum(name):
     assert result.violation <= 1e-7
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.booleans())
 def test_random_lps_agree_with_highs_degenerate_and_infeasible_included(seed, whole, equations):
     random = np.random.default_rng(seed)
@@ -59,7 +59,7 @@ def test_random_lps_agree_with_highs_degenerate_and_infeasible_included(seed, wh
         assert ours.status == 2, ours.message  # and not a loop until some limit
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["simplex", "simplex_eq", "box_cut"]), st.integers(0, 10**6))
 def test_blocks_of_capped_boxes_agree_with_highs(kind, seed):
     random = np.random.default_rng(seed)

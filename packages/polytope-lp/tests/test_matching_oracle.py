@@ -58,7 +58,7 @@ def _compare(oracle, problem):
 CASES = (st.sampled_from(sorted(FAMILIES)), st.integers(0, 10**6), *[st.booleans()] * 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(*CASES)
 def test_every_family_agrees_with_highs(oracle, kind, seed, whole, negative, equations, short):
     _compare(oracle, _problem(kind, seed, whole, negative, equations, short))
@@ -71,7 +71,7 @@ def test_many_more_agree_with_highs(oracle, kind, seed, whole, negative, equatio
     _compare(oracle, _problem(kind, seed, whole, negative, equations, short))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(*CASES)
 def test_first_and_second_order_roads_meet(kind, seed, whole, negative, equations, short):
     problem = _problem(kind, seed, whole, negative, equations, short)

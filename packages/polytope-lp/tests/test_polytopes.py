@@ -106,7 +106,7 @@ def _repeated(kind, blocks):
     return knapsack(2.2, WEIGHTS.repeat(blocks), 0.8, equality=kind.endswith("eq"))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=160, deadline=None)
 @given(kinds, st.integers(0, 10**6), st.sampled_from([0.1, 1.0, 30.0, 1e4]), st.booleans())
 def test_projections_meet_the_kkt_conditions_over_all_vertices(kind, seed, scale, whole):
     polytope, vertices = POLYTOPES[kind]
@@ -118,7 +118,7 @@ def test_projections_meet_the_kkt_conditions_over_all_vertices(kind, seed, scale
     assert hull_distance(lambda d: vertices[(vertices @ d).argmax()], x) <= 1e-9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(kinds, st.integers(0, 10**6))
 def test_minimisers_and_limits_are_those_of_the_vertices(kind, seed):
     polytope, vertices = POLYTOPES[kind]
@@ -158,7 +158,7 @@ RANDOM_LPS = (
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(*RANDOM_LPS)
 def test_lps_agree_with_highs_degenerate_and_infeasible_included(kind, seed, whole, equations, where):
     _compare_with_highs(kind, seed, whole, equations, where)
