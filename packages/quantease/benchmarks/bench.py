@@ -158,11 +158,13 @@ def outlier_error_vs_iht(quick: bool) -> Result:
 
 
 _MEMORY = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from quantease import LayerConfig, ModelConfig, export_model, open_causal_lm, quantize_model
 import quantease.export, transformers.models.llama.modeling_llama, torch
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # of this program alone: getrusage would start from the peak of the process that started it
+    return int(re.search("VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 torch.set_num_threads(1)
 before = peak()
 folder = sys.argv[1]
