@@ -25,7 +25,7 @@ def main() -> None:
         row = {
             "generator": name,
             "seeds": len(runs),
-            "alarm": sum(any("hacking" in a for a in r[f"{name}_alarms"]) for r in runs),
+            "alarms": sum(any(a.startswith("hacking") for a in r[f"{name}_alarms"]) for r in runs),
         }
         for kind in ("seen", "heldout"):
             values = [r[f"{name}_{kind}_fd"] for r in runs]

@@ -33,7 +33,7 @@ METHODS = ("frechet", "ot", "sliced", "max-sliced", "ns", "hinge", "wgan-gp")
 RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (1, 2, 3)
 PILOT = 100
-POINTS = 4  # measurements along a run
+POINTS = 3  # measurements along a run
 SAMPLES = 5000
 
 
@@ -140,28 +140,28 @@ def tune(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The learning rate of every method with the least distance on the pilot seed, and the whole grid."""
     rows = []
-    for r, m in progress([(r, m) for r in RATES for m in METHODS], "pilots", unit="run"):
+    for r, m in progress([(r, m) for r in RATES for m in steps], "pilots", unit="run"):
         found = run(task, judge, m, r, PILOT, steps[m], folder)
         rows.append({"method": m, "rate": r, "fd": found["points"][-1]["fd"]})
-    best = {m: min((row for row in rows if row["method"] == m), key=lambda row: row["fd"])["rate"] for m in METHODS}
+    best = {m: min((row for row in rows if row["method"] == m), key=lambda row: row["fd"])["rate"] for m in steps}
     return best, rows
 
 
-def experiment(name: str, seconds: float, pilot_seconds: float, cache: Path) -> None:
+def experiment(name: str, methods: tuple[str, ...], seconds: float, pilot_seconds: float, cache: Path) -> None:
     """Costs, pilots and runs of one task, into the cache."""
     task = load_task(name)
     judge = Judge(task)
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "costs.json").exists():
-        write_json(folder / "costs.json", costs(task, METHODS))
+        write_json(folder / "costs.json", costs(task, methods))
     cost = json.loads((folder / "costs.json").read_text())
-    steps = {m: round(seconds / cost[m]) for m in METHODS}
+    steps = {m: round(seconds / cost[m]) for m in methods}
     if task.tuned_on:
         best, pilots = json.loads((cache / task.tuned_on / "task.json").read_text())["rate"], []
     else:
-        best, pilots = tune(task, judge, {m: round(pilot_seconds / cost[m]) for m in METHODS}, folder)
-    for seed, m in progress([(s, m) for s in SEEDS for m in METHODS], f"{name}: runs", unit="run"):
+        best, pilots = tune(task, judge, {m: round(pilot_seconds / cost[m]) for m in methods}, folder)
+    for seed, m in progress([(s, m) for s in SEEDS for m in methods], f"{name}: runs", unit="run"):
         run(task, judge, m, best[m], seed, steps[m], folder)
     real = judge.distance(task.fit.images[:SAMPLES])
     real2 = judge.distance(task.fit.images[:SAMPLES], "judge2")
@@ -202,12 +202,12 @@ def write_results(cache: Path) -> None:
     result = {}
     for path in sorted(cache.glob("*/task.json")):
         name, info = path.parent.name, json.loads(path.read_text())
-        stems = {m: [f"{m}-{info['rate'][m]:g}-{s}-{info['steps'][m]}" for s in SEEDS] for m in METHODS}
-        runs = {m: [json.loads((path.parent / f"{s}.json").read_text()) for s in stems[m]] for m in METHODS}
+        stems = {m: [f"{m}-{info['rate'][m]:g}-{s}-{info['steps'][m]}" for s in SEEDS] for m in info["steps"]}
+        runs = {m: [json.loads((path.parent / f"{s}.json").read_text()) for s in stems[m]] for m in stems}
         result[name] = {**info, "rows": rows(info, runs), "runs": [r for found in runs.values() for r in found]}
         curve_figure([r for found in runs.values() for r in found], RESULTS / f"training_{name}.png")
         samples = {"real": load_task(name).fit.images[:64]}
-        for m in METHODS:
+        for m in stems:
             with np.load(path.parent / f"{stems[m][0]}.npz") as file:
                 samples[f"{m}, distance {runs[m][0]['points'][-1]['fd']:.3g}"] = (
                     torch.from_numpy(file["grids"][-1]).float() / 127.5 - 1
@@ -220,13 +220,14 @@ def main() -> None:
     """Run what is missing, then write results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=("mnist", "glyphs", "cifar"), help="all if not given")
+    parser.add_argument("--method", action="append", choices=METHODS, help="all if not given")
     parser.add_argument("--seconds", type=float, default=9.0, help="CPU seconds per run")
     parser.add_argument("--pilot-seconds", type=float, default=6.0, help="CPU seconds per pilot run")
     parser.add_argument("--cache", type=Path, default=Path("out/frechet-gan"), help="where runs are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.task or ("mnist", "glyphs", "cifar"):
-        experiment(name, options.seconds, options.pilot_seconds, options.cache)
+        experiment(name, tuple(options.method or METHODS), options.seconds, options.pilot_seconds, options.cache)
     write_results(options.cache)
 
 

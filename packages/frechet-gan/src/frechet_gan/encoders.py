@@ -1,6 +1,7 @@
 """Encoders: any callable from images (n, c, h, w) in [-1, 1] to features (n, d), and adapters for known networks."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,16 +93,17 @@ def check_features(features: Any, count: int) -> Tensor:
     return tensor
 
 
-def pixels(images: Tensor) -> Tensor:
-    """The encoder that flattens: for tiny images, where pixels themselves are features.
+def pixels(images: Tensor, size: int | None = None) -> Tensor:
+    """The encoder that flattens: for tiny images, where pixels themselves are features, or what larger ones shrink to.
 
     Args:
         images: Images, shape (n, c, h, w).
+        size: Height and width to resize to first, in pixels.
 
     Returns:
         Features, shape (n, c h w).
     """
-    return images.flatten(1)
+    return (images if size is None else resize(images, size)).flatten(1)
 
 
 def efficientnet_lite(variant: int = 0, size: int | None = None) -> FrozenEncoder:
@@ -178,8 +180,8 @@ def load_encoder(name: str) -> Encoder:
     """An encoder by name, as the command line takes it.
 
     Args:
-        name: `efficientnet-lite0` (1, 2), `pixels`, `mobilenet:FILE.npz`, `torchvision:MODEL`, `timm:MODEL`, or
-            `dinov2` (timm's ViT-S/14).
+        name: `efficientnet-lite0` (1, 2), `pixels`, `pixels:SIZE` (resized first), `mobilenet:FILE.npz`,
+            `torchvision:MODEL`, `timm:MODEL`, or `dinov2` (timm's ViT-S/14).
 
     Returns:
         The encoder.
@@ -188,8 +190,10 @@ def load_encoder(name: str) -> Encoder:
         ValueError: If the name is unknown.
     """
     kind, _, rest = name.partition(":")
-    if kind == "pixels":
+    if kind == "pixels" and not rest:
         return pixels
+    if kind == "pixels" and rest.isdecimal() and int(rest):
+        return partial(pixels, size=int(rest))
     if kind.removesuffix(kind[-1:]) == "efficientnet-lite" and kind[-1] in "012":
         return efficientnet_lite(int(kind[-1]))
     if kind == "mobilenet" and rest:
@@ -203,8 +207,8 @@ def load_encoder(name: str) -> Encoder:
     if kind == "dinov2":
         return timm_encoder("vit_small_patch14_dinov2.lvd142m", 224)
     raise ValueError(
-        "encoder: expected efficientnet-lite0|1|2, pixels, mobilenet:FILE.npz, torchvision:MODEL, timm:MODEL or "
-        f"dinov2, got {name!r}"
+        "encoder: expected efficientnet-lite0|1|2, pixels[:SIZE], mobilenet:FILE.npz, torchvision:MODEL, timm:MODEL "
+        f"or dinov2, got {name!r}"
     )
 
 

@@ -23,7 +23,8 @@ class NetworkConfig:
         channels: 1 (grey) or 3 (colour).
         latent: Width of the generator's input.
         width: Hidden units (`mlp`) or channels of the widest image-sized layer (`dcgan`, `resnet`).
-        features: Width of the discriminator's feature layer, the space distributions are compared in.
+        features: Width of the discriminator's feature layer, the space distributions are compared in: a quarter of the
+            batch or less, or the batch's moments mean little.
         spectral_norm: Whether every weight of the discriminator has spectral norm one.
     """
 
@@ -32,7 +33,7 @@ class NetworkConfig:
     channels: int = 1
     latent: int = 64
     width: int = 256
-    features: int = 64
+    features: int = 32
     spectral_norm: bool = False
 
     def build(self, seed: int = 0) -> "Networks":

@@ -15,7 +15,7 @@ from frechet_gan.config import TrainConfig
 from frechet_gan.data import Dataset
 from frechet_gan.distance import frechet_distance
 from frechet_gan.distributed import world
-from frechet_gan.encoders import Encoder, encode, load_encoder, pixels
+from frechet_gan.encoders import Encoder, encode, load_encoder
 from frechet_gan.evaluation import Report
 from frechet_gan.images import grid, write_image
 from frechet_gan.networks import NetworkConfig
@@ -30,17 +30,16 @@ def heldout_encoder(name: str, data: Dataset, seed: int = 12345) -> Encoder:
     """The encoder a run is measured with, which its generator never sees.
 
     Args:
-        name: A name for `load_encoder`, or `auto`: a classifier trained on the labels, pixels where there are none.
+        name: A name for `load_encoder`, or `auto`: a classifier trained on the labels; where there are none, the pixels
+            of images reduced to 8 x 8.
         data: The real images.
         seed: Seed of that classifier.
 
     Returns:
         The encoder.
     """
-    if name != "auto":
-        return load_encoder(name)
-    if data.labels is None:
-        return pixels
+    if name != "auto" or data.labels is None:
+        return load_encoder("pixels:8" if name == "auto" else name)
     return train_classifier(data.images, data.labels, width=12, features=48, seed=seed)
 
 

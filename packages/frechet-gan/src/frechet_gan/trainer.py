@@ -132,9 +132,7 @@ class FrechetTrainer:
         real, fake = self._seen(real), self._seen(fake)
         with self._autocast():
             if config.d_loss == "frechet":
-                loss = learned_encoder_loss(
-                    self._features(real), self._features(fake)
-                ).float()
+                loss = learned_encoder_loss(self._features(real), self._features(fake)).float()
             else:
                 loss = discriminator_loss(config.d_loss, self.discriminator(real), self.discriminator(fake))
         if config.r1:

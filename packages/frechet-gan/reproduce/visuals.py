@@ -1,6 +1,6 @@
 """Pictures of what the package measures and learns, from the runs that `training.py` left in its cache.
 
-    python packages/frechet-gan/reproduce/figures.py [--cache out/frechet-gan]
+    python packages/frechet-gan/reproduce/visuals.py [--cache out/frechet-gan]
 
 Writes to `results/`: `costs.png` and `.json` (optimal transport against the Frechet distance over the batch size),
 `estimators.png` and `.json` (estimators over the sample size, known distance), `spectra.png`, `interpolation.png`,
@@ -59,7 +59,7 @@ def cost_crossover() -> None:
     for n in progress(sizes, "costs"):
         x, y = torch.randn(2, n, d, generator=generator)
         for plan in plans:
-            times[plan].append(cpu_seconds(plan, x, y, repeat=2 if plan == "sinkhorn" else 7))
+            times[plan].append(cpu_seconds(plan, x, y, repeat=1 if plan == "sinkhorn" else 7))
     rows = [{"n": n, **{plan: 1000 * times[plan][i] for plan in plans}} for i, n in enumerate(sizes)]
     write_json(RESULTS / "costs.json", {"d": d, "unit": "ms", "rows": rows})
     names = ("Fréchet", "exact optimal transport", "Sinkhorn divergence", "sliced")
