@@ -39,7 +39,7 @@ def run(
         trainer.load(trained)  # a run of training.py
     trainer.train(steps)
     start = trainer.sample(5000)
-    # moving averages that lag behind the generator make it overshoot: a short memory and a small rate
+    # warmup averages the first batches evenly; without it the very first one dominates the moments
     loss = encoder_losses(encoders, task.fit.images, EMAPopulation(0.9, warmup=5000))
     config = PosttrainConfig(batch=512, lr=2e-4, ema=0.9, seed=seed)
     post = PostTrainer(copy.deepcopy(trainer.generator), task.network, loss, config)
