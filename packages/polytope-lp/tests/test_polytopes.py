@@ -165,7 +165,7 @@ def test_lps_agree_with_highs_degenerate_and_infeasible_included(kind, seed, who
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(*RANDOM_LPS)
 def test_many_more_lps_agree_with_highs(kind, seed, whole, equations, where):
     _compare_with_highs(kind, seed, whole, equations, where)

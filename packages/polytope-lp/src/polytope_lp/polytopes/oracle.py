@@ -87,9 +87,16 @@ class VertexPolytope(Polytope):
         Returns:
             The corral of the projection; incomplete when it outgrew n and the block has a description for a QP.
         """
-        if y.size not in self._rows:
-            self._rows[y.size] = self.rows(y.size)
-        return corral.project(y, self.best, warm, limit=None if self._rows[y.size] is None else max(6, y.size // 16))
+        found = corral.project(y, self.best, warm, limit=max(6, y.size // 16))
+        if found.complete or self._description(y.size) is not None:
+            return found
+        return corral.project(y, self.best, found.vertices)
+
+    def _description(self, n: int) -> Rows | None:
+        # Made when a corral first outgrows its limit: at a small gamma none ever does.
+        if n not in self._rows:
+            self._rows[n] = self.rows(n)
+        return self._rows[n]
 
     def project(self, values: Tensor, offsets: Tensor) -> Tensor:
         """See `Polytope.project`.
@@ -112,7 +119,7 @@ class VertexPolytope(Polytope):
         kept = self._kept.get(i)
         warm = kept.vertices if kept is not None and kept.vertices.shape[1] == y.size else None
         found = self.project_block(y, warm)
-        rows = None if found.complete else self._rows[y.size]
+        rows = None if found.complete else self._description(y.size)
         if rows is not None:
             self.switched += 1
             self._kept.pop(i, None)
@@ -142,10 +149,9 @@ class VertexPolytope(Polytope):
                 self._project(i, values[low:high].numpy())
                 kept = self._kept.get(i)
             basis, normals = np.zeros((n, 0)), np.zeros((n, 0))
-            rows = self._rows.get(n)
-            if kept is not None and n:
+            if n and kept is not None:
                 basis = np.linalg.qr((kept.vertices[1:] - kept.vertices[0]).T)[0]
-            elif rows is not None and n:
+            elif n and (rows := self._description(n)) is not None:
                 free[low:high], normals = rows.face(mine)
             cuts.append(normals)
             spans.append(basis)
