@@ -179,6 +179,7 @@ def test_columns_are_named_on_the_command_line_and_remembered(tmp_path):
     assert "NAME=COLUMN" in _run("solve", edges, "--budgets", budgets, "--column", "user", "-o", out, code=2).output
 
 
+@pytest.mark.slow
 def test_bench_and_demo_print_their_figures(tmp_path):
     pytest.importorskip("matplotlib")
     timed = json.loads(_run("bench", "--sources", 2000, "--destinations", 30, "--json").output)
@@ -221,6 +222,7 @@ def test_help_lists_every_command():
         assert "Usage" in _run(command, "--help").output
 
 
+@pytest.mark.slow
 def test_a_killed_solve_resumes_from_its_folder(tmp_path):
     import signal
     import subprocess

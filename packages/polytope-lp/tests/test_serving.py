@@ -167,7 +167,7 @@ def _best_whole(problem):
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(0, 10**6), st.sampled_from([1, 2]), st.booleans())
-def test_rounding_is_whole_feasible_and_near_the_best(random_problem, kind, seed, rows_per_edge, greedy):
+def test_rounding_is_whole_feasible_bounded_and_maximal(random_problem, kind, seed, rows_per_edge, greedy):
     problem = random_problem(seed, FAMILIES[kind], rows_per_edge=rows_per_edge, slack=2.0)
     solution = solve(problem, 1e-6)
     rounded = solution.rounded("greedy" if greedy else "random", seed)
@@ -180,8 +180,13 @@ def test_rounding_is_whole_feasible_and_near_the_best(random_problem, kind, seed
     best = -_best_whole(problem).fun
     assert rounded.value <= best + 1e-6
     assert best <= rounded.bound + 1e-6
-    if greedy:
-        assert rounded.value >= 0.6 * best - 1e-9
+    A = np.zeros((problem.rows, d.variables))
+    a = np.ones(d.index.shape) if d.coefficient is None else d.coefficient.double().numpy()
+    np.add.at(A, (d.index.numpy().T, np.arange(d.variables)), a.T)
+    room = np.broadcast_to(d.cap.numpy(), d.blocks) - np.bincount(block, w * rounded.x, d.blocks)
+    left = (problem.budgets.numpy() - rounded.load)[:, None] - A
+    fits = (w < room[block] - 1e-9) & (left > 1e-9).all(0) & (rounded.x + 1 <= problem.limits(0, d.blocks).numpy())
+    assert not (fits & (d.cost.numpy() < 0)).any()  # no unit of any worth can be added
 
 
 def test_rounding_loses_little_on_a_marketplace(solution):

@@ -53,6 +53,7 @@ def _solve_shard(rank, world_size, path, killed):
     return solution.lam, solution.lower_bound, solution.evaluations
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_rank_ends_the_run_and_all_resume(tmp_path):
     path = tmp_path / "state.npz"
@@ -67,6 +68,7 @@ def test_a_killed_rank_ends_the_run_and_all_resume(tmp_path):
         assert evaluations == alone.evaluations
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_writes_what_one_process_writes(tmp_path):
     from polytope_lp.folders import verify_folder, write_marketplace

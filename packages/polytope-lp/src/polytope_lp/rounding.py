@@ -74,6 +74,7 @@ def round_allocation(solution: "Solution", method: str = "greedy", seed: int = 0
         rank = np.where(np.random.default_rng(seed).random(fraction.size) < fraction, fraction, 0.0)
     state.give(rank)
     state.give(state.profit)
+    state.give(state.value)  # what is left goes to whoever fits: no unit can be added in the end
     value = float(state.value @ state.x)
     return Rounded(state.x, value, -solution.lower_bound, state.load(), changed)
 
