@@ -11,6 +11,7 @@ from msam.cli import draw_portrait, main
 from msam.data import digits, load, noisy
 
 
+@pytest.mark.slow
 def test_demo_writes_a_picture(tmp_path):
     picture = tmp_path / "demo.png"
     result = CliRunner().invoke(main, ["demo", "--seeds", "1", "--epochs", "6", "--out", str(picture), "--json"])
@@ -22,6 +23,7 @@ def test_demo_writes_a_picture(tmp_path):
     assert abs(told["test_accuracy"]["msam"] - told["test_accuracy"]["msam-sequential"]) < 1
 
 
+@pytest.mark.slow
 def test_compare_writes_every_run(tmp_path):
     out = tmp_path / "runs.json"
     arguments = ["compare", "--seeds", "2", "--epochs", "1", "--methods", "sgd,half,chained", "--out", str(out)]
@@ -33,6 +35,7 @@ def test_compare_writes_every_run(tmp_path):
     assert saved["rows"][0]["difference"] == 0.0
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
     out, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
     arguments = ["sweep", "--seeds", "1", "--epochs", "1", "--rho", "0.05,0.2", "--micro-batches", "1,4"]
@@ -72,6 +75,7 @@ def test_cost_reports_every_engine(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_portrait(tmp_path):
     path = tmp_path / "portrait.png"
     draw_portrait(digits(), 0.1, 4, path, epochs=1)
