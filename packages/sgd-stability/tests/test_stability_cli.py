@@ -45,6 +45,8 @@ def test_quadratic_prints_json_and_draws(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_analyze_and_map(project):
     result = _run("analyze", "stability_cli_model:build", "data.npz", "--lr", 0.1, "--batch-size", 4, "--json")
     assert result.exit_code == 0, result.output
