@@ -169,3 +169,20 @@ def test_the_step_keeps_symmetric_matrices_and_positivity():
     image = second_moment_step(family, torch.eye(len(family.h), dtype=torch.float64), 0.3, Sampling(5, 2))
     assert torch.allclose(image, image.T)
     assert float(torch.linalg.eigvalsh(image)[0]) > -1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 3]), st.floats(0.2, 3.0))
+def test_radius_is_the_dense_one_also_where_directions_are_nearly_flat(seed, batch_size, times):
+    generator = torch.Generator().manual_seed(seed)
+    scales = 10.0 ** torch.tensor([0.0, -1.0, -4.0, -7.0], dtype=torch.float64)
+    family = CurvatureFamily.from_factors(torch.randn(6, 1, 4, generator=generator, dtype=torch.float64) * scales)
+    sampling = Sampling(6, batch_size, "without_replacement")
+    lr = times * lr_threshold(family, sampling).value
+    r = len(family.h)
+    basis = torch.eye(r * r, dtype=torch.float64).reshape(-1, r, r)
+    T = torch.stack([second_moment_step(family, M, lr, sampling).reshape(-1) for M in basis])
+    dense = float(torch.linalg.eigvalsh((T + T.T) / 2).max())
+    for tolerance in (1e-5, 1e-8):
+        found = second_moment_radius(family, lr, sampling, tolerance=tolerance)
+        assert abs(found.value - dense) <= 2 * tolerance * max(dense, 1.0)

@@ -46,8 +46,7 @@ def test_quadratic_prints_json_and_draws(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_analyze(project):
+def test_analyze_and_map(project):
     result = _run("analyze", "stability_cli_model:build", "data.npz", "--lr", 0.1, "--batch-size", 4, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -55,6 +54,19 @@ def test_analyze(project):
     assert found["verdict"]["state"] in {"stable", "unstable"}
     text = _run("analyze", "stability_cli_model:build", "data.npz", "--momentum", 0.9, "--curvature", "ggn")
     assert "most curved samples" in text.stdout
+    again = _run(
+        "analyze", "stability_cli_model.py:build", "stability_cli_model:data", "--method", "truncated", "--k", 8,
+        "--pictures", "pictures", "--json",
+    )  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["n"] == 20
+    assert {path.name for path in (project / "pictures").iterdir()} == {"map.png", "curvature.png", "density.png"}
+    exact = _run("analyze", "stability_cli_model.py:build", "data.npz", "--pictures", "pictures")
+    assert exact.exit_code == 0, exact.output
+    assert (project / "pictures" / "coherence.png").stat().st_size > 10_000
+    drawn = _run("map", "stability_cli_model:build", "data.npz", "--plot", "out.png", "--json")
+    assert drawn.exit_code == 0, drawn.output
+    assert (project / "out.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

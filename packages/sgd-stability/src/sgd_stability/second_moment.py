@@ -91,6 +91,14 @@ def second_moment_radius(
     r = len(family.h)
     if r == 0:
         return Extreme(1.0, 0.0, True, 0)
+    # Below the threshold the radius lies between the flattest direction's own factor and 1. Where that pins it down
+    # nothing is left to iterate for, and Lanczos, faced with a cluster of such factors, would hardly converge.
+    flattest = int(family.h.abs().argmin())
+    M = torch.zeros(r, r, dtype=family.h.dtype, device=family.h.device)
+    M[flattest, flattest] = 1.0
+    factor = float(second_moment_step(family, M, lr, sampling)[flattest, flattest])
+    if 0.0 <= 1.0 - factor <= tolerance and family.signs is None and lr < lr_threshold(family, sampling).value:
+        return Extreme(factor, 1.0 - factor, True, 1)
     # Flat directions, on which T is nearly the identity, would pass for the top at a loose tolerance: start away from
     # them. Any positive definite start has a share of the semidefinite eigenvector sought.
     start = torch.diag(family.h.abs().clamp_min(_NEGATIVE * float(family.h.abs().max())))
