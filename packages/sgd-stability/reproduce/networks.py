@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 4, 8, 16, 32)
+SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,11 @@ def thresholds(report: StabilityReport) -> list[dict[str, Any]]:
 
 
 def judge(
-    problem: Problem, report: StabilityReport, factors: tuple[float, ...], seeds: int, known: list[dict[str, Any]]
+    problem: Problem, report: StabilityReport, factors: tuple[float, ...], known: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """SGD at multiples of the threshold, unless known; the criterion is `sgd_stability.nonlinear.LEAVES`."""
     done = {(t["batch_size"], t["factor"], t["seed"]): t for t in known}
-    runs = list(itertools.product((1, 4, 16), factors, range(seeds)))
+    runs = list(itertools.product((1, 4, 16), factors, range(SEEDS)))
     trials = []
     for B, factor, seed in progress(runs, problem.title, unit="run"):
         if (B, factor, seed) in done:
@@ -206,13 +207,12 @@ def evidence(name: str) -> None:
     problem = PROBLEMS[name]()
     loss = train(problem)
     report = analyze(problem.model, problem.loss, (problem.x, problem.y))
-    seeds = 3 if name == "tanh_mlp" else 1
     own = RESULTS / f"{name}.json"
     known = read_json(own)["runs"] if own.exists() else []
-    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), seeds, known)
+    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), known)
     scan = judged
     if name == "tanh_mlp":
-        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), seeds, known) + judged
+        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), known) + judged
     right = sum((t["outcome"] == "returns") == (t["factor"] < 1) for t in judged)
     summary = {
         "network": problem.title,

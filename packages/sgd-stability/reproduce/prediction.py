@@ -1,6 +1,6 @@
 """Does the monitor see an instability coming? A converged checkpoint is trained on at a rate that is too large.
 
-    python packages/sgd-stability/reproduce/prediction.py [--seeds 1] [--only checkpoint|scratch]
+    python packages/sgd-stability/reproduce/prediction.py [--seeds 3] [--only checkpoint|scratch]
 
 A CNN that has learnt 64 digits to rounding (squared error), its weights perturbed a little, goes on with SGD.
 Jumps: at a multiple of the exact threshold eta* from the start, where the monitor is asked before the first step. Rise:
@@ -168,7 +168,7 @@ def from_scratch() -> None:
 def main() -> None:
     """All seeds, and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("checkpoint", "scratch"))
     options = parser.parse_args()
     if options.only != "scratch":

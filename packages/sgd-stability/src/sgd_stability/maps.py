@@ -1,5 +1,6 @@
 """The stability map over batch size and learning rate, the paper's picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from sgd_stability.dynamics import Update, noise_gain
 from sgd_stability.family import CurvatureFamily
 from sgd_stability.nested import compress
 from sgd_stability.sampling import Sampling, Scheme
-from sgd_stability.second_moment import second_moment_radius
+from sgd_stability.second_moment import Extreme, critical_mode, radius_from
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,25 @@ def stability_map(
     """
     top = compress(family, directions)
     growth = torch.empty(len(lrs), len(batch_sizes), dtype=torch.float64)
-    for i, lr in enumerate(lrs):
-        for j, batch_size in enumerate(batch_sizes):
-            growth[i, j] = _log_growth(top, lr, Sampling(n, batch_size, scheme), update)
+    for j, batch_size in enumerate(batch_sizes):
+        sampling = Sampling(n, batch_size, scheme)
+        critical = critical_mode(top, sampling) if update.plain else None
+        for i, lr in enumerate(lrs):
+            growth[i, j] = _log_growth(top, lr, sampling, update, critical)
     return StabilityMap(torch.tensor(lrs, dtype=torch.float64), torch.tensor(batch_sizes), growth, dict(curves), scheme)
 
 
-def _log_growth(family: CurvatureFamily, lr: float, sampling: Sampling, update: Update) -> float:
-    if update.plain:
-        return float(torch.tensor(second_moment_radius(family, lr, sampling, tolerance=1e-5).value).log())
-    if lr >= update.edge(family.lambda_max):
-        return float("inf")
-    return float(torch.tensor(noise_gain(family, lr, sampling, update, tolerance=1e-3)[0].value).log())
+def _log_growth(
+    family: CurvatureFamily,
+    lr: float,
+    sampling: Sampling,
+    update: Update,
+    critical: tuple[Extreme, Tensor | None] | None,
+) -> float:
+    if critical is not None:
+        growth = radius_from(family, lr, sampling, critical, tolerance=1e-5).value
+    elif lr < update.edge(family.lambda_max):
+        growth = noise_gain(family, lr, sampling, update, tolerance=1e-3)[0].value
+    else:
+        growth = math.inf
+    return math.log(growth) if growth > 0 else -math.inf

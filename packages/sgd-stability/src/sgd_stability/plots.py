@@ -94,7 +94,8 @@ def draw_map(axes: Any, found: StabilityMap, figure: Any) -> None:
             axes.plot(batches, finite, label=name, **STYLES.get(name, {}))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(batches[0] / 2**0.5, batches[-1] * 2**0.5)
+    if len(batches) > 1:
+        axes.set_xlim(batches[0] / 2**0.5, (3 * batches[-1] - batches[-2]) / 2)  # to the edge of the last cell
     axes.set_ylim(rates[0], rates[-1])
     axes.set_xlabel("batch size $B$")
     axes.set_ylabel("learning rate $\\eta$")

@@ -87,21 +87,51 @@ def second_moment_radius(
     Source:
         arXiv 2401.12332, sec. 2 (E||J_k...J_1||_F^2 = tr T^k(I)).
     """
+    return radius_from(family, lr, sampling, critical_mode(family, sampling), tolerance=tolerance, max_steps=max_steps)
+
+
+def radius_from(
+    family: CurvatureFamily,
+    lr: float,
+    sampling: Sampling,
+    critical: tuple[Extreme, Tensor | None],
+    *,
+    tolerance: float,
+    max_steps: int = 300,
+) -> Extreme:
+    """`second_moment_radius`, when the threshold is known, as it is for many learning rates of one batch size.
+
+    The top of T is one of two modes, or near it: the flattest direction's, whose factor is just below 1, and the one
+    that the threshold is about. Lanczos starts from both; from elsewhere the cluster of flat directions costs hundreds
+    of steps, or passes for the top at a loose tolerance.
+
+    Args:
+        family: The per-sample Hessians.
+        lr: Learning rate eta.
+        sampling: Minibatch scheme.
+        critical: What `critical_mode` returns for the family and the scheme.
+        tolerance: Relative residual of Lanczos.
+        max_steps: Most applications of T.
+
+    Returns:
+        The radius.
+    """
     check_number("lr", lr, low=0, open_low=True)
     r = len(family.h)
     if r == 0:
         return Extreme(1.0, 0.0, True, 0)
-    # Below the threshold the radius lies between the flattest direction's own factor and 1. Where that pins it down
-    # nothing is left to iterate for, and Lanczos, faced with a cluster of such factors, would hardly converge.
+    threshold, mode = critical
+    flat = torch.zeros(r, r, dtype=torch.float64, device=family.h.device)
     flattest = int(family.h.abs().argmin())
-    M = torch.zeros(r, r, dtype=family.h.dtype, device=family.h.device)
-    M[flattest, flattest] = 1.0
-    factor = float(second_moment_step(family, M, lr, sampling)[flattest, flattest])
-    if 0.0 <= 1.0 - factor <= tolerance and family.signs is None and lr < lr_threshold(family, sampling).value:
-        return Extreme(factor, 1.0 - factor, True, 1)
-    # Flat directions, on which T is nearly the identity, would pass for the top at a loose tolerance: start away from
-    # them. Any positive definite start has a share of the semidefinite eigenvector sought.
+    flat[flattest, flattest] = 1.0
+    factor = float(second_moment_step(family, flat, lr, sampling)[flattest, flattest])
+    if mode is not None and lr < threshold.value and 0.0 <= 1.0 - factor <= tolerance:
+        return Extreme(factor, 1.0 - factor, True, 1)  # the radius lies between the two: nothing is left to iterate for
     start = torch.diag(family.h.abs().clamp_min(_NEGATIVE * float(family.h.abs().max())))
+    if mode is not None:
+        start = mode / mode.norm() + 1e-3 * start / start.norm()
+        if lr < threshold.value:
+            start = start + flat
     return largest_eigenvalue(lambda M: second_moment_step(family, M, lr, sampling), start, tolerance, max_steps)[0]
 
 
@@ -120,18 +150,35 @@ def lr_threshold(
         eta*: the second moment is bounded below it and diverges above. Infinite for a family of zero matrices; zero if
         H has a negative eigenvalue, or noise acts where H is flat (possible with indefinite H_i only).
     """
+    return critical_mode(family, sampling, tolerance=tolerance, max_steps=max_steps)[0]
+
+
+def critical_mode(
+    family: CurvatureFamily, sampling: Sampling, *, tolerance: float = 1e-6, max_steps: int = 300
+) -> tuple[Extreme, Tensor | None]:
+    """The threshold of `lr_threshold` and the second moment that stops decaying there.
+
+    Args:
+        family: The per-sample Hessians.
+        sampling: Minibatch scheme.
+        tolerance: Relative residual of Lanczos.
+        max_steps: Most applications of the second-moment operator.
+
+    Returns:
+        eta* and the eigenvector M of T(eta*) to 1, shape (r, r); None where eta* follows without one.
+    """
     h, a, s = family.h, sampling.a, sampling.s
     scale = float(h.abs().max()) if len(h) else 0.0
     if scale == 0.0 and (s == 0.0 or len(h) == 0):
-        return Extreme(math.inf, 0.0, True, 0)
+        return Extreme(math.inf, 0.0, True, 0), None
     if bool((h < -_NEGATIVE * scale).any()):
-        return Extreme(0.0, 0.0, True, 0)
+        return Extreme(0.0, 0.0, True, 0), None
     if family.signs is not None and bool((h <= _NEGATIVE * scale).any()):
         if s > 0:
-            return Extreme(0.0, 0.0, True, 0)
+            return Extreme(0.0, 0.0, True, 0), None
         h = h.clamp_min(_NEGATIVE * scale)
     if s == 0.0:
-        return Extreme(2.0 / float(h.max()), 0.0, True, 0)
+        return Extreme(2.0 / float(h.max()), 0.0, True, 0), None
     root = (h[:, None] + h[None, :]).rsqrt()  # D^(-1/2)
     outer = torch.outer(h, h)
 
@@ -139,8 +186,10 @@ def lr_threshold(
         N = root * M
         return root * (a * outer * N + s * family.noise(N))
 
-    top, _ = largest_eigenvalue(pencil, torch.diag(h), tolerance, max_steps)
-    return Extreme(1.0 / top.value, top.relative_residual, top.converged, top.products)
+    top, vector = largest_eigenvalue(pencil, torch.diag(h), tolerance, max_steps)
+    mode = root * vector
+    mode = mode if float(mode.trace()) >= 0 else -mode  # a second moment: positive semidefinite
+    return Extreme(1.0 / top.value, top.relative_residual, top.converged, top.products), mode
 
 
 def largest_eigenvalue(
