@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.resolve()
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 PYTHONS = ("3.11", "3.12", "3.13")
 UV = os.environ.get("UV", "uv")  # uvx says where it stands, even if it is not on the PATH
+os.environ.setdefault("UV_COMPILE_BYTECODE", "1")  # or every command that a test starts compiles torch where it may
 BY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
 BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for name in [*PACKAGES, "tools"]])
 
