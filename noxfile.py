@@ -28,6 +28,8 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 PYTHONS = ("3.11", "3.12", "3.13")
 UV = os.environ.get("UV", "uv")  # uvx says where it stands, even if it is not on the PATH
 os.environ.setdefault("UV_COMPILE_BYTECODE", "1")  # or every command that a test starts compiles torch where it may
+PYTEST = ("-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of these processes
 BY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
 BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for name in [*PACKAGES, "tools"]])
 
@@ -106,7 +108,7 @@ def test(session: nox.Session, package: str) -> None:
     if options.affected and package in PACKAGES and package not in affected_packages(options.affected):
         session.skip(f"{package} is not affected by the changes since {options.affected}")
     folder = "tools/tests" if package == "tools" else f"packages/{package}/tests"
-    run(session, workspace(session) / "python", "-m", "pytest", folder, *options.rest)
+    run(session, workspace(session) / "python", *PYTEST, folder, *options.rest, env=ONE_THREAD)
 
 
 @nox.session
@@ -120,7 +122,7 @@ def matrix(session: nox.Session) -> None:
         commands = sync(session, "--python", str(found[version]), environment=f"matrix-{version}")
         for package in PACKAGES:
             folder = f"packages/{package}/tests"
-            run(session, commands / "python", "-m", "pytest", "-m", "not slow", folder, *session.posargs)
+            run(session, commands / "python", *PYTEST, "-m", "not slow", folder, *session.posargs, env=ONE_THREAD)
 
     run_all(session, [version for version, path in found.items() if path is not None], step)
 
@@ -238,8 +240,8 @@ def test_wheel(session: nox.Session, package: str, arguments: list[str]) -> None
         without_sources = shutil.ignore_patterns("src", "csrc", "__pycache__")
         shutil.copytree(ROOT / "packages" / package, folder, ignore=without_sources)
         with session.chdir(outside):
-            python = commands / "python"
-            run(session, python, "-m", "pytest", "-m", "not slow", str(folder / "tests"), *arguments, env=shared_data())
+            fast = (*PYTEST, "-m", "not slow", str(folder / "tests"))
+            run(session, commands / "python", *fast, *arguments, env=shared_data() | ONE_THREAD)
 
 
 def python_of_workspace() -> str:

@@ -4,7 +4,7 @@
 
 1. Cost: CPU time per generator step of every method, measured in turns; a method's number of steps is the budget over
    its cost, so that a result depends on the seed and not on what else the machine was doing.
-2. Learning rate: the same grid for every method, on MNIST with a pilot seed that is not reported.
+2. Learning rate: the same grid for every method and task, with a pilot seed that is not reported.
 3. Runs: three seeds per method. Every run is a file in the cache, so a killed script loses one run.
 4. Results: `results/training.json` and pictures.
 """
@@ -39,11 +39,10 @@ SAMPLES = 5000
 
 @dataclass(frozen=True)
 class Task:
-    """Images to fit, unseen images to judge by, and whose pilots chose the learning rates."""
+    """Images to fit, and unseen images to judge by."""
 
     fit: Dataset
     unseen: Dataset
-    tuned_on: str | None = None
     batch: int = 128
     judge_steps: int = 1000
 
@@ -54,16 +53,16 @@ class Task:
 
 
 def load_task(name: str) -> Task:
-    """All at 16 x 16 pixels; the learning rates that the pilots on MNIST choose serve all of them."""
+    """All at 16 x 16 pixels."""
     if name == "mnist":
         fit, unseen = (mnist(shared_data("mnist"), part).resized(16) for part in ("train", "t10k"))
         return Task(fit.part(slice(20_000)), unseen)
     if name == "glyphs":
         data = glyphs(16)
-        return Task(data.part(slice(0, None, 2)), data.part(slice(1, None, 2)), tuned_on="mnist")
+        return Task(data.part(slice(0, None, 2)), data.part(slice(1, None, 2)))
     archive = shared_data("cifar10_subset", "cifar10_subset_jpeg.npz")
     fit, unseen = (cifar(archive, part).resized(16) for part in ("train", "test"))
-    return Task(fit, unseen, tuned_on="mnist")
+    return Task(fit, unseen)
 
 
 class Judge:
@@ -157,10 +156,7 @@ def experiment(name: str, methods: tuple[str, ...], seconds: float, pilot_second
         write_json(folder / "costs.json", costs(task, methods))
     cost = json.loads((folder / "costs.json").read_text())
     steps = {m: round(seconds / cost[m]) for m in methods}
-    if task.tuned_on:
-        best, pilots = json.loads((cache / task.tuned_on / "task.json").read_text())["rate"], []
-    else:
-        best, pilots = tune(task, judge, {m: round(pilot_seconds / cost[m]) for m in methods}, folder)
+    best, pilots = tune(task, judge, {m: round(pilot_seconds / cost[m]) for m in methods}, folder)
     for seed, m in progress([(s, m) for s in SEEDS for m in methods], f"{name}: runs", unit="run"):
         run(task, judge, m, best[m], seed, steps[m], folder)
     real = judge.distance(task.fit.images[:SAMPLES])
@@ -168,7 +164,7 @@ def experiment(name: str, methods: tuple[str, ...], seconds: float, pilot_second
     info = {
         "network": asdict(task.network), "batch": task.batch, "seconds": seconds, "pilot_seconds": pilot_seconds,
         "cost_ms": {m: 1000 * s for m, s in cost.items()}, "steps": steps,
-        "tuned_on": task.tuned_on or name, "rate": best, "pilots": pilots,
+        "rate": best, "pilots": pilots,
         "judge_accuracy": judge.accuracy, "real_fd": real, "real_fd2": real2,
         "fit": len(task.fit.images), "unseen": len(task.unseen.images),
     }  # fmt: skip
