@@ -148,7 +148,7 @@ def errors_float64(quick: bool) -> dict[str, Any]:
     for n, d in ((256, 512), (1500, 100)) if quick else ((256, 512), (1500, 100), (1024, 2048)):
         x, y = samples(n, d)
         truth_value, truth_gradient = value_and_gradient(x, y, "svd")
-        # the same two samples rotated and scaled, so that the same engine rounds differently
+        # the same two samples rotated and scaled, so that the SVD it may come to rounds differently
         rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0] * 3
         value, gradient = value_and_gradient(x @ rotation, y @ rotation)
         value_error = max(value_error, abs(float(value / truth_value) / 9 - 1))

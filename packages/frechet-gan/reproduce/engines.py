@@ -14,7 +14,6 @@ from core_tensor.benchmarking import seconds
 from core_tensor.extras import pyplot
 from core_tensor.files import write_json
 from frechet_gan import frechet_distance
-from frechet_gan.factors import factor_of_sample
 from torch import Tensor
 
 ROOT = Path(__file__).parent
@@ -24,19 +23,6 @@ sys.path.insert(0, str(ROOT.parent / "benchmarks"))
 from forms import fd_loss, principal_root  # noqa: E402
 
 Solved = tuple[Tensor, Tensor]
-
-
-def by_gram(x: Tensor, y: Tensor) -> Solved:
-    """The route not taken: polar factor from the eigenvectors of the cross matrix's Gram matrix."""
-    fx, fy = factor_of_sample(x, 1), factor_of_sample(y, 1)
-    cross = fy.factor @ fx.factor.mT
-    values, vectors = torch.linalg.eigh(cross.mT @ cross)
-    values = values.clamp_min(0)
-    inverse = torch.where(values > values.max() * 1e-30, values, torch.inf).rsqrt()
-    polar = cross @ (vectors * inverse) @ vectors.mT
-    shift = fy.mean - fx.mean
-    value = shift @ shift + fx.trace() + fy.trace() - 2 * values.sqrt().sum() / fx.scale**2
-    return value, fy.to_rows(2 / fy.scale**2 * (fy.factor - polar @ fx.factor), 2 * shift)
 
 
 def by_method(method: str) -> Callable[[Tensor, Tensor], Solved]:
@@ -66,7 +52,7 @@ def rows_of(n: int, d: int) -> list[dict[str, object]]:
     root = principal_root(torch.cov(x.T))
     engines: dict[str, Callable[[Tensor, Tensor], Solved]] = {
         "svd": by_method("svd"),
-        "gram": by_gram,
+        "auto": by_method("auto"),
         "eigh": by_method("eigh"),
         "polar": by_method("polar"),
         "eigvalsh autograd": lambda a, b: by_eigvalsh(a, b, root),

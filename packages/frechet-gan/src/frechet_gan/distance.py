@@ -17,7 +17,7 @@ from core_tensor.checks import check_choice, check_tensor
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from frechet_gan.factors import Factor, factor_of_sample, polar_quintic, polar_svd
+from frechet_gan.factors import Factor, factor_of_sample, polar_gram, polar_quintic, polar_svd
 from frechet_gan.gaussian import distance_to_root, frechet_distance_from_moments, gaussian_map
 from frechet_gan.regression import once
 from frechet_gan.stats import FeatureStats
@@ -31,8 +31,10 @@ def frechet_distance(
 ) -> Tensor:
     """Frechet distance between two samples, or between a sample and stored statistics.
 
-    `auto` takes `svd` wherever a sample is involved (the factor is the centred sample itself for n <= d, its QR
-    otherwise) and the symmetric eigenvalues of moments between two `FeatureStats`. `eigh` forms float64 covariances
+    Wherever a sample is involved, `auto` and `svd` decompose the cross matrix of the factors (the centred sample itself
+    for n - 1 <= d, its QR otherwise): `svd` by LAPACK's SVD, `auto` by eigenvectors of its Gram matrix, corrected to
+    the SVD's accuracy, and by the SVD where it is nearly rank-deficient. Between two `FeatureStats` the symmetric
+    eigenvalues of moments are taken. `eigh` forms float64 covariances
     (cheaper for n far above d; its gradient vanishes in collapsed directions), `polar` needs matrix products only
     (value right to 1e-3, for GPUs) and `newton_schulz` is the iteration on the product of the covariances, kept for
     comparison: it is inaccurate and slow. The arithmetic is float64 whatever the dtype of the samples.
@@ -84,7 +86,7 @@ def value_and_gradient(x: Tensor, y: Tensor | Factor, ddof: int) -> tuple[Tensor
     Returns:
         The distance, a float64 scalar, and the gradient, shape (n_x, d).
     """
-    value, (gradient, _) = _by_factors(x, y, ddof, (True, False), polar_svd)
+    value, (gradient, _) = _by_factors(x, y, ddof, (True, False), polar_gram)
     assert gradient is not None
     return value, gradient
 
@@ -138,7 +140,8 @@ class _Frechet(torch.autograd.Function):
         if method == "eigh":
             value, gradients = _by_moments(x, y, ddof, wanted)
         else:
-            value, gradients = _by_factors(x, y, ddof, wanted, polar_quintic if method == "polar" else polar_svd)
+            decompose = {"polar": polar_quintic, "svd": polar_svd}.get(method, polar_gram)
+            value, gradients = _by_factors(x, y, ddof, wanted, decompose)
         ctx.save_for_backward(*gradients, *(s if isinstance(s, Tensor) else None for s in (x, y)))  # type: ignore[arg-type]
         return value.to(x.dtype if isinstance(x, Tensor) else y.dtype)  # type: ignore[union-attr]
 
@@ -163,9 +166,9 @@ def _by_factors(
 ) -> tuple[Tensor, _Gradients]:
     fx, fy = _factor(x, ddof, wanted[0]), _factor(y, ddof, wanted[1])
     unit = max(fx.size(), fy.size(), float((fy.mean - fx.mean).abs().max()))
-    if unit == 0 or 1e-120 < unit < 1e120:
+    if unit == 0 or 1e-60 < unit < 1e60:
         unit = 1.0
-    else:  # squares of 1e-200 and 1e200 leave the range
+    else:  # fourth powers of 1e-100 and 1e100 leave the range
         fx, fy = fx.divided(unit), fy.divided(unit)
     shift = fy.mean - fx.mean
     cross = fy.factor @ fx.factor.mT  # (k_y, k_x)

@@ -1,9 +1,10 @@
 r"""Gaussians by a factor of their covariance, and the polar factor of a matrix.
 
-A Gaussian is held as its mean, a factor $F$ (k x d, $k \le \max(d, n)$) and a scale $s$ with $\Sigma = F^T F / s^2$:
-the centred rows of a sample, their QR factor, or a Cholesky factor. With two of them the trace of the root is a nuclear
-norm, $\operatorname{tr}(\Sigma_x \Sigma_y)^{1/2} = \lVert F_y F_x^T \rVert_* / (s_x s_y)$, so neither a covariance nor
-the root of a non-symmetric product is ever formed and the condition number is never squared.
+A Gaussian is held as its mean, a factor $F$ (k x d) and a scale $s$ with $\Sigma = F^T F / s^2$: n - 1 rows that a
+Householder reflection makes of n centred ones, their QR factor, or a Cholesky factor, so that $F$ has full rank unless
+the sample itself is degenerate. With two of them the trace of the root is a nuclear norm,
+$\operatorname{tr}(\Sigma_x \Sigma_y)^{1/2} = \lVert F_y F_x^T \rVert_* / (s_x s_y)$, so neither a covariance nor the
+root of a non-symmetric product is ever formed.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ class Factor:
         mean: Mean, shape (d,).
         factor: F with covariance FᵀF / scale², shape (k, d).
         scale: s: sqrt(n - ddof) for the factor of n centred rows, 1 for a factor of the covariance itself.
-        basis: Q of a sample of more rows than columns (rows = QF), shape (n, k); None stands for the identity.
+        basis: Q of a sample of more than d + 1 rows (rows = QF), shape (n, k); None for one of fewer rows.
     """
 
     mean: Tensor
@@ -58,21 +59,32 @@ class Factor:
         return replace(self, mean=self.mean / unit, factor=self.factor / unit)
 
     def to_rows(self, gradient: Tensor, towards: Tensor) -> Tensor:
-        """Chain a gradient in the rows QF before centring, and one in the mean, to a gradient in the sample.
+        """Chain a gradient in the factor of a sample, and one in its mean, to a gradient in the sample.
 
         Args:
-            gradient: Qᵀ times the gradient in the centred rows, shape (k, d); overwritten.
+            gradient: Gradient in the factor, shape (k, d).
             towards: Gradient in the mean, shape (d,).
 
         Returns:
             Gradient in the sample, shape (n, d).
         """
-        rows = gradient if self.basis is None else self.basis @ gradient  # (n, d)
-        return rows.add_(towards / rows.shape[0] - rows.mean(0))
+        if self.basis is not None:
+            rows = self.basis @ gradient  # (n, d)
+            return rows.add_(towards / rows.shape[0] - rows.mean(0))
+        n = gradient.shape[0] + 1
+        first = gradient.sum(0) / n**0.5  # the reflection is its own inverse, and its result is centred
+        rows = gradient.new_empty(n, gradient.shape[1])
+        torch.add(towards / n, first, out=rows[0])
+        torch.add(gradient, towards / n - first / (n**0.5 - 1), out=rows[1:])
+        return rows
 
 
 def factor_of_sample(x: Tensor, ddof: int, with_basis: bool = True) -> Factor:
-    """Factor of a sample: the centred rows themselves when n <= d, the R of their QR decomposition otherwise.
+    r"""Factor of a sample: n - 1 reflected rows when n - 1 <= d, the R of the centred rows' QR decomposition otherwise.
+
+    The Householder reflection that takes $(1, \dots, 1) / \sqrt n$ to the first axis takes the centred rows to a zero
+    row, which is left out, and to $x_i - \bar x + (x_1 - \bar x) / (\sqrt n - 1)$, $i > 1$: the same scatter without
+    the direction that centring empties.
 
     Args:
         x: Sample, shape (n, d), any floating dtype.
@@ -86,11 +98,11 @@ def factor_of_sample(x: Tensor, ddof: int, with_basis: bool = True) -> Factor:
     n, d = x.shape
     mean = x.mean(0)
     centred = x - mean
-    correction = centred.mean(0)  # a second pass: with a mean of 1e8 the first leaves 1e-8 behind
-    centred -= correction
-    mean, scale = mean + correction, float(n - ddof) ** 0.5
-    if n <= d:
-        return Factor(mean, centred, scale)
+    rest = centred.mean(0)  # a second pass: with a mean of 1e8 the first leaves 1e-8 behind
+    mean, scale = mean + rest, float(n - ddof) ** 0.5
+    if n - 1 <= d:
+        return Factor(mean, centred[1:].add_((centred[0] - rest) / (n**0.5 - 1) - rest), scale)
+    centred -= rest
     if not with_basis:
         return Factor(mean, torch.linalg.qr(centred, mode="r").R, scale)
     q, r = torch.linalg.qr(centred)  # (n, d), (d, d)
@@ -151,6 +163,39 @@ def polar_svd(cross: Tensor) -> tuple[Tensor, Tensor]:
     """
     u, s, vh = torch.linalg.svd(cross, full_matrices=False)
     return s.sum(), u @ vh
+
+
+_NARROW, _OVERLAP = 3e-4, 1e-5
+
+
+def polar_gram(cross: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Nuclear norm and polar factor from the eigenvectors V of CᵀC, or by an SVD where C is nearly rank-deficient.
+
+    The columns of $W = C V = U D$ (D their lengths) are orthogonal up to round-off times the squared condition number,
+    $U^T U = I + E$. The nuclear norm is the sum of the lengths up to $E^2$, the polar factor $U V^T$ up to E, and
+    $U (I - E \circ [d_i / (d_i + d_j)]) V^T$ up to $E^2$. So the factor is corrected where E may exceed 1e-9 (a
+    condition number above 3e3), and left to the SVD where it exceeds 1e-5 (above some 1e5, or a zero column).
+
+    Args:
+        cross: Matrix, shape (k, l).
+
+    Returns:
+        Nuclear norm, a scalar, and the polar factor, shape (k, l).
+    """
+    if cross.shape[0] < cross.shape[1]:
+        norm, polar = polar_gram(cross.mT)
+        return norm, polar.mT
+    vectors = torch.linalg.eigh(cross.mT @ cross).eigenvectors
+    u = cross @ vectors
+    lengths = torch.linalg.vector_norm(u, dim=0)
+    u /= lengths
+    if not float(lengths.min() / lengths.max()) > _NARROW:
+        overlap = u.mT @ u  # NaN for a column of zeros
+        overlap.diagonal().sub_(1)
+        if not float(overlap.abs().max()) <= _OVERLAP:
+            return polar_svd(cross)
+        u -= u @ overlap.mul_(lengths[:, None] / (lengths[:, None] + lengths))
+    return lengths.sum(), u @ vectors.mT
 
 
 # Minimax odd quintics x(a + b x^2 + c x^4) that drive [1e-3, 1] to 1 in a few steps (Polar Express, arXiv 2505.16932).
