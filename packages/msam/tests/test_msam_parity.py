@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msam import MSAM, msam_grad
 from msam.batches import cut
-from msam.ghost.directions import Kept
+from msam.ghost.factors import Kept
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F

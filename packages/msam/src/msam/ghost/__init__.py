@@ -17,6 +17,6 @@ ones of every micro-batch.
 """
 
 from msam.ghost.engine import Ghost
-from msam.ghost.tape import UnsupportedError
+from msam.ghost.errors import UnsupportedError
 
 __all__ = ["Ghost", "UnsupportedError"]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from msam.ghost.tape import Layout, Tape, UnsupportedError
+from msam.ghost.errors import UnsupportedError
+from msam.ghost.layout import Layout
+from msam.ghost.tape import Tape
 
 if TYPE_CHECKING:
     from msam.ghost.directions import Plan
@@ -42,8 +44,10 @@ def elementwise(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     layout = tape.enter("elementwise", (index,), x.ndim)
     if tape.phase == "probe":
         return tape.note(func(*args, **kwargs))
-    x = tape.spread(x, layout)
-    own = tape.per_example(tape.replicas(index, parameter), x.ndim, layout, x.shape[layout.dim] if x.ndim else 1)
+    x = tape.examples.spread(x, layout)
+    own = tape.examples.per_example(
+        tape.replicas(index, parameter), x.ndim, layout, x.shape[layout.dim] if x.ndim else 1
+    )
     return func(*((own, x) if place == 0 else (x, own)), *args[2:], **kwargs)
 
 
@@ -122,14 +126,14 @@ def normalized(
         return tape.note(plain(), constant=owners == (None, None))
     if coupled and (layout.dim or layout.shared or (tape.shards.count > 1 and x.shape[0] != tape.shards.total)):
         raise UnsupportedError("a batch norm over something other than the examples of the batch")
-    x = tape.spread(x, layout)
+    x = tape.examples.spread(x, layout)
     y = normalize(x)
     shape = () if parameter is None else parameter.shape
     places = range(1, 2) if channels else range(x.ndim - len(shape), x.ndim)
     if tape.phase == "capture":
         return _captured(tape, y, (weight, bias), owners, layout, places)
     assert tape.plan is not None
-    split = tape.splits
+    split = tape.examples.splits
     if split:  # (..., m, examples of each, ...): a replica serves all examples of its micro-batch without copies
         y = y.unflatten(layout.dim, (tape.shards.count, -1))
     replicas = [
@@ -168,7 +172,7 @@ def _captured(
     def contribute(plan: Plan, gradient: Tensor) -> None:
         for index, values in zip(owners, (gradient * normal, gradient), strict=True):
             if index is not None:
-                plan.add_dense(index, tape.sums(values, layout, places))
+                plan.add_dense(index, tape.examples.sums(values, layout, places))
 
     tape.record(result, contribute)
     return result
@@ -196,7 +200,7 @@ def _aligned(tape: Tape, own: Tensor, layout: Layout, shape: torch.Size, places:
     own = own.view(len(own), *[1] * places.start, *own.shape[1:], *[1] * (len(shape) - places.stop))
     if split:
         return own.movedim(0, layout.dim)
-    return own[0] if len(own) == 1 else tape.per_example(own, len(shape), layout, shape[layout.dim])
+    return own[0] if len(own) == 1 else tape.examples.per_example(own, len(shape), layout, shape[layout.dim])
 
 
 def add_constant(tape: Tape, y: Tensor, step: Tensor | None, layout: Layout) -> Tensor:
@@ -211,4 +215,4 @@ def add_constant(tape: Tape, y: Tensor, step: Tensor | None, layout: Layout) -> 
     Returns:
         The sum.
     """
-    return y if step is None else y + tape.per_example(step.to(y.dtype), y.ndim, layout, y.shape[layout.dim])
+    return y if step is None else y + tape.examples.per_example(step.to(y.dtype), y.ndim, layout, y.shape[layout.dim])

@@ -3,12 +3,12 @@ r"""From recorded factors to the ascent direction of every micro-batch: norms, l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from msam.batches import Shards
+from msam.ghost.factors import Factors, Kept, LowRank, Tokens, high, joined
 from msam.perturbation import Tracked, scale_of
 
 KAPPA = 1 / 3
@@ -16,79 +16,6 @@ KAPPA = 1 / 3
 
 SMALL = 65536
 """Elements below which a materialised direction is copied together with others to measure them in one reduction."""
-
-
-@dataclass
-class Factors:
-    r"""Gradient factors of one use of a matrix, $g_j = L_j^\top R_j$.
-
-    Attributes:
-        left: Rows on the side of the matrix's first dimension, one tensor (n, r, d_0) per stretch.
-        right: Rows on the side of its second, (n, r, d_1).
-        bias: Index of the bias that the use adds to the result, or None.
-        flipped: Whether the result lies on the second dimension's side (`x @ W` instead of `x @ W.T`).
-    """
-
-    left: list[Tensor]
-    right: list[Tensor]
-    bias: int | None = None
-    flipped: bool = False
-
-
-@dataclass
-class LowRank:
-    """A direction that is applied through its factors.
-
-    Attributes:
-        left: Factors by stretch, (n, r, d_0), with ASAM's T^2 multiplied in.
-        right: Factors by stretch, (n, r, d_1).
-        coefficient: c_j by stretch, (n, 1, 1); set once the norms are known.
-        bias: Radius of the bias that moves along over the matrix's own; 0 if there is none.
-    """
-
-    left: list[Tensor]
-    right: list[Tensor]
-    bias: float
-    coefficient: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Tokens:
-    """A direction of few rows of an embedding.
-
-    Attributes:
-        keys: Sorted micro-batch * V + token, shape (n,).
-        rows: The rows' directions, shape (n, d).
-    """
-
-    keys: Tensor
-    rows: Tensor
-
-
-class Kept(NamedTuple):
-    """A product whose input is no activation, to be taken over by pass 2 if nothing was overwritten meanwhile.
-
-    Attributes:
-        x: Input, without graph.
-        y: Result, without graph.
-        versions: Version counters of both.
-    """
-
-    x: Tensor
-    y: Tensor
-    versions: tuple[int, int]
-
-    def serves(self, x: Tensor) -> bool:
-        """Whether an input is this one, unchanged.
-
-        Args:
-            x: Input of the same call in pass 2.
-
-        Returns:
-            True if the result may be taken over.
-        """
-        same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
-        return same and x.dtype == self.x.dtype and (x._version, self.y._version) == self.versions
 
 
 @dataclass
@@ -412,28 +339,3 @@ class Plan:
             Its shape.
         """
         return self._shapes[index]
-
-
-def joined(lists: list[list[Tensor]], dim: int) -> list[Tensor]:
-    """Concatenate tensors of equal places in several lists; one list stays as it is, without a copy.
-
-    Args:
-        lists: Lists of equal length.
-        dim: Dimension to join along.
-
-    Returns:
-        One tensor per place.
-    """
-    return lists[0] if len(lists) == 1 else [torch.cat(parts, dim) for parts in zip(*lists, strict=True)]
-
-
-def high(x: Tensor) -> Tensor:
-    """At least float32: sums of squares of half precision numbers overflow or lose their digits.
-
-    Args:
-        x: Any floating-point tensor.
-
-    Returns:
-        The tensor, or its float32 copy.
-    """
-    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x

@@ -12,9 +12,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from msam.batches import Shards, narrow, pick
 from msam.checks import check_loss
 from msam.ghost.directions import Plan
+from msam.ghost.errors import ChangedError, UnsupportedError
 from msam.ghost.proof import Path, prove
 from msam.ghost.rules import RULES
-from msam.ghost.tape import ChangedError, Table, Tape, UnsupportedError
+from msam.ghost.table import Table
+from msam.ghost.tape import Tape
 from msam.options import Options
 from msam.passes import Generators, norm_layers, statistics, unsynchronised
 from msam.perturbation import Tracked

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from msam.ghost.affine import add_constant
 from msam.ghost.conv import Geometry, ShardedConvolution, kernel_gradients
-from msam.ghost.directions import KAPPA, Factors, Kept, Plan
+from msam.ghost.directions import KAPPA, Plan
+from msam.ghost.errors import UnsupportedError
+from msam.ghost.factors import Factors, Kept
+from msam.ghost.layout import Layout
 from msam.ghost.linear import LowRankStep, OwnWeights, PerturbedProduct
-from msam.ghost.tape import Contribution, Layout, Tape, UnsupportedError
+from msam.ghost.tape import Contribution, Tape
 
 
 def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipped: bool) -> Tensor:
@@ -37,7 +40,7 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipp
     if x.ndim < 2 or weight.ndim != 2 or tape.table.find(x) is not None:
         raise UnsupportedError(f"a product of shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     layout = tape.enter("product", (w, b), x.ndim)
-    x = tape.spread(x, layout)
+    x = tape.examples.spread(x, layout)
     if tape.phase == "apply":
         return _perturbed(tape, x, (weight, bias), (w, b), layout, flipped)
     y = _multiply(x, weight, bias, flipped)
@@ -69,7 +72,7 @@ def _factor_contribution(
     w, b = owners
 
     def contribute(plan: Plan, gradient: Tensor) -> None:
-        inputs, outputs = tape.blocks(cast(x, gradient.dtype), layout), tape.blocks(gradient, layout)
+        inputs, outputs = tape.examples.blocks(cast(x, gradient.dtype), layout), tape.examples.blocks(gradient, layout)
         if w is None:
             if b is not None:
                 plan.add_dense(b, torch.cat([g.sum(1) for g in outputs]))
@@ -138,7 +141,7 @@ def _perturbed(
         return add_constant(tape, _multiply(x, weight, bias, flipped), plan.shift(b, bias), layout)
     moved, dtype = layout.dim != 0 and tape.shards.count > 1, working_dtype(x)
     rows = cast(x.movedim(layout.dim, 0) if moved else x, dtype).contiguous()
-    stretches = tape.stretches(rows.shape[0])
+    stretches = tape.examples.stretches(rows.shape[0])
     step: LowRankStep | OwnWeights
     if found is not None:
         kept = plan.kept.pop(tape.position, None)
@@ -176,7 +179,7 @@ def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> T
     index = tape.table.find(weight)
     assert index is not None
     layout = tape.enter("embedding", (index,), ids.ndim + 1)
-    ids = tape.spread(ids, layout)
+    ids = tape.examples.spread(ids, layout)
     y = F.embedding(ids, weight, padding)
     if tape.phase == "probe":
         return tape.note(y)
@@ -204,7 +207,7 @@ def _slots(tape: Tape, ids: Tensor, layout: Layout) -> Tensor:
     """
     if tape.shards.count == 1:
         return torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
-    each = tape.rows_each(ids.shape[layout.dim])
+    each = tape.examples.rows_each(ids.shape[layout.dim])
     sizes = torch.tensor([s * each for s in tape.shards.sizes], device=ids.device)
     slots = torch.arange(tape.shards.count, device=ids.device).repeat_interleave(sizes)
     return slots.view(-1, *[1] * (ids.ndim - 1 - layout.dim)).expand(ids.shape).flatten()
@@ -262,10 +265,7 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
         return tape.note(geometry.run(x, weight, bias))
     if layout.dim or layout.shared:
         raise UnsupportedError("a convolution whose first dimension does not count examples")
-    bounds = [(0, x.shape[0])]
-    if tape.shards.count > 1:
-        each = tape.rows_each(x.shape[0])
-        bounds = [(s * each, (s + n) * each) for s, n in zip(tape.shards.starts, tape.shards.sizes, strict=True)]
+    bounds = tape.examples.bounds(x.shape[0])
     if tape.phase == "capture":
         y = geometry.run(x, weight, bias)
         tape.record(y, _convolution_contribution(tape, x.detach(), weight.shape, layout, (w, b), bounds, geometry))
@@ -286,7 +286,7 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
     if bias is None or not plan.is_dense(b):
         return y
     shift = plan.perturbed(b, bias).to(y.dtype)  # (m, C_out)
-    return y + tape.per_example(shift.view(*shift.shape, *[1] * (x.ndim - 2)), y.ndim, layout, y.shape[0])
+    return y + tape.examples.per_example(shift.view(*shift.shape, *[1] * (x.ndim - 2)), y.ndim, layout, y.shape[0])
 
 
 def _convolution_contribution(
@@ -312,7 +312,7 @@ def _convolution_contribution(
         plain = len(shape) == 4 and geometry.groups == 1 and not geometry.transposed
         if w is not None and plain and rows * (inner + outer) < KAPPA * inner * outer:
             patches, flat = geometry.unfold(inputs, tuple(shape[2:])), gradient.flatten(2).mT
-            factors = Factors(tape.blocks(flat, layout), tape.blocks(patches, layout), b)
+            factors = Factors(tape.examples.blocks(flat, layout), tape.examples.blocks(patches, layout), b)
             plan.add_factors(w, shape, factors)
             return
         if w is not None:

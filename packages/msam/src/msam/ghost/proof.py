@@ -16,8 +16,11 @@ from torch.overrides import TorchFunctionMode
 from msam.batches import Shards, narrow, tree_map
 from msam.checks import check_loss
 from msam.ghost.directions import Plan
+from msam.ghost.errors import UnsupportedError
+from msam.ghost.layout import Layout
 from msam.ghost.rules import RULES
-from msam.ghost.tape import Call, Layout, Table, Tape, UnsupportedError
+from msam.ghost.table import Table
+from msam.ghost.tape import Call, Tape
 from msam.options import Options
 from msam.passes import kept_statistics, norm_layers, unsynchronised
 from msam.perturbation import Tracked

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from msam.ghost import attention as attention_module
 from msam.ghost.affine import broadcast, elementwise, normalized
 from msam.ghost.conv import Geometry
+from msam.ghost.errors import UnsupportedError
 from msam.ghost.matrices import convolution, embedding, product
-from msam.ghost.tape import Tape, UnsupportedError
+from msam.ghost.tape import Tape
 
 Rule = Callable[[Tape, Any, Sequence[Any], Mapping[str, Any]], Any]
 

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
 from msam.batches import Shards
+from msam.ghost.errors import ChangedError, UnsupportedError
+from msam.ghost.layout import Examples, Layout
+from msam.ghost.table import Table, harmless
 
 if TYPE_CHECKING:
-    from msam.ghost.directions import Kept, Plan
+    from msam.ghost.directions import Plan
+    from msam.ghost.factors import Kept
 
 
 Contribution = Callable[["Plan", Tensor], None]
 """Adds what a use's gradient says about the direction to a plan."""
-
-
-class UnsupportedError(RuntimeError):
-    """The model uses a perturbed parameter in a way that ghost mode has no exact rule for."""
-
-
-class ChangedError(RuntimeError):
-    """The model took another path than the ones that were proved before."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one use of a parameter lays out the examples of the batch.
-
-    Attributes:
-        dim: Dimension of the result that counts examples (each may own several consecutive rows).
-        shared: Whether the input is the same for all examples (positions, say); it is then repeated for each.
-    """
-
-    dim: int = 0
-    shared: bool = False
 
 
 _FIRST = Layout()
@@ -78,79 +59,6 @@ def _ignore(plan: Plan, gradient: Tensor) -> None:
     del plan, gradient
 
 
-class Table:
-    """Finds a parameter's index among the tracked ones.
-
-    FSDP2 swaps whole parameters in for the time of a layer's forward; these are found by name.
-
-    Args:
-        model: The model.
-        parameters: Tracked parameters.
-    """
-
-    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-        self._index: dict[int, int] = {id(p): i for i, p in enumerate(parameters)}
-        self._parameters = tuple(parameters)  # keeps the ids alive, as does the next one
-        self._held: list[Tensor] = []
-        self.sharded = any(isinstance(m, FSDPModule) for m in model.modules())
-        self._model = model
-        self._names: dict[str, int] = {}
-        if self.sharded:
-            self._names = {n: self._index[id(p)] for n, p in model.named_parameters() if id(p) in self._index}
-
-    def holds(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these, in this order, are the tracked parameters.
-
-        Args:
-            parameters: Parameters.
-
-        Returns:
-            True if so.
-        """
-        return len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
-
-    def find(self, value: Any) -> int | None:
-        """Index of a tracked parameter.
-
-        Args:
-            value: Any argument of a torch function.
-
-        Returns:
-            The index, or None.
-        """
-        found = self._index.get(id(value))
-        if found is None and self.sharded and value.__class__ is nn.Parameter:
-            for name, p in self._model.named_parameters():
-                if p is value and name in self._names:
-                    found = self._index[id(p)] = self._names[name]
-                    self._held.append(p)
-                    return found
-        return found
-
-
-_UNSAFE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-_HARMLESS = {
-    "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "data_ptr",
-    "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "is_same_size", "nelement", "ndimension",
-    "__bool__", "register_hook", "untyped_storage", "is_signed", "__set__",
-}  # fmt: skip
-
-
-def harmless(func: Any) -> bool:
-    """Whether a torch function reads no values of its arguments.
-
-    Args:
-        func: The function.
-
-    Returns:
-        True for shapes, types, devices and their kin.
-    """
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", "") not in _UNSAFE_ATTRIBUTES
-    return name in _HARMLESS
-
-
 Phase = Literal["probe", "capture", "apply"]
 
 
@@ -169,6 +77,7 @@ class Tape(TorchFunctionMode):
         uses: What was recorded.
         shapes: Shapes of the results, in a probe.
         kept: Products of the batch itself, by call.
+        examples: Where the batch lies in the tensors of this pass.
     """
 
     table: Table
@@ -184,6 +93,7 @@ class Tape(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.examples = Examples(self.shards)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -278,124 +188,6 @@ class Tape(TorchFunctionMode):
         if not result.requires_grad:
             raise UnsupportedError("a perturbed parameter is used without gradients (no_grad inside the loss)")
         self.uses.append(Use(get_gradient_edge(result), contribute))
-
-    # -- the examples of one use ---
-
-    def rows_each(self, size: int) -> int:
-        """Consecutive rows that each example owns in a dimension.
-
-        Args:
-            size: Length of the dimension.
-
-        Returns:
-            size / B.
-
-        Raises:
-            UnsupportedError: If B does not divide it.
-        """
-        each, rest = divmod(size, self.shards.total)
-        if rest or not each:
-            raise UnsupportedError(
-                f"a dimension of {size} does not count the {self.shards.total} examples of the batch"
-            )
-        return each
-
-    def spread(self, x: Tensor, layout: Layout) -> Tensor:
-        """Repeat an input that all examples share, once for each.
-
-        Args:
-            x: Input; untouched unless the layout is shared.
-            layout: The use's layout.
-
-        Returns:
-            x, or x expanded to shape (B, ...).
-        """
-        if not layout.shared or self.shards.count == 1:
-            return x
-        return (x if x.shape[0] == 1 else x[None]).expand(
-            self.shards.total, *(x.shape[1:] if x.shape[0] == 1 else x.shape)
-        )
-
-    def blocks(self, x: Tensor, layout: Layout) -> list[Tensor]:
-        """The last dimension's vectors, by micro-batch, one tensor for each stretch of equal micro-batches.
-
-        Args:
-            x: Shape (..., d).
-            layout: Which dimension counts examples.
-
-        Returns:
-            Tensors of shape (micro-batches of the stretch, rows of each, d).
-        """
-        x = x.movedim(layout.dim, 0) if layout.dim and self.shards.count > 1 else x
-        return [x[start:stop].reshape(count, -1, x.shape[-1]) for start, stop, _, count in self.stretches(x.shape[0])]
-
-    def stretches(self, length: int) -> tuple[tuple[int, int, int, int], ...]:
-        """Stretches of equal micro-batches in a dimension that counts examples.
-
-        Args:
-            length: Length of the dimension.
-
-        Returns:
-            First and last row, first micro-batch and number of micro-batches of each.
-        """
-        return ((0, length, 0, 1),) if self.shards.count == 1 else self.shards.stretches(self.rows_each(length))
-
-    @property
-    def splits(self) -> bool:
-        """Whether a dimension of examples can be split by micro-batch as a view: several of one size."""
-        return self.shards.count > 1 and len(self.shards.runs) == 1
-
-    def sums(self, values: Tensor, layout: Layout, places: range) -> Tensor:
-        """Sum over everything but the micro-batches and a parameter's own dimensions.
-
-        Args:
-            values: Terms.
-            layout: Which dimension counts examples.
-            places: The parameter's dimensions.
-
-        Returns:
-            Shape (m, *shape of the parameter).
-        """
-        others = [d for d in range(values.ndim) if d not in places]
-        if self.shards.count == 1:
-            return values.sum(others)[None] if others else values[None]
-        if self.splits and layout.dim < places.start:
-            self.rows_each(values.shape[layout.dim])
-            rest = [d + (d > layout.dim) for d in others if d != layout.dim]
-            sums: Tensor = values.unflatten(layout.dim, (self.shards.count, -1)).sum([layout.dim + 1, *rest])
-            return sums
-        each = self.rows_each(values.shape[layout.dim])
-        cut = [(start * each, size * each) for start, size in zip(self.shards.starts, self.shards.sizes, strict=True)]
-        return torch.stack([values.narrow(layout.dim, start, length).sum(others) for start, length in cut])
-
-    def per_example(self, replicas: Tensor, ndim: int, layout: Layout, length: int) -> Tensor:
-        """Give every example its micro-batch's replica of a parameter, shaped to broadcast against an activation.
-
-        Args:
-            replicas: One replica per micro-batch, shape (m, *shape).
-            ndim: Dimensions of the activation; `shape` is aligned to the trailing ones.
-            layout: Which dimension counts examples.
-            length: Length of that dimension.
-
-        Returns:
-            A tensor of `ndim` dimensions.
-
-        Raises:
-            UnsupportedError: If the parameter itself extends over the dimension of the examples.
-        """
-        if self.shards.count == 1:
-            return replicas[0]
-        shape = (1,) * (ndim + 1 - replicas.ndim) + tuple(replicas.shape[1:])
-        if len(shape) != ndim or shape[layout.dim] != 1:
-            raise UnsupportedError(f"a parameter of shape {tuple(replicas.shape[1:])} reaches across examples")
-        each = self.rows_each(length)
-        runs = self.shards.runs
-        if len(runs) == 1:
-            rows = replicas[:, None].expand(-1, runs[0][2] * each, *replicas.shape[1:]).flatten(0, 1)
-        else:
-            sizes = torch.tensor([s * each for s in self.shards.sizes], device=replicas.device)
-            rows = replicas.repeat_interleave(sizes, dim=0, output_size=length)
-        return rows.view(length, *shape).transpose(0, layout.dim + 1).squeeze(0)
 
     def replicas(self, index: int, parameter: Tensor) -> Tensor:
         """One replica of a small parameter per micro-batch: leaves in pass 1, perturbed in pass 2.

@@ -1,0 +1,9 @@
+"""Why ghost mode cannot go on with a model."""
+
+
+class UnsupportedError(RuntimeError):
+    """The model uses a perturbed parameter in a way that ghost mode has no exact rule for."""
+
+
+class ChangedError(RuntimeError):
+    """The model took another path than the ones that were proved before."""
