@@ -52,20 +52,22 @@ def projections(a: dict[str, Any], linear: Linear) -> tuple[Tensor, Tensor, Tens
         linear: How to multiply by weights.
 
     Returns:
-        Three tensors of shape (L or S, N, d).
+        Three tensors of shape (N, L or S, d).
     """
-    q, k, v = a["query"], a["key"], a["value"]
+    shared = a["query"] is a["key"] is a["value"]
+    # Batches come as (L, N, d), mostly as views of (N, L, d), which is what micro-batches can be cut from.
+    q, k, v = (a[name].transpose(0, 1) for name in ("query", "key", "value"))
     d = q.shape[-1]
     if a["use_separate_proj_weight"]:
         weights = (a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"])
         return linear(q, weights[0], None), linear(k, weights[1], None), linear(v, weights[2], None)
     weight, bias = a["in_proj_weight"], a["in_proj_bias"]
-    if q is k and k is v:
-        packed = linear(q, weight, bias)
-        return packed[..., :d], packed[..., d : 2 * d], packed[..., 2 * d :]
+    if shared:
+        first, second, third = linear(q, weight, bias).split(d, -1)
+        return first, second, third
     # The packed weight cannot be cut without losing its identity, so cross attention computes unused columns too.
     mixed = linear(k, weight, bias)
-    values = mixed if k is v else linear(v, weight, bias)
+    values = mixed if a["key"] is a["value"] else linear(v, weight, bias)
     return linear(q, weight, bias)[..., :d], mixed[..., d : 2 * d], values[..., 2 * d :]
 
 
@@ -81,10 +83,10 @@ def attention(a: dict[str, Any], linear: Linear) -> tuple[Tensor, Tensor | None]
     """
     heads = a["num_heads"]
     q, k, v = projections(a, linear)
-    (length, n, d), source = q.shape, k.shape[0]
+    (n, length, d), source = q.shape, k.shape[1]
 
-    def split(x: Tensor) -> Tensor:  # (L, N, d) -> (N, heads, L, d / heads)
-        return x.reshape(x.shape[0], n, heads, d // heads).permute(1, 2, 0, 3)
+    def split(x: Tensor) -> Tensor:  # (N, L, d) -> (N, heads, L, d / heads)
+        return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
     mask = additive(a["attn_mask"], q.dtype)
     if mask is not None and mask.ndim == 3:
@@ -102,4 +104,5 @@ def attention(a: dict[str, Any], linear: Linear) -> tuple[Tensor, Tensor | None]
         weights = weights.mean(1) if a["average_attn_weights"] else weights
     else:
         mixed = F.scaled_dot_product_attention(split(q), split(k), split(v), mask, dropout)
-    return linear(mixed.permute(2, 0, 1, 3).reshape(length, n, d), a["out_proj_weight"], a["out_proj_bias"]), weights
+    result = linear(mixed.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"]).transpose(0, 1)
+    return result.contiguous() if a["query"].is_contiguous() else result, weights

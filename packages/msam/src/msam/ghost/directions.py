@@ -14,8 +14,8 @@ from msam.perturbation import Tracked, scale_of
 KAPPA = 1 / 3
 """Low rank pays below this ratio r (d_in + d_out) / (d_in d_out); above it a materialised direction is cheaper."""
 
-SMALL = 65536
-"""Elements below which a materialised direction is copied together with others to measure them in one reduction."""
+SMALL = 1024
+"""Elements up to which a materialised direction is copied together with others to measure them in one reduction."""
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Plan:
             outer, inner = (high(inner), high(outer)) if uses[0].flipped else (high(outer), high(inner))
             # A bias is one more input that is always 1, so its squares are those of G G' alone.
             gram = torch.bmm(inner, inner.mT) if bias is None else torch.baddbmm(self.one(inner), inner, inner.mT)
-            squares.append(torch.linalg.vecdot(gram.flatten(1), torch.bmm(outer, outer.mT).flatten(1)))
+            squares.append(torch.bmm(outer, outer.mT).mul_(gram).sum((1, 2)))
         return squares[0] if len(squares) == 1 else torch.cat(squares)
 
     def _token_squares(self, index: int, parts: list[tuple[Tensor, Tensor]]) -> Tensor:

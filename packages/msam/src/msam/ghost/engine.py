@@ -95,12 +95,13 @@ class Ghost:
         Returns:
             Norms, shape (m,).
         """
-        one = norms.new_ones(()) if scale is None else scale(norms.new_ones(()))
+        if scale is not None:
+            norms = norms / scale(norms.new_ones(()))
         if self._options.shard_weight is None and len(shards.runs) == 1:
-            return norms * shards.count if scale is None else norms * (shards.count / one)
+            return norms * shards.count
         parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
         shares = shard_shares(parts, shards, self._options)
-        return norms / norms.new_tensor(shares).clamp_min(1e-30) / one
+        return norms / norms.new_tensor(shares).clamp_min(1e-30)
 
     def _ascend(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None

@@ -23,7 +23,7 @@ def part(x: Tensor, start: int, stop: int, n: int) -> Tensor:
     Returns:
         Shape (n, rows of each, d).
     """
-    return (x if stop - start == len(x) else x[start:stop]).view(n, -1, x.shape[-1])
+    return (x if stop - start == x.shape[0] else x[start:stop]).view(n, -1, x.shape[-1])
 
 
 class Step(Protocol):
