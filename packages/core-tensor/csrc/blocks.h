@@ -78,7 +78,7 @@ inline void project_simplex(const double* r, int64_t n, double gamma, double z, 
     out.at[count] = static_cast<int32_t>(k);
     count += r[k] < bound;
   }
-  if (count == 0 && equality && n > 0 && z > 0) {  // gamma z is below the spacing of floats at r_min
+  if (count == 0 && (equality || r_min < 0.0) && n > 0 && z > 0) {  // gamma z is below the spacing of floats at r_min
     for (int64_t k = 0; k < n && count == 0; ++k)
       if (r[k] == r_min) out.at[count++] = static_cast<int32_t>(k);
   }

@@ -90,10 +90,21 @@ void chunk(const Pass<T>& p, int64_t begin, int64_t end, Scratch& s, double* sum
   pass_chunk(p, begin, end, s, sums, totals);
 }
 
+CT_CLONES int64_t longest_block(const int64_t* __restrict__ offsets, int64_t begin, int64_t end) {
+  int64_t longest = 0;
+  for (int64_t b = begin; b < end; ++b) longest = std::max(longest, offsets[b + 1] - offsets[b]);
+  return longest;
+}
+
+// Adds a chunk's sums as whole numbers.
+CT_CLONES void add_fixed(const double* __restrict__ sums, const double* __restrict__ scale, int64_t width,
+                         int64_t* __restrict__ total) {
+  for (int64_t j = 0; j < width; ++j) total[j] += std::llrint(sums[j] * scale[j]);
+}
+
 template <class T>
 void run(const Pass<T>& p, const int64_t* bounds, int64_t chunks, const double* scale, int64_t* result, int threads) {
-  int64_t longest = kTile;
-  for (int64_t b = bounds[0]; b < bounds[chunks]; ++b) longest = std::max(longest, p.offsets[b + 1] - p.offsets[b]);
+  const int64_t longest = std::max(kTile, longest_block(p.offsets, bounds[0], bounds[chunks]));
   const int64_t width = 2 * p.rows + kTotals;
 #pragma omp parallel num_threads(threads)
   {
@@ -104,7 +115,7 @@ void run(const Pass<T>& p, const int64_t* bounds, int64_t chunks, const double* 
     for (int64_t c = 0; c < chunks; ++c) {
       std::fill(sums.begin(), sums.end(), 0.0);
       chunk(p, bounds[c], bounds[c + 1], scratch, sums.data(), sums.data() + 2 * p.rows);
-      for (int64_t j = 0; j < width; ++j) mine[j] += std::llrint(sums[j] * scale[j]);
+      add_fixed(sums.data(), scale, width, mine.data());
     }
 #pragma omp critical
     for (int64_t j = 0; j < width; ++j) result[j] += mine[j];  // whole numbers: any order gives the same sum

@@ -24,15 +24,29 @@ struct Pass {
   Family<T> family;
 };
 
+constexpr int64_t kTile = 1024;  // variables whose reduced costs are formed at once: they stay in the first cache
+constexpr int64_t kBlocks = 128;  // blocks of a tile at most
+
+// A block between the loops over a tile.
+struct Outline {
+  int64_t first, length;  // from the start of the tile
+  double cap, least;
+  unsigned found;  // candidates, one bit each
+};
+
 struct Scratch {
+  std::vector<Outline> outline;
   std::vector<double> r, effective, x;
   std::vector<int32_t> at;
   std::vector<std::pair<double, int32_t>> order;
   explicit Scratch(int64_t longest)
-      : r(longest + 16), effective(longest + 16), x(longest + 1), at(longest + 1), order(longest + 1) {}
+      : outline(kBlocks),
+        r(longest + 16),
+        effective(longest + 16),
+        x(longest + 1),
+        at(longest + 1),
+        order(longest + 1) {}
 };
-
-constexpr int64_t kTile = 1024;  // variables whose reduced costs are formed at once: they stay in the first cache
 
 template <class T>
 inline double shrink_of(const Pass<T>& p, int64_t variable) {
@@ -72,25 +86,29 @@ inline void scatter(const Pass<T>& p, int64_t first, const Support& out, double*
   totals[kNonzero] += static_cast<double>(out.count);
 }
 
-// Adds one variable at amount x, as `scatter` does for a support.
-template <class T>
-inline void scatter_one(const Pass<T>& p, int64_t k, double x, double* sums, double& cost, double& square) {
-  if (p.shrink) x *= shrink_of(p, k);
-  const int64_t j = p.index[k];
-  const double spent = static_cast<double>(p.cost[k]) * x;
-  sums[2 * j] += p.coefficient ? static_cast<double>(p.coefficient[k]) * x : x;
-  sums[2 * j + 1] += spent;
-  cost += spent;
-  square += x * (x - (p.anchor ? 2.0 * static_cast<double>(p.anchor[k]) : 0.0));
-  if (p.x_out) p.x_out[k - p.base] = x;
+// Adds one variable at amount x to its row, as `scatter` does for a support; the chunk's cost is the sum over its rows.
+// `plain`: there is no anchor, no shrink and no primal to write.
+template <bool plain, class T>
+inline void scatter_one(const Pass<T>& p, int64_t k, double x, double* sums, double& square) {
+  double* sum = sums + 2 * static_cast<int64_t>(p.index[k]);
+  if (plain) {
+    square += x * x;
+  } else {
+    if (p.shrink) x *= shrink_of(p, k);
+    square += x * (p.anchor ? x - 2.0 * static_cast<double>(p.anchor[k]) : x);
+    if (p.x_out) p.x_out[k - p.base] = x;
+  }
+  const double a = p.coefficient ? static_cast<double>(p.coefficient[k]) : 1.0, c = static_cast<double>(p.cost[k]);
+  sum[0] += a * x;
+  sum[1] += c * x;
 }
 
-// Blocks [block, stop) whose reduced costs fit one tile.
+// Blocks [block, stop) that make one tile: few enough for their outlines, and short enough for their reduced costs.
 template <class T>
 inline int64_t tile_end(const Pass<T>& p, int64_t block, int64_t end) {
-  int64_t stop = block + 1;
-  while (stop < end && p.offsets[stop + 1] - p.offsets[block] <= kTile) ++stop;
-  return stop;
+  int64_t blocks = std::min(kBlocks, end - block);
+  while (blocks > 1 && p.offsets[block + blocks] - p.offsets[block] > kTile) blocks /= 2;
+  return block + blocks;
 }
 
 }  // namespace core_tensor

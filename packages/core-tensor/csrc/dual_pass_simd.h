@@ -88,41 +88,68 @@ inline __m256d pick(const double* lam, const int32_t* j) {
   return _mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1);
 }
 
-template <class T>
-void reduced_costs(const Pass<T>& p, int64_t begin, int64_t count, double* r, double* effective, double& square) {
-  const __m256d one = _mm256_set1_pd(1.0), gamma = _mm256_set1_pd(p.gamma);
+// Costs c + A'lam, and with an anchor c + A'lam - gamma p, of variables [begin, begin + count).
+template <bool weighted, bool anchored, class T>
+void reduced_costs(const Pass<T>& p, int64_t begin, int64_t count, double* __restrict__ r,
+                   double* __restrict__ effective, double& square) {
+  const int32_t* __restrict__ index = p.index + begin;
+  const T* __restrict__ cost = p.cost + begin;
+  const T* __restrict__ coefficient = weighted ? p.coefficient + begin : nullptr;
+  const T* __restrict__ anchor = anchored ? p.anchor + begin : nullptr;
+  const double* __restrict__ lam = p.lam;
+  const __m256d gamma = _mm256_set1_pd(p.gamma);
   __m256d sum = _mm256_setzero_pd();
-  int64_t k = 0;
-  for (; k + 4 <= count; k += 4) {
-    const int64_t at = begin + k;
-    const __m256d a = p.coefficient ? widen(p.coefficient + at) : one;
-    const __m256d value = _mm256_fmadd_pd(a, pick(p.lam, p.index + at), widen(p.cost + at));
+  const auto four = [&](int64_t k) CT_INLINE_LAMBDA {
+    const __m256d price = pick(lam, index + k), c = widen(cost + k);
+    const __m256d value = weighted ? _mm256_fmadd_pd(widen(coefficient + k), price, c) : _mm256_add_pd(price, c);
     _mm256_storeu_pd(r + k, value);
-    if (p.anchor) {
-      const __m256d before = widen(p.anchor + at);
+    if (anchored) {
+      const __m256d before = widen(anchor + k);
       _mm256_storeu_pd(effective + k, _mm256_fnmadd_pd(gamma, before, value));
       sum = _mm256_fmadd_pd(before, before, sum);
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16)
+    for (int64_t i = 0; i < 16; i += 4) four(k + i);
+  for (; k + 4 <= count; k += 4) four(k);
   double rest = 0.0;
   for (; k < count; ++k) {
-    const int64_t at = begin + k;
-    const double a = p.coefficient ? static_cast<double>(p.coefficient[at]) : 1.0;
-    r[k] = __builtin_fma(a, p.lam[p.index[at]], static_cast<double>(p.cost[at]));
-    if (p.anchor) {
-      const double before = static_cast<double>(p.anchor[at]);
+    const double a = weighted ? static_cast<double>(coefficient[k]) : 1.0;
+    r[k] = __builtin_fma(a, lam[index[k]], static_cast<double>(cost[k]));
+    if (anchored) {
+      const double before = static_cast<double>(anchor[k]);
       effective[k] = __builtin_fma(-p.gamma, before, r[k]);
       rest += before * before;
     }
   }
-  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
-  square += rest + _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
+  alignas(32) double lane[4];
+  _mm256_store_pd(lane, sum);
+  square += rest + ((lane[0] + lane[2]) + (lane[1] + lane[3]));
+}
+
+template <class T>
+void reduced_costs(const Pass<T>& p, int64_t begin, int64_t count, double* r, double* effective, double& square) {
+  const auto form = p.coefficient ? (p.anchor ? reduced_costs<true, true, T> : reduced_costs<true, false, T>)
+                                  : (p.anchor ? reduced_costs<false, true, T> : reduced_costs<false, false, T>);
+  form(p, begin, count, r, effective, square);
+}
+
+// Read from 16 - n on: n times zero, then NaN.
+alignas(32) constexpr int64_t kLanes[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                            -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+inline double least(__m256d v) {
+  const __m128d half = _mm_min_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_min_sd(half, _mm_unpackhi_pd(half, half)));
 }
 
 inline double least(const double* r, int64_t n) {
-  double low = kInfinity;
-  for (int64_t k = 0; k < n; ++k) low = r[k] < low ? r[k] : low;
-  return low;
+  __m256d low = _mm256_set1_pd(kInfinity);
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) low = _mm256_min_pd(_mm256_loadu_pd(r + k), low);
+  const double* beyond = reinterpret_cast<const double*>(kLanes) + 16 - (n - k);
+  return least(_mm256_min_pd(_mm256_or_pd(_mm256_loadu_pd(r + k), _mm256_loadu_pd(beyond)), low));
 }
 
 inline int64_t candidates(const double* r, int64_t n, double bound, int32_t* at) {
@@ -134,9 +161,6 @@ inline int64_t candidates(const double* r, int64_t n, double bound, int32_t* at)
   return count;
 }
 
-alignas(32) constexpr int64_t kLanes[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-                                            -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-
 // Least entry and candidates of a block of up to 16 variables, without touching memory twice. Lanes behind the block
 // become NaN, which `min` and `<` pass over.
 inline unsigned small(const double* r, int64_t n, double reach, bool equality, double& r_min) {
@@ -146,9 +170,7 @@ inline unsigned small(const double* r, int64_t n, double reach, bool equality, d
     v[i] = _mm256_or_pd(_mm256_loadu_pd(r + 4 * i), _mm256_loadu_pd(beyond + 4 * i));
     low = _mm256_min_pd(v[i], low);
   }
-  __m128d half = _mm_min_pd(_mm256_castpd256_pd128(low), _mm256_extractf128_pd(low, 1));
-  half = _mm_min_sd(half, _mm_unpackhi_pd(half, half));
-  r_min = _mm_cvtsd_f64(half);
+  r_min = least(low);
   const __m256d limit = _mm256_set1_pd(equality ? r_min + reach : std::min(r_min + reach, 0.0));
   unsigned found = 0;
   for (int i = 0; i < 4; ++i)

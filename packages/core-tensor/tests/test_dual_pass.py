@@ -67,6 +67,45 @@ def test_equals_reference(kind, lengths, rows_per_variable, dtype, equality, anc
     assert int(sums[-1]) == int((x > 0).sum()) << 40 or shrunk
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("equality", [False, True])
+@pytest.mark.parametrize("given", [(), ("anchor",), ("shrink",), ("anchor", "shrink")])
+@pytest.mark.parametrize("gamma", [1.0, 1e-3])
+def test_blocks_of_every_length_equal_reference(dtype, equality, given, gamma):
+    g = torch.Generator().manual_seed(7)
+    lengths = torch.randint(1, 41, (700,), generator=g)
+    lengths[100:250] = 0  # more blocks than a tile takes
+    lengths[[0, 300, 699]] = torch.tensor([1500, 1024, 17])  # blocks that are a tile of their own
+    data = _data("simplex", lengths.tolist(), 8, dtype, equality=equality)
+    cost = torch.round(data.cost * 8) / 8  # ties
+    data = dataclasses.replace(data, cost=cost, coefficient=None if gamma == 1.0 else data.coefficient)
+    extra = {
+        "anchor": torch.rand(data.variables, generator=g).to(dtype),
+        "shrink": torch.rand(ROWS, generator=g, dtype=F64),
+    }
+    lam = torch.rand(ROWS, generator=g, dtype=F64)
+    bounds = torch.tensor([0, 1, 90, 420, 700])
+    chosen = {name: extra[name] for name in given}
+    (sums, x), (truth, y) = _run(data, lam, gamma, bounds, **chosen)
+    assert torch.allclose(x, y, atol=1e-11)
+    assert torch.allclose(sums[:-2].double() / 2**40, truth[:-2].double() / 2**40, atol=1e-8, rtol=1e-12)
+    unwritten = dual_pass(data, lam, gamma, torch.full((2 * ROWS + 5,), 2.0**40, dtype=F64), bounds, **chosen)[0]
+    assert torch.equal(unwritten, sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("equality", [False, True])
+@pytest.mark.parametrize("rows_per_variable", [1, 2])
+def test_a_ridge_below_the_spacing_of_floats_takes_the_best_vertex(dtype, equality, rows_per_variable):
+    data = _data("simplex", [1, 5, 16, 17, 40], 3, dtype, rows_per_variable, equality)
+    lam = torch.zeros(ROWS, dtype=F64)
+    x = dual_pass(data, lam, 1e-30, torch.ones(2 * ROWS + 5, dtype=F64), torch.tensor([0, 5]), primal=True)[1]
+    for begin, end, cap in zip(data.offsets[:-1], data.offsets[1:], data.cap, strict=True):
+        expected = torch.zeros(int(end - begin), dtype=F64)
+        expected[data.cost[begin:end].argmin()] = cap
+        assert torch.equal(x[begin:end], expected)
+
+
 @pytest.mark.parametrize("kind", ["simplex", "box_cut"])
 def test_bits_do_not_depend_on_threads_or_on_who_takes_which_chunk(kind):
     lengths = torch.randint(0, 30, (400,), generator=torch.Generator().manual_seed(1)).tolist()
