@@ -153,15 +153,18 @@ class FusedDual:
         self.gamma_start = float(totals[3] / totals[2].clamp_min(1)) / max(
             float(totals[4] / totals[2].clamp_min(1)), 1e-300
         )
-        self._fixed = 2.0 * torch.stack([load, spent], 1).ravel()
+        cost, square, variables = totals[0], totals[1], totals[2]
+        last = torch.stack([cost, 2.0 * square, cost, variables, variables])
+        self._scale_at_zero = _fixed_point(torch.cat([torch.stack([load, spent], 1).ravel(), last]))
+        self._limits, self._sizes = self.budgets * KEEP, 1.0 + self.budgets.abs()
+        self._any_free = bool(self.free.any())
 
     def _scale(self, lam: Tensor) -> Tensor:
-        # Power-of-two factors of the fixed-point sums: bounds of every sum are known before it is taken.
-        cost, square, variables, _, _ = self.total_bound.tolist()
-        least = cost + float(lam.abs() @ self.load_bound)
-        bounds = torch.tensor([cost, 2.0 * square, least, variables, variables], dtype=torch.float64) * 2.0
-        every = torch.cat([self._fixed, bounds])
-        return torch.exp2(torch.floor(61.0 - torch.log2(torch.where(every > 0, every, 1.0))).clamp(-900, 900))
+        # Bounds of every sum are known before it is taken; only that of the least values depends on the multipliers.
+        scale = self._scale_at_zero.clone()
+        least = 2 * lam.shape[0] + TOTALS.index("least")
+        scale[least : least + 1] = _fixed_point(self.total_bound[:1] + lam.abs() @ self.load_bound)
+        return scale
 
     def _sums(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor | None) -> Tensor:
         scale = self._scale(lam)
@@ -194,13 +197,12 @@ class FusedDual:
         gradient = load - self.budgets
         shrink, upper = None, math.inf
         if self.repairable:
-            shrink = (self.budgets * KEEP / torch.where(load > 0, load, 1.0)).clamp_max(1.0)
-            shrink = torch.where(load > self.budgets * KEEP, shrink, 1.0)
+            shrink = torch.where(load > self._limits, self._limits / load, 1.0)
             if self.problem.data.index.ndim == 1 or self.problem.data.index.shape[1] == 1:
                 upper = float(spent @ shrink)
             else:
                 upper = float(self._sums(lam, gamma, anchor, shrink)[2 * m])
-        excess = torch.where(self.free, gradient.abs(), gradient) / (1.0 + self.budgets.abs())
+        excess = (torch.where(self.free, gradient.abs(), gradient) if self._any_free else gradient) / self._sizes
         return Evaluation(
             lam=lam,
             gamma=gamma,
@@ -262,6 +264,11 @@ class FusedDual:
             Seconds.
         """
         return self._mean_elapsed if self.group is not None else time.monotonic() - self._start
+
+
+def _fixed_point(bounds: Tensor) -> Tensor:
+    # Powers of two that keep sums within twice their bounds below 2**61.
+    return torch.exp2(torch.floor(60.0 - torch.log2(torch.where(bounds > 0, bounds, 1.0))).clamp(-900, 900))
 
 
 def primal_piece(
