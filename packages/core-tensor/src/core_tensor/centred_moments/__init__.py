@@ -25,6 +25,7 @@ _centred_moments = operator(
     reference=reference.centred_moments,
     fake=_fake,
     cpu=cpu.centred_moments,
+    cuda="core_tensor.centred_moments.triton:centred_moments",
 )
 
 
