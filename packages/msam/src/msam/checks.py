@@ -43,3 +43,23 @@ def check_finite_loss(loss: Tensor) -> None:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ValueError(f"loss: expected a finite value, got {value}")
+
+
+def check_closure_loss(loss: Any, finite: bool) -> Tensor:
+    """Refuse what a standard closure may not return.
+
+    Args:
+        loss: The closure's value.
+        finite: Whether NaN and infinity are refused.
+
+    Returns:
+        The detached loss.
+
+    Raises:
+        ValueError: If it is None.
+    """
+    if loss is None:
+        raise ValueError("closure: expected it to return the loss, got None")
+    if isinstance(loss, Tensor) and not loss.requires_grad:
+        loss = loss.clone().requires_grad_()  # closures may return a detached loss: gradients were taken inside
+    return check_loss(loss, finite).detach()

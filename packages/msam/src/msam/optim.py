@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -13,13 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from msam.batches import Shards, batch_size, cut
-from msam.checks import check_finite_loss, check_loss
+from msam.byhand import ByHand
+from msam.checks import check_closure_loss, check_finite_loss
 from msam.ghost import Ghost, UnsupportedError
 from msam.options import Options, Rho
-from msam.passes import Generators, norm_layers, statistics, unsynchronised, world_size
-from msam.perturbation import Moved, Tracked, perturbation
+from msam.passes import norm_parameters, world_size
+from msam.perturbation import Tracked
 from msam.record import StepRecord
-from msam.sequential import GradientDrawer, LossFunction, Sequential, take_gradients
+from msam.sequential import LossFunction, Sequential
 from msam.telemetry import Check, Explanation, check, explain
 from msam.vectorised import vectorised_gradient
 
@@ -100,9 +101,7 @@ class MSAM(Optimizer):
         self.record: StepRecord | None = None
         self._steps = 0
         self._ready = False  # a gradient waits for step()
-        self._moved: Moved | None = None
-        self._ascent: tuple[list[Tensor | None], Generators] | None = None
-        self._share = 0.0
+        self._by_hand = ByHand(model, self.options)
         if ascent == "norm" and not self.tracked(0.0).parameters:
             raise ValueError("ascent: 'norm' expects a model with trainable normalization layers, got none")
 
@@ -298,7 +297,7 @@ class MSAM(Optimizer):
         self.base.step()
         self._steps += 1
         self._ready = False
-        self._share = 0.0
+        self._by_hand.restart()
         return value
 
     def _closure_step(self, closure: Callable[[], Any]) -> Tensor:
@@ -311,41 +310,29 @@ class MSAM(Optimizer):
             first = None
             if self._steps % self.options.every == 0:
                 with self.ascent():
-                    first = check_loss_value(closure(), self.options)
+                    first = check_closure_loss(closure(), self.options.check_finite)
             with self.descent() if first is not None else nullcontext():
-                loss = check_loss_value(closure(), self.options)
+                loss = check_closure_loss(closure(), self.options.check_finite)
         self._finish(None)
         return loss if first is None else first
 
     # -- the two passes by hand ---
 
-    @contextmanager
-    def ascent(self) -> Iterator[None]:
+    def ascent(self) -> AbstractContextManager[None]:
         """Pass 1 of one micro-batch: run forward and `loss.backward()` inside; the gradient gives the perturbation.
 
-        Yields:
-            Nothing.
+        Returns:
+            A context, which raises ValueError if the block left no gradient.
 
         Raises:
-            ValueError: If the block left no gradient, or a sharded model has no weights to perturb.
+            ValueError: If a sharded model has no weights to perturb.
         """
         if isinstance(self.model, FSDPModule):
             raise ValueError(
                 "ascent: a model sharded by FSDP2 has no whole weights to perturb; use step(loss_fn, batch)"
             )
         rho = self.options.radius(self._steps, (self.options.num_micro_batches or 1) * world_size(self.model))
-        tracked = self.tracked(rho)
-        trainable = self.trainable()
-        generators = Generators({p.device for p in trainable})
-        drawer = GradientDrawer(trainable)
-        try:
-            with unsynchronised(self.model), statistics(norm_layers(self.model), self.options.bn, first=True):
-                yield
-            steps, _ = perturbation(tracked, take_gradients(tracked.parameters))
-        finally:
-            drawer.close()
-        self._moved = Moved(tracked.parameters)
-        self._ascent = (steps, generators)
+        return self._by_hand.ascent(self.tracked(rho), self.trainable())
 
     @contextmanager
     def descent(self, weight: float = 1.0) -> Iterator[None]:
@@ -358,36 +345,9 @@ class MSAM(Optimizer):
 
         Yields:
             Nothing.
-
-        Raises:
-            ValueError: If `ascent` did not come before, or the block left no gradient.
         """
-        if self._ascent is None or self._moved is None:
-            raise ValueError("descent: expected an ascent() block before it, got none")
-        check_number("weight", weight, low=0.0, open_low=True)
-        (steps, generators), moved = self._ascent, self._moved
-        trainable = self.trainable()
-        drawer = GradientDrawer(trainable)
-        if self.options.rng == "same":
-            generators.rewind()
-        try:
-            moved.move(steps)
-            with statistics(norm_layers(self.model), self.options.bn, first=False):
-                yield
-            late = take_gradients(trainable)
-        finally:
-            moved.restore()
-            drawer.close()
-            self._ascent = self._moved = None
-        new = weight / (self._share + weight)
-        with torch.no_grad():
-            for p, g in zip(trainable, late, strict=True):
-                old = p.grad if self._share else None
-                if g is not None:
-                    p.grad = g.mul_(new) if old is None else old.mul_(1 - new).add_(g, alpha=new)
-                elif old is not None:
-                    old.mul_(1 - new)
-        self._share += weight
+        with self._by_hand.descent(self.trainable(), weight):
+            yield
         self._ready = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -398,7 +358,7 @@ class MSAM(Optimizer):
         """
         super().zero_grad(set_to_none)
         self._ready = False
-        self._share = 0.0
+        self._by_hand.restart()
 
     # -- state ---
 
@@ -484,35 +444,3 @@ def msam_step(optimizer: MSAM, loss_fn: LossFunction, batch: Any) -> Tensor:
         The mean loss at the weights before the update.
     """
     return cast(Tensor, optimizer.step(loss_fn, batch))
-
-
-def norm_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that belong to normalization layers.
-
-    Args:
-        model: The model.
-
-    Returns:
-        `id` of each parameter of a module whose class name holds "Norm".
-    """
-    return {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
-
-
-def check_loss_value(loss: Any, options: Options) -> Tensor:
-    """Refuse what a standard closure may not return.
-
-    Args:
-        loss: The closure's value.
-        options: Whose `check_finite` says whether NaN is refused.
-
-    Returns:
-        The detached loss.
-
-    Raises:
-        ValueError: If it is None.
-    """
-    if loss is None:
-        raise ValueError("closure: expected it to return the loss, got None")
-    if isinstance(loss, Tensor) and not loss.requires_grad:
-        loss = loss.clone().requires_grad_()  # closures may return a detached loss: gradients were taken inside
-    return check_loss(loss, options.check_finite).detach()

@@ -23,6 +23,18 @@ def norm_layers(model: nn.Module) -> list[_NormBase]:
     return [m for m in model.modules() if isinstance(m, _NormBase)]
 
 
+def norm_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that belong to normalization layers.
+
+    Args:
+        model: The model.
+
+    Returns:
+        `id` of each parameter of a module whose class name holds "Norm".
+    """
+    return {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
+
+
 @contextmanager
 def kept_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Put the running statistics of batch and instance norms back when the block ends, whatever happens in it.

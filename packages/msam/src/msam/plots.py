@@ -127,8 +127,10 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
         axis.set_xlabel(r"$\rho$")
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_yscale("log")
-    axes[2].set_yscale("log")
+    for axis in axes[1:]:
+        axis.set_yscale("log", subs=(2, 3, 5))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{title}: sensitivity to m and rho (m = 1 is SAM)", fontsize=11)
     save(figure, path)
