@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -223,8 +224,8 @@ def export_reload_difference(quick: bool) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             run = quantize_model(open_causal_lm(model.eval()), tokens, f"{folder}/run", ModelConfig(layer))
             export_model(run, f"{folder}/out", name)
-            loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=torch.float32).eval()
-            results[key] = logit_difference(run, loaded)
+            load = partial(AutoModelForCausalLM.from_pretrained, f"{folder}/out", dtype=torch.float32)
+            results[key] = logit_difference(run, load)
     return results
 
 

@@ -146,7 +146,7 @@ def export_model(
         _write_config(unproved, quantized, chosen)
         if quantized.lm.tokenizer is not None:
             quantized.lm.tokenizer.save_pretrained(unproved)
-        difference = logit_difference(quantized, chosen.load(unproved, quantized.lm.dtype))
+        difference = logit_difference(quantized, lambda: chosen.load(unproved, quantized.lm.dtype))
         allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
         if not difference <= allowed:
             raise ValueError(
@@ -166,12 +166,12 @@ def export_model(
             folder.rmdir()
 
 
-def logit_difference(quantized: QuantizedCausalLM, model: Any, length: int = 32) -> float:
+def logit_difference(quantized: QuantizedCausalLM, load: Callable[[], Any], length: int = 32) -> float:
     """Compare the logits of a reloaded model with those of the model in memory, on two random windows.
 
     Args:
         quantized: The model in memory (streamed).
-        model: The reloaded transformers model.
+        load: Loads the saved model for transformers; called last, so that no block is in memory beside it.
         length: Tokens of each window.
 
     Returns:
@@ -185,6 +185,7 @@ def logit_difference(quantized: QuantizedCausalLM, model: Any, length: int = 32)
         with quantized.lm.loaded(index) as block:
             stream.advance(index, block)
     expected = torch.stack([stream.logits(w).cpu().float() for w in range(len(tokens))])
+    model = load()
     model.config._experts_implementation = "eager"
     with torch.no_grad():
         got = torch.cat([model(input_ids=window[None], use_cache=False).logits.cpu().float() for window in tokens])
