@@ -96,7 +96,7 @@ def two_kinds() -> list[dict[str, Any]]:
                     "mean_square": exact,
                     "almost_sure": sure,
                     "ratio": sure / exact,
-                    **{f"exponent_{f}": g.value for f, g in growth.items()},
+                    **{f"exponent_at_{f:.0%}".rstrip("%"): g.value for f, g in growth.items()},
                 }
             )
     return rows
