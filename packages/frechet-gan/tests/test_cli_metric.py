@@ -71,6 +71,11 @@ def test_bad_input_is_one_line_and_exit_code_2(folders):
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     assert _run("fd", folders / "a", folders / "absent").exit_code == 2
+    for width in (3, 4):
+        np.savez(folders / f"wide{width}.npz", mu=np.zeros(width), sigma=np.eye(width))
+    result = _run("fd", folders / "wide3.npz", folders / "wide4.npz")
+    assert result.exit_code == 2
+    assert "y: expected features of width 3 as x has, got 4" in result.stderr
     unknown = _run("fd", folders / "a", folders / "b", "--encoder", "inception")
     assert unknown.exit_code == 2
     assert "encoder: expected" in unknown.stderr

@@ -89,11 +89,11 @@ def fd(
     left, right = (
         FeatureStats.load(p) if Path(p).suffix == ".npz" else _features(p, encoder, batch, size) for p in (a, b)
     )
-    if isinstance(left, FeatureStats):
-        left, right = right, left
     if isinstance(left, FeatureStats) and isinstance(right, FeatureStats):
         _between_stats(left, right, estimator, as_json)
         return
+    if isinstance(left, FeatureStats):
+        left, right = right, left
     assert isinstance(left, Tensor)
     runs = [estimate_frechet(left, right, estimator, confidence=confidence, seed=s) for s in range(seeds)]
     value = sum(r.value for r in runs) / seeds

@@ -153,7 +153,25 @@ def _doublings(size: int) -> tuple[int, int]:
     raise ValueError(f"size: expected 4 or 7 times a power of two for dcgan and resnet, got {size}")
 
 
-class DCGANGenerator(nn.Module):
+class _LayeredGenerator(nn.Module):
+    """A generator whose layers follow one another."""
+
+    layers: nn.Sequential
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Images from latents.
+
+        Args:
+            z: Latents, shape (n, latent).
+
+        Returns:
+            Images, shape (n, c, size, size), in [-1, 1].
+        """
+        images: Tensor = self.layers(z)
+        return images
+
+
+class DCGANGenerator(_LayeredGenerator):
     """Transposed convolutions with batch normalisation, as in DCGAN.
 
     Args:
@@ -174,18 +192,6 @@ class DCGANGenerator(nn.Module):
             layers.append(nn.ConvTranspose2d(width, target, 4, 2, 1, bias=i == doublings - 1))
             width = target
         self.layers = nn.Sequential(*layers, nn.Tanh())
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Images from latents.
-
-        Args:
-            z: Latents, shape (n, latent).
-
-        Returns:
-            Images, shape (n, c, size, size), in [-1, 1].
-        """
-        images: Tensor = self.layers(z)
-        return images
 
 
 def _dcgan_trunk(config: NetworkConfig) -> nn.Sequential:
@@ -234,7 +240,7 @@ class _Down(nn.Module):
         return shortcut + y
 
 
-class ResNetGenerator(nn.Module):
+class ResNetGenerator(_LayeredGenerator):
     """Residual generator of SNGAN: one doubling block per scale.
 
     Args:
@@ -257,18 +263,6 @@ class ResNetGenerator(nn.Module):
             nn.Conv2d(width, config.channels, 3, padding=1),
             nn.Tanh(),
         )
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Images from latents.
-
-        Args:
-            z: Latents, shape (n, latent).
-
-        Returns:
-            Images, shape (n, c, size, size), in [-1, 1].
-        """
-        images: Tensor = self.layers(z)
-        return images
 
 
 def _resnet_trunk(config: NetworkConfig) -> nn.Sequential:
