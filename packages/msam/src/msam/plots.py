@@ -68,7 +68,7 @@ def gap_curves(axis: Any, gaps: Mapping[str, Sequence[float]]) -> None:
     """
     for name, curve in gaps.items():
         axis.plot(range(1, len(curve) + 1), curve, color=COLOURS.get(name), label=name)
-    axis.set_yscale("log")
+    _logarithmic(axis)
     axis.set_title(r"sharpness gap $L(w+\epsilon)-L(w)$", fontsize=10)
     axis.set_xlabel("epoch", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
@@ -105,6 +105,12 @@ def comparison(
     save(figure, path)
 
 
+def _logarithmic(axis: Any) -> None:
+    axis.set_yscale("log", subs=(2, 3, 5))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+
+
 def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str) -> None:
     """Test accuracy, top eigenvalue and trace over rho, one line per number of micro-batches.
 
@@ -128,9 +134,7 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1:]:
-        axis.set_yscale("log", subs=(2, 3, 5))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        _logarithmic(axis)
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{title}: sensitivity to m and rho (m = 1 is SAM)", fontsize=11)
     save(figure, path)
