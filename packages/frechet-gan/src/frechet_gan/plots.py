@@ -159,6 +159,9 @@ def lines(
         axis.axhline(0, color="black", linewidth=0.8)
     else:
         axis.set_yscale("log")
+    ticks = sorted({float(v) for x, _ in series.values() for v in x})
+    axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
+    axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     save(figure, path)
