@@ -27,7 +27,6 @@ ROOT = Path(__file__).parent.resolve()
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 PYTHONS = ("3.11", "3.12", "3.13")
 UV = os.environ.get("UV", "uv")  # uvx says where it stands, even if it is not on the PATH
-os.environ.setdefault("UV_COMPILE_BYTECODE", "1")  # or every command that a test starts compiles torch where it may
 PYTEST = ("-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of these processes
 BY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
@@ -41,7 +40,10 @@ BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for 
 def sync(session: nox.Session, *arguments: str, environment: str = "workspace") -> Path:
     """Bring `.nox/<environment>` to the lock (written first where it is absent) and return its folder of commands."""
     folder = ROOT / ".nox" / environment
-    session.run(UV, "sync", *arguments, env={"UV_PROJECT_ENVIRONMENT": str(folder)}, external=True)
+    # Compiled once here, or every command that a test starts would compile torch where Python keeps no bytecode.
+    session.run(
+        UV, "sync", "--compile-bytecode", *arguments, env={"UV_PROJECT_ENVIRONMENT": str(folder)}, external=True
+    )
     return folder / "bin"
 
 
