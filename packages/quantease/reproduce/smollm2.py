@@ -1,6 +1,6 @@
 """SmolLM2-135M at 3 bits per channel by every method: the table and the picture of the docs.
 
-About twenty minutes of CPU time; a run that was killed continues.
+About forty minutes of one core; a run that was killed continues.
 """
 
 import argparse
