@@ -1,6 +1,6 @@
 """Transport losses against adversarial baselines at equal CPU time, judged by encoders no generator ever saw.
 
-    python packages/frechet-gan/reproduce/training.py [--task mnist] [--seconds 15]
+    python packages/frechet-gan/reproduce/training.py [--task mnist] [--seconds 9]
 
 1. Cost: CPU time per generator step of every method, the least of many short turns; a method's number of steps is the
    budget over its cost, so that a result depends on the seed and not on what else the machine was doing.
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=("mnist", "glyphs", "cifar"), help="all if not given")
     parser.add_argument("--method", action="append", choices=METHODS, help="all if not given")
-    parser.add_argument("--seconds", type=float, default=15.0, help="CPU seconds per run")
+    parser.add_argument("--seconds", type=float, default=9.0, help="CPU seconds per run")
     parser.add_argument("--pilot-seconds", type=float, default=6.0, help="CPU seconds per pilot run")
     parser.add_argument("--cache", type=Path, default=Path("out/frechet-gan"), help="where runs are kept")
     options = parser.parse_args()
