@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -127,7 +128,6 @@ def test_frames_of_other_libraries_give_the_same_problem():
 
 
 def test_pandas_frames_and_categories_are_taken():
-    pd = pytest.importorskip("pandas")
     budgets = pd.DataFrame({"campaign": ["a", "b"], "budget": [1.0, 1.5]})
     names = Columns(**USER, destination="campaign", cost="bid")
     frame = pd.DataFrame(EDGES)
