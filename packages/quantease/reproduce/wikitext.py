@@ -51,11 +51,12 @@ def gptqmodel(folder: Path, calibration: Tensor, act_order: bool) -> Path:
 
     dense, out = folder / "dense", folder / f"gptqmodel-{act_order}"
     if not dense.exists():
-        for part in open_gguf(smollm2_path(), torch.float32):
+        model, tokenizer = open_gguf(smollm2_path(), torch.float32)
+        del model.config.quantization_config  # transformers saves no model that it read from a gguf file
+        plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict())
+        for part in (plain, tokenizer):
             part.save_pretrained(folder / "dense.part")
-        config = read_json(folder / "dense.part" / "config.json")
-        config.pop("quantization_config", None)
-        write_json(folder / "dense.part" / "config.json", config)
         (folder / "dense.part").rename(dense)
     if not (out / "seconds.json").exists():
         options: dict[str, Any] = {"desc_act": act_order, "act_group_aware": False, "damp_percent": 0.01}
