@@ -129,9 +129,9 @@ def radius_from(
         return Extreme(factor, 1.0 - factor, True, 1)  # the radius lies between the two: nothing is left to iterate for
     start = torch.diag(family.h.abs().clamp_min(_NEGATIVE * float(family.h.abs().max())))
     if mode is not None:
-        start = mode / mode.norm() + 1e-3 * start / start.norm()
-        if lr < threshold.value:
-            start = start + flat
+        mode, start = mode / mode.norm(), start / start.norm()
+        # Above the threshold another mode may overtake: it must have its full share of the start.
+        start = mode + start if lr >= threshold.value else mode + flat + 1e-3 * start
     return largest_eigenvalue(lambda M: second_moment_step(family, M, lr, sampling), start, tolerance, max_steps)[0]
 
 
