@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from core_tensor.testing import assert_close
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, lr_threshold, quadratic, second_moment_radius
 from sgd_stability.bounds import paper_stability
-from sgd_stability.second_moment import second_moment_step
+from sgd_stability.second_moment import critical_mode, radius_from, second_moment_step
 
 
 def _batches(n, B, scheme):
@@ -186,3 +187,20 @@ def test_radius_is_the_dense_one_also_where_directions_are_nearly_flat(seed, bat
     for tolerance in (1e-5, 1e-8):
         found = second_moment_radius(family, lr, sampling, tolerance=tolerance)
         assert abs(found.value - dense) <= 2 * tolerance * max(dense, 1.0)
+
+
+@pytest.mark.parametrize("seed", [371, 373, *range(1, 21, 2)])
+def test_a_mode_that_overtakes_above_the_threshold_is_found_at_a_loose_tolerance(seed):
+    rng = np.random.default_rng(seed)
+    n, d = int(rng.integers(3, 14)), int(rng.integers(2, 7))
+    diagonals = np.exp(2 * rng.normal(size=(n, d))) * (rng.random((n, d)) < 0.4)  # commuting: modes never mix
+    family = CurvatureFamily.from_hessians(torch.diag_embed(torch.tensor(diagonals)))
+    sampling = Sampling(n, int(rng.integers(1, n)))
+    critical = critical_mode(family, sampling)
+    r = len(family.h)
+    for factor in (0.9, 1.1, 1.5, 3.0):
+        lr = factor * critical[0].value
+        units = torch.eye(r * r, dtype=torch.float64).reshape(-1, r, r)
+        images = [second_moment_step(family, (unit + unit.T) / 2, lr, sampling).reshape(-1) for unit in units]
+        dense = float(torch.linalg.eigvals(torch.stack(images, 1)).abs().max())
+        assert radius_from(family, lr, sampling, critical, tolerance=1e-5).value == pytest.approx(dense, rel=1e-6)
