@@ -40,10 +40,7 @@ BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for 
 def sync(session: nox.Session, *arguments: str, environment: str = "workspace") -> Path:
     """Bring `.nox/<environment>` to the lock (written first where it is absent) and return its folder of commands."""
     folder = ROOT / ".nox" / environment
-    # Compiled once here, or every command that a test starts would compile torch where Python keeps no bytecode.
-    session.run(
-        UV, "sync", "--compile-bytecode", *arguments, env={"UV_PROJECT_ENVIRONMENT": str(folder)}, external=True
-    )
+    session.run(UV, "sync", *arguments, env={"UV_PROJECT_ENVIRONMENT": str(folder)}, external=True)
     return folder / "bin"
 
 

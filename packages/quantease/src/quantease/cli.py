@@ -251,7 +251,7 @@ def inspect(run: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Two blocks and fewer tokens, in a few minutes.")
+@click.option("--quick", is_flag=True, help="Two blocks and fewer tokens, in two minutes.")
 @click.option("--bits", type=click.IntRange(2, 8), default=3, help="Bits per weight.")
 @click.option("--text", multiple=True, help="Files to use instead of the Python reference of pydoc.")
 @click.option(

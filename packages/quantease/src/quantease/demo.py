@@ -36,12 +36,12 @@ class DemoConfig:
 
     @classmethod
     def quick(cls) -> "DemoConfig":
-        """What two cores do in a few minutes.
+        """What two cores do in two minutes.
 
         Returns:
             Fewer tokens and two blocks.
         """
-        return cls(calibration=4, evaluation=4, blocks=2)
+        return cls(calibration=4, evaluation=2, blocks=2)
 
 
 @dataclass(frozen=True)

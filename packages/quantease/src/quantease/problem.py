@@ -41,7 +41,7 @@ class Problem:
         """
         mean = float(sigma.diagonal().mean())
         exponent = math.frexp(mean)[1] if mean > 0 else 0
-        return cls(weight, torch.ldexp(sigma, torch.tensor(-exponent)).to(weight.dtype))
+        return cls(weight, (sigma * 2.0**-exponent).to(weight.dtype))
 
     @cached_property
     def sigma64(self) -> Tensor:
