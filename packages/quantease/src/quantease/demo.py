@@ -41,7 +41,7 @@ class DemoConfig:
         Returns:
             Fewer tokens and two blocks.
         """
-        return cls(calibration=4, evaluation=2, blocks=2)
+        return cls(calibration=4, evaluation=1, blocks=2)
 
 
 @dataclass(frozen=True)
