@@ -9,6 +9,7 @@ from core_tensor.cd_sparse import cd_sparse
 from core_tensor.centred_moments import centred_moments
 from core_tensor.dual_pass import BlockData, dual_pass
 from core_tensor.gptq_block import gptq_block
+from core_tensor.project_assignment import project_assignment
 from core_tensor.project_blocks import project_blocks
 from core_tensor.quantized_linear import quantized_linear
 
@@ -23,6 +24,7 @@ __all__ = [
     "dual_pass",
     "gptq_block",
     "pack_bits",
+    "project_assignment",
     "project_blocks",
     "quantized_linear",
     "unpack_bits",
