@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +31,18 @@ def _sum_of_ranks(rank, world_size, offset):
 @pytest.mark.distributed
 def test_run_ranks_joins_processes_by_gloo():
     assert run_ranks(_sum_of_ranks, 2, 10) == [(0, 2, 21), (1, 2, 21)]
+
+
+@pytest.mark.distributed
+def test_a_script_that_runs_ranks_does_not_run_again_in_them(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from core_tensor.testing import run_ranks\n"
+        "def rank_of(rank, world_size): return rank\n"
+        "if __name__ == '__main__': print(run_ranks(rank_of, 2))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split("\n") == ["[0, 1]", ""]
 
 
 def test_shared_data_skips_visibly_where_absent(tmp_path, monkeypatch):

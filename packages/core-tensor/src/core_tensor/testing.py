@@ -65,7 +65,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    target = (inspect.getfile(function), function.__module__, function.__qualname__, pickle.dumps(args))
+    # A script loaded by the name `__main__` would run again, and spawn again.
+    module = "__mp_main__" if function.__module__ == "__main__" else function.__module__
+    target = (inspect.getfile(function), module, function.__qualname__, pickle.dumps(args))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, args=(world_size, port, folder, *target), nprocs=world_size)
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
