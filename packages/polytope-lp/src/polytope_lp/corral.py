@@ -87,12 +87,7 @@ def project(
 def _minor(S: Array, w: Array, y: Array) -> tuple[Array, Array]:
     # Move to the affine minimiser; where that leaves the hull, stop at its boundary and drop what fell to zero.
     while S.shape[0] > 1:
-        D = S[1:] - S[0]
-        gram = D @ D.T
-        try:
-            a = np.linalg.solve(gram, D @ (y - S[0]))
-        except np.linalg.LinAlgError:
-            a = np.linalg.lstsq(D.T, y - S[0], rcond=None)[0]
+        a = _affine(S, y)
         alpha = np.concatenate([[1.0 - a.sum()], a])
         if (alpha > -1e-14).all():
             keep = alpha > 1e-14
@@ -104,3 +99,14 @@ def _minor(S: Array, w: Array, y: Array) -> tuple[Array, Array]:
         keep = w > 1e-14
         S, w = S[keep], w[keep] / w[keep].sum()
     return S, np.ones(S.shape[0])
+
+
+def _affine(S: Array, y: Array) -> Array:
+    # Coordinates of the affine hull's nearest point, along the differences from the first vertex.
+    D, away = S[1:] - S[0], y - S[0]
+    if D.shape[0] == 1:  # by far the most common
+        return np.asarray(D @ away / (D[0] @ D[0]))
+    try:
+        return np.asarray(np.linalg.solve(D @ D.T, D @ away))
+    except np.linalg.LinAlgError:
+        return np.asarray(np.linalg.lstsq(D.T, away, rcond=None)[0])

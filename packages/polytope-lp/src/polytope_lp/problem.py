@@ -155,7 +155,7 @@ class MatchingProblem:
         signs = a is None or a.numel() == 0 or bool(a.min() >= 0)
         return signs and bool((self.budgets >= 0).all()) and not bool(self.equality.any())
 
-    def pieces(self, variables: int = 1 << 18) -> Iterator[tuple[int, int]]:
+    def pieces(self, variables: int = 1 << 16) -> Iterator[tuple[int, int]]:
         """Contiguous runs of blocks with about so many variables each.
 
         Args:

@@ -18,6 +18,9 @@ from polytope_lp.polytopes.rows import Rows, project_rows
 
 Array = NDArray[np.float64]
 
+SAME = 1e-12
+"""Points of a polytope that differ by less in every entry have the same corral."""
+
 
 class VertexPolytope(Polytope):
     """A polytope given by a vertex oracle; projection by the corral, or by a QP where the corral grows too large.
@@ -115,10 +118,18 @@ class VertexPolytope(Polytope):
                 x[low:high] = self._project(i, v[low:high])
         return torch.from_numpy(x)
 
-    def _project(self, i: int, y: Array) -> Array:
+    def _corral(self, i: int, n: int) -> corral.Corral | None:
+        """The corral of a block's last projection.
+
+        Returns:
+            The corral; None if it is not known, or of a block of another length.
+        """
         kept = self._kept.get(i)
-        warm = kept.vertices if kept is not None and kept.vertices.shape[1] == y.size else None
-        found = self.project_block(y, warm)
+        return kept if kept is not None and kept.vertices.shape[1] == n else None
+
+    def _project(self, i: int, y: Array) -> Array:
+        kept = VertexPolytope._corral(self, i, y.size)
+        found = self.project_block(y, None if kept is None else kept.vertices)
         rows = None if found.complete else self._description(y.size)
         if rows is not None:
             self.switched += 1
@@ -144,8 +155,8 @@ class VertexPolytope(Polytope):
         cuts, spans = [], []
         for i, (low, high) in enumerate(pairwise(at)):
             mine, n = x[low:high].numpy(), high - low
-            kept = self._kept.get(i)
-            if n and (kept is None or kept.vertices.shape[1] != n or not np.array_equal(kept.point, mine)):
+            kept = self._corral(i, n)
+            if n and (kept is None or np.abs(kept.point - mine).max() > SAME):
                 self._project(i, values[low:high].numpy())
                 kept = self._kept.get(i)
             basis, normals = np.zeros((n, 0)), np.zeros((n, 0))

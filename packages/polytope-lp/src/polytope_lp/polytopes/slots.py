@@ -3,11 +3,14 @@
 import numpy as np
 import scipy.optimize
 import scipy.sparse
+import torch
+from core_tensor import project_assignment
 from core_tensor.checks import check_number
 from torch import Tensor
 
+from polytope_lp.corral import Corral
 from polytope_lp.polytopes.oracle import Array, VertexPolytope
-from polytope_lp.polytopes.rows import Rows
+from polytope_lp.polytopes.rows import Rows, project_rows
 
 
 class Assignment(VertexPolytope):
@@ -25,6 +28,49 @@ class Assignment(VertexPolytope):
         check_number("slots", slots, low=1, integer=True)
         self.slots, self.filled = slots, filled
         self.down_closed = not filled
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None  # bounds of all blocks, weights and items of corrals
+
+    def fresh(self) -> "Assignment":
+        """See `Polytope.fresh`.
+
+        Returns:
+            A copy without corrals.
+        """
+        return Assignment(self.slots, filled=self.filled)
+
+    def project(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """See `Polytope.project`: all blocks in one native call, by a QP where a corral grows too large.
+
+        Args:
+            values: Points, shape (variables,), float64.
+            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+        Returns:
+            Projections, shape (variables,), float64.
+        """
+        lengths = offsets[1:] - offsets[:-1]
+        longest = int(lengths.max()) if len(lengths) else 0
+        limit = max(6, longest // 16)
+        x, weights, items = project_assignment(values, offsets, self.slots, filled=self.filled, limit=limit)
+        self._found = offsets, weights, items
+        for i in ((weights[:, 0] == 0) & (lengths > 0)).nonzero()[:, 0].tolist():
+            block = slice(int(offsets[i] - offsets[0]), int(offsets[i + 1] - offsets[0]))
+            self.switched += 1
+            x[block] = torch.from_numpy(project_rows(values[block].numpy(), self.rows(block.stop - block.start)))
+        return x
+
+    def _corral(self, i: int, n: int) -> Corral | None:
+        if self._found is None or i >= len(self._found[1]):
+            return None
+        offsets, weights, items = self._found
+        count = int((weights[i] > 0).sum())
+        if not count or int(offsets[i + 1] - offsets[i]) != n:
+            return None
+        item = items[i, :count].numpy()
+        vertex, slot = (item >= 0).nonzero()
+        vertices = np.zeros((count, n))
+        vertices[vertex, item[vertex, slot] * self.slots + slot] = 1.0
+        return Corral(vertices, weights[i, :count].numpy(), 0)
 
     def check(self, offsets: Tensor) -> None:
         """See `Polytope.check`.
@@ -57,11 +103,11 @@ class Assignment(VertexPolytope):
         if not self.filled:
             gain = np.maximum(gain, 0.0)
         item, slot = scipy.optimize.linear_sum_assignment(gain, maximize=True)
-        vertex = np.zeros_like(gain)
-        vertex[item, slot] = 1.0
+        vertex = np.zeros(direction.size)
+        vertex[item * self.slots + slot] = 1.0
         if not self.filled:
-            vertex[gain <= 0.0] = 0.0
-        return vertex.ravel()
+            vertex[gain.ravel() <= 0.0] = 0.0
+        return vertex
 
     def rows(self, n: int) -> Rows:
         """See `VertexPolytope.rows`.
