@@ -65,7 +65,7 @@ def paired(
 def perceptrons(quick: bool) -> dict[str, Any]:
     """Ghost against SGD and SAM on both MLPs."""
     results: dict[str, Any] = {}
-    pairs = 9 if quick else 25
+    pairs = 25 if quick else 75
     for size, repeats in (("small", 20), ("large", 3)):
         for micro_batches in (8, 32):
             found = paired(model_and_batch(MLPS[size]), (micro_batches, "ghost"), (0, "plain"), repeats, pairs)
