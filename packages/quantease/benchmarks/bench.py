@@ -49,7 +49,7 @@ def _square(size: int) -> tuple[Problem, Grid]:
 
 def _against_gemm(size: int, ours: Callable[[], Any], quick: bool) -> Comparison:
     a, b = torch.randn(size, size), torch.randn(size, size)
-    return compare(ours, lambda: a @ b, pairs=3 if quick else 7)
+    return compare(ours, lambda: a @ b, pairs=7 if quick else 15)
 
 
 def _sweep(problem: Problem, grid: Grid) -> Callable[[], None]:
