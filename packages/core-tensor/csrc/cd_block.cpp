@@ -34,7 +34,13 @@ struct CdBlock {
       store(updated + at, fresh, count);
       return fresh - load<V>(residual + at, count);
     };
-    triangular_tile<T, Bytes>(correction, columns, first, sigma, size, step);
+    const auto fetch = [&](int64_t j, int64_t column) CT_INLINE_LAMBDA {
+      const int64_t at = j * columns + column;
+      __builtin_prefetch(weight + at);
+      __builtin_prefetch(residual + at);
+      __builtin_prefetch(updated + at, 1);
+    };
+    triangular_tile<T, Bytes>(correction, columns, first, sigma, size, step, fetch);
   }
 };
 

@@ -27,7 +27,11 @@ struct GptqBlock {
       store(error + at, e, count);
       return e;
     };
-    triangular_tile<T, Bytes>(weight, columns, first, lower, size, step);
+    const auto fetch = [&](int64_t j, int64_t column) CT_INLINE_LAMBDA {
+      __builtin_prefetch(quantized + j * columns + column, 1);
+      __builtin_prefetch(error + j * columns + column, 1);
+    };
+    triangular_tile<T, Bytes>(weight, columns, first, lower, size, step, fetch);
   }
 };
 

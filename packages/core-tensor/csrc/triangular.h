@@ -65,9 +65,11 @@ CT_INLINE V quantize(V b, V scale, V zero, T max_code) {
   return scale * nearest<V, T>(code);
 }
 
-// `step(j, column, count, v)` handles row j of the vector that starts at `column` and has `count` columns left.
-template <typename T, int Bytes, typename Step>
-CT_INLINE void triangular_tile(const T* base, int64_t columns, int64_t first, const T* A, int64_t size, Step step) {
+// `step(j, column, count, v)` handles row j of the vector that starts at `column` and has `count` columns left;
+// `fetch(j, column)` asks for the memory that it will touch. Rows lie in pages of their own, which no hardware foresees.
+template <typename T, int Bytes, typename Step, typename Fetch>
+CT_INLINE void triangular_tile(const T* base, int64_t columns, int64_t first, const T* A, int64_t size, Step step,
+                               Fetch fetch) {
   using V = typename Simd<T, Bytes>::Vector;
   constexpr int lanes = Simd<T, Bytes>::kLanes, vectors = Simd<T, Bytes>::kVectors;
   alignas(64) V x[kMaxBlock][vectors];
@@ -77,6 +79,10 @@ CT_INLINE void triangular_tile(const T* base, int64_t columns, int64_t first, co
       const int rows = static_cast<int>(size - j0 < kRows ? size - j0 : kRows);
       const T* a[kRows];  // rows past the end repeat the last one: the loop below keeps its full width
       for (int r = 0; r < kRows; ++r) a[r] = A + (j0 + (r < rows ? r : rows - 1)) * size;
+      for (int64_t j = j0 + kRows; j < j0 + 2 * kRows && j < size; ++j) {
+        __builtin_prefetch(base + j * columns + start);
+        fetch(j, start);
+      }
       V sum[kRows][vectors] = {};
       for (int64_t k = 0; k < j0; ++k)
         for (int c = 0; c < vectors; ++c)
