@@ -175,6 +175,18 @@ inline void project_capped(const Block<T>& block, const double* r, int64_t n, do
     count += out.x[count] > 0.0;
   }
   out.count = count;
+  if (!cut) return;
+  // Where r is much larger than gamma the root leaves rounding errors of r's size in w'x - d: they are taken back.
+  double left = block.cap, square = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double w = block.w(out.at[i]);
+    left -= w * out.x[i];
+    square += out.x[i] < block.u(out.at[i]) ? w * w : 0.0;
+  }
+  for (int64_t i = 0; i < count && square > 0.0; ++i) {
+    const double u = block.u(out.at[i]);
+    if (out.x[i] < u) out.x[i] = std::min(std::max(out.x[i] + left * block.w(out.at[i]) / square, 0.0), u);
+  }
 }
 
 // A vertex of the capped box has no entry strictly between its bounds, or one when the cut is tight.
