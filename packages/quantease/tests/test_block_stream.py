@@ -93,9 +93,12 @@ def test_folder_without_a_model(config, message, tmp_path):
 
 
 def test_files_that_are_no_gguf_and_devices_that_are_not_there(tiny_llama, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    parsers = gguf.GGUFReader, gguf.get_tensor_name_map
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
     with pytest.raises(ValueError, match=r"cannot load .*model\.gguf"):
         open_causal_lm(tmp_path / "model.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == parsers  # what loading replaces is put back
     with pytest.raises(ValueError, match="device: torch cannot use"):
         open_causal_lm(tiny_llama, device="cuda:99")
 

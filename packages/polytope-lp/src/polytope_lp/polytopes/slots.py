@@ -48,15 +48,17 @@ class Assignment(VertexPolytope):
         Returns:
             Projections, shape (variables,), float64.
         """
-        lengths = offsets[1:] - offsets[:-1]
+        values, lengths = values.detach(), offsets[1:] - offsets[:-1]
         longest = int(lengths.max()) if len(lengths) else 0
         limit = max(6, longest // 16)
         x, weights, items = project_assignment(values, offsets, self.slots, filled=self.filled, limit=limit)
         self._found = offsets, weights, items
         for i in ((weights[:, 0] == 0) & (lengths > 0)).nonzero()[:, 0].tolist():
             block = slice(int(offsets[i] - offsets[0]), int(offsets[i + 1] - offsets[0]))
+            rows = self._description(block.stop - block.start)
+            assert rows is not None  # every assignment has them
             self.switched += 1
-            x[block] = torch.from_numpy(project_rows(values[block].numpy(), self.rows(block.stop - block.start)))
+            x[block] = torch.from_numpy(project_rows(values[block].numpy(), rows))
         return x
 
     def _corral(self, i: int, n: int) -> Corral | None:
