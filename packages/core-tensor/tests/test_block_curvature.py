@@ -24,7 +24,7 @@ def _data(kind, lengths, seed, dtype=F64, rows_per_variable=1, equality=False):
         index=torch.randint(0, ROWS, shape, generator=g, dtype=torch.int32),
         cost=torch.zeros(n, dtype=dtype),
         coefficient=torch.rand(shape, generator=g).to(dtype),
-        cap=cap * (0.25 if equality else 1.0),
+        cap=cap * (0.15 if equality else 1.0),  # within reach of the smallest upper bound and weight
         upper=upper,
         weight=weight,
         equality=equality,
