@@ -261,7 +261,7 @@ def inspect(run: Path, as_json: bool) -> None:
 def demo(quick: bool, bits: int, text: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Quantize a real language model, SmolLM2-135M, and see how well the methods do.
 
-    The full run takes about ten minutes on two cores; the same command continues after a kill.
+    The full run takes about forty minutes on two cores; the same command continues after a kill.
     """
     from dataclasses import replace
 
