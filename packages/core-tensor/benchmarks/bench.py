@@ -1,5 +1,7 @@
 """Benchmarks of core-tensor's operators against torch and against the machine; CPU time of one thread."""
 
+import statistics
+
 import core_tensor
 import torch
 from core_tensor.benchmarking import compare, run_bars
@@ -84,6 +86,30 @@ def assignment(quick: bool) -> dict[str, object]:
     return results
 
 
+def project_assignment(quick: bool) -> dict[str, object]:
+    """Projection of blocks of 20 items by 10 slots at a ridge of 1e-3, against two scipy assignments for each block.
+
+    Two are what a corral of one vertex takes at least: one to find it and one to prove it.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    blocks, items, slots = (500 if quick else 5000), 20, 10
+    gain = torch.rand(blocks, items, 1, dtype=torch.float64) / torch.arange(2, slots + 2).double().log2()
+    points = gain * (1 + 0.05 * torch.randn(blocks, items, slots, dtype=torch.float64)) / 1e-3
+    offsets, matrices = torch.arange(blocks + 1) * items * slots, points.numpy()
+
+    def twice() -> None:
+        for matrix in matrices:
+            linear_sum_assignment(matrix, maximize=True)
+            linear_sum_assignment(matrix, maximize=True)
+
+    pair = compare(lambda: core_tensor.project_assignment(points.ravel(), offsets, slots), twice)
+    return {
+        "project_assignment_vs_scipy_assignments": round(pair.speedup, 2),
+        "project_assignment_microseconds_per_block": round(1e6 * statistics.median(pair.ours) / blocks, 1),
+    }
+
+
 def centred_moments(quick: bool) -> dict[str, object]:
     """Mean and scatter of float32 rows, against widening, centring and torch's float64 product."""
 
@@ -106,6 +132,7 @@ if __name__ == "__main__":
         "core-tensor",
         {
             "assignment": assignment,
+            "project_assignment": project_assignment,
             "centred_moments": centred_moments,
             "cd_block": cd_block,
             "bit_packing": bit_packing,

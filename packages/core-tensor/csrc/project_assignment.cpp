@@ -256,6 +256,9 @@ CT_EXPORT void ct_project_assignment(const double* values, const int64_t* offset
 #pragma omp for schedule(dynamic, 16)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = offsets[b] - offsets[0], n = offsets[b + 1] - offsets[b];
+      std::fill_n(x + first, n, 0.0);
+      std::fill_n(weights + b * limit, limit, 0.0);
+      std::fill_n(items + b * limit * slots, limit * slots, -1);
       if (n == 0) continue;
       s.items = n / slots;
       s.columns = s.items + (filled ? 0 : slots);

@@ -15,8 +15,8 @@ def project_assignment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `core_tensor.project_assignment`."""
     blocks = offsets.shape[0] - 1
-    x = torch.zeros(values.shape[0], dtype=torch.float64)
-    weights = torch.zeros(blocks, limit, dtype=torch.float64)
-    items = torch.full((blocks, limit, slots), -1, dtype=torch.int32)
+    x = torch.empty(values.shape[0], dtype=torch.float64)
+    weights = torch.empty(blocks, limit, dtype=torch.float64)
+    items = torch.empty(blocks, limit, slots, dtype=torch.int32)
     _project(values.contiguous(), offsets.contiguous(), x, weights, items, blocks, slots, limit, int(filled))
     return x, weights, items
