@@ -128,7 +128,7 @@ class VertexPolytope(Polytope):
         return kept if kept is not None and kept.vertices.shape[1] == n else None
 
     def _project(self, i: int, y: Array) -> Array:
-        kept = VertexPolytope._corral(self, i, y.size)
+        kept = self._corral(i, y.size)
         found = self.project_block(y, None if kept is None else kept.vertices)
         rows = None if found.complete else self._description(y.size)
         if rows is not None:

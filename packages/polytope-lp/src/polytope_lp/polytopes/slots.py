@@ -1,5 +1,7 @@
 """Slots and slates: assignment of items to slots, and paths through a slate whose neighbours interact."""
 
+from itertools import pairwise
+
 import numpy as np
 import scipy.optimize
 import scipy.sparse
@@ -48,15 +50,17 @@ class Assignment(VertexPolytope):
         Returns:
             Projections, shape (variables,), float64.
         """
-        values, lengths = values.detach(), offsets[1:] - offsets[:-1]
-        longest = int(lengths.max()) if len(lengths) else 0
-        limit = max(6, longest // 16)
+        values, at = values.detach(), offsets.tolist()
+        lengths = [high - low for low, high in pairwise(at)]
+        limit = max(6, max(lengths, default=0) // 16)
         x, weights, items = project_assignment(values, offsets, self.slots, filled=self.filled, limit=limit)
         self._found = offsets, weights, items
-        for i in ((weights[:, 0] == 0) & (lengths > 0)).nonzero()[:, 0].tolist():
-            block = slice(int(offsets[i] - offsets[0]), int(offsets[i + 1] - offsets[0]))
-            rows = self._description(block.stop - block.start)
+        for i, first in enumerate(weights[:, 0].tolist()):
+            if first > 0 or lengths[i] == 0:
+                continue
+            rows = self._description(lengths[i])
             assert rows is not None  # every assignment has them
+            block = slice(at[i] - at[0], at[i + 1] - at[0])
             self.switched += 1
             x[block] = torch.from_numpy(project_rows(values[block].numpy(), rows))
         return x
