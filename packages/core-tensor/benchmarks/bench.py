@@ -4,7 +4,7 @@ import statistics
 
 import core_tensor
 import torch
-from core_tensor.benchmarking import compare, run_bars
+from core_tensor.benchmarking import Comparison, compare, run_bars
 from torch import Tensor
 
 
@@ -127,6 +127,34 @@ def centred_moments(quick: bool) -> dict[str, object]:
     return results
 
 
+def low_rank(quick: bool) -> dict[str, object]:
+    """Norms of and products with gradient factors of a batch in micro-batches, against torch's batched GEMMs."""
+    results: dict[str, object] = {}
+    for batch, n, width in ((128, 8, 512), (128, 32, 512), (256, 32, 1024)):
+        norms, added = low_rank_pairs(batch, n, width, pairs=9 if quick else 25)
+        results |= {
+            f"ghost_norms_{batch}_{n}_{width}_vs_torch": round(norms.speedup, 2),
+            f"low_rank_add_{batch}_{n}_{width}_vs_torch": round(added.speedup, 2),
+        }
+    return results
+
+
+def low_rank_pairs(batch: int, n: int, width: int, pairs: int) -> tuple[Comparison, Comparison]:
+    """Twenty calls of `ghost_norms` and of `low_rank_add_` with square layers, each against torch."""
+    x, inner, outer, y = (torch.randn(n, batch // n, width) for _ in range(4))
+    c, calls = torch.rand(n), range(20)
+
+    def grams() -> list[torch.Tensor]:
+        return [(torch.bmm(outer, outer.mT) * (torch.bmm(inner, inner.mT) + 1.0)).sum((1, 2)) for _ in calls]
+
+    def products() -> list[torch.Tensor]:
+        return [y.baddbmm_((torch.bmm(x, inner.mT) + 1.0) * c[:, None, None], outer) for _ in calls]
+
+    norms = compare(lambda: [core_tensor.ghost_norms([outer], [inner], [1.0]) for _ in calls], grams, pairs=pairs)
+    add = core_tensor.low_rank_add_
+    return norms, compare(lambda: [add(y, x, inner, outer, c, 1.0) for _ in calls], products, pairs=pairs)
+
+
 if __name__ == "__main__":
     run_bars(
         "core-tensor",
@@ -134,6 +162,7 @@ if __name__ == "__main__":
             "assignment": assignment,
             "project_assignment": project_assignment,
             "centred_moments": centred_moments,
+            "low_rank": low_rank,
             "cd_block": cd_block,
             "bit_packing": bit_packing,
             "quantized_linear": quantized_linear,

@@ -8,7 +8,9 @@ from core_tensor.cd_block import cd_block
 from core_tensor.cd_sparse import cd_sparse
 from core_tensor.centred_moments import centred_moments
 from core_tensor.dual_pass import BlockData, dual_pass
+from core_tensor.ghost_norms import ghost_norms
 from core_tensor.gptq_block import gptq_block
+from core_tensor.low_rank_add import low_rank_add_
 from core_tensor.project_assignment import project_assignment
 from core_tensor.project_blocks import project_blocks
 from core_tensor.quantized_linear import quantized_linear
@@ -22,7 +24,9 @@ __all__ = [
     "cd_sparse",
     "centred_moments",
     "dual_pass",
+    "ghost_norms",
     "gptq_block",
+    "low_rank_add_",
     "pack_bits",
     "project_assignment",
     "project_blocks",

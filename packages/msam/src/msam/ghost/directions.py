@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from core_tensor import ghost_norms
 from torch import Tensor
 
 from msam.batches import Shards
@@ -13,6 +14,9 @@ from msam.perturbation import Tracked, scale_of
 
 KAPPA = 1 / 3
 """Low rank pays below this ratio r (d_in + d_out) / (d_in d_out); above it a materialised direction is cheaper."""
+
+FEW = 1 << 21
+"""Multiply-adds of a low-rank product up to which the number of calls decides, and low rank has fewer."""
 
 SMALL = 1024
 """Elements up to which a materialised direction is copied together with others to measure them in one reduction."""
@@ -43,7 +47,6 @@ class Plan:
     _dense: dict[int, Tensor] = field(default_factory=dict)
     _coefficients: dict[float, Tensor] = field(default_factory=dict)
     _own: dict[int, Tensor] = field(default_factory=dict)
-    _ones: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     # -- collecting ---
 
@@ -124,10 +127,11 @@ class Plan:
             self._materialise(index, uses)
         for index in [i for i in self._tokens if i in self._dense or i in self._factors]:
             self._tokens_to_rest(index)
-        squares = [self._low_rank_squares(index, uses) for index, uses in self._factors.items()]
+        squares = [self._low_rank_squares()] if self._factors else []
         squares += [self._token_squares(index, parts) for index, parts in self._tokens.items()]
         squares += self._dense_squares()  # last: biases of scaled matrices have joined by now
-        self.norms = (torch.stack(squares).sum(0) if squares else torch.zeros(self.shards.count)).sqrt()
+        total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.shards.count)]).sum(0)
+        self.norms = total.sqrt().to(high(self.tracked.parameters[0]).dtype)
         inverse = self.norms.reciprocal().masked_fill_(self.norms == 0, 0.0)
         self._coefficients = {radius: inverse * radius for radius in set(self.tracked.radii)}
         for index, direction in self.low_rank.items():
@@ -146,7 +150,8 @@ class Plan:
         """
         first, second = self._shapes[index][0], self._shapes[index][1:].numel()
         rows = sum(max(left.shape[1] for left in use.left) for use in uses)
-        if rows * (first + second) >= KAPPA * first * second or index in self._dense:
+        work = rows * (first + second)
+        if (work >= KAPPA * first * second and work * self.shards.total > FEW) or index in self._dense:
             return False
         biases = {use.bias for use in uses}
         if biases == {None}:
@@ -194,25 +199,43 @@ class Plan:
             return None
         return scale_of(self.tracked.parameters[index], self.tracked.scaling)
 
-    def _low_rank_squares(self, index: int, uses: list[Factors]) -> Tensor:
-        left = joined([use.left for use in uses], 1)
-        right = joined([use.right for use in uses], 1)
-        scale, bias, moved = self._scale(index), uses[0].bias, left
-        if scale is not None:  # the bias then needs another left factor than the matrix
-            for use in uses:
-                self._bias_sums(use)
-            bias = None
-            left = [x * scale.flatten().to(x) for x in left]
-            moved = [x * scale.flatten().to(x) for x in left]
-        ratio = 0.0 if bias is None else self.tracked.radii[bias] / self.tracked.radii[index]
-        self.low_rank[index] = LowRank(moved, right, ratio)
-        squares = []
-        for outer, inner in zip(left, right, strict=True):
-            outer, inner = (high(inner), high(outer)) if uses[0].flipped else (high(outer), high(inner))
-            # A bias is one more input that is always 1, so its squares are those of G G' alone.
-            gram = torch.bmm(inner, inner.mT) if bias is None else torch.baddbmm(self.one(inner), inner, inner.mT)
-            squares.append(torch.bmm(outer, outer.mT).mul_(gram).sum((1, 2)))
+    def _low_rank_squares(self) -> Tensor:
+        """Squares of all directions that keep their factors, which are stored for pass 2.
+
+        Returns:
+            Shape (m,), float64.
+        """
+        sides: list[list[tuple[Tensor, Tensor]]] = []  # by matrix and stretch, the result's side and the input's
+        biases = []
+        for index, uses in self._factors.items():
+            left, moved, right, bias = self._factors_of(index, uses)
+            biases.append(0.0 if bias is None else 1.0)  # a bias is one more input that is always 1
+            ratio = 0.0 if bias is None else self.tracked.radii[bias] / self.tracked.radii[index]
+            self.low_rank[index] = LowRank(moved, right, ratio)
+            pairs = zip(right, left, strict=True) if uses[0].flipped else zip(left, right, strict=True)
+            sides.append([(high(outer), high(inner)) for outer, inner in pairs])
+        squares = [
+            ghost_norms([outer for outer, _ in stretch], [inner for _, inner in stretch], biases)
+            for stretch in zip(*sides, strict=True)
+        ]
         return squares[0] if len(squares) == 1 else torch.cat(squares)
+
+    def _factors_of(
+        self, index: int, uses: list[Factors]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], int | None]:
+        """Factors of all uses of a matrix together.
+
+        Returns:
+            Left factors of T g, left factors of T^2 g, right factors, and the bias that they share with it.
+        """
+        left, right = joined([use.left for use in uses], 1), joined([use.right for use in uses], 1)
+        scale = self._scale(index)
+        if scale is None:
+            return left, left, right, uses[0].bias
+        for use in uses:  # the bias then needs another left factor than the matrix
+            self._bias_sums(use)
+        left = [x * scale.flatten().to(x) for x in left]
+        return left, [x * scale.flatten().to(x) for x in left], right, None
 
     def _token_squares(self, index: int, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         vocabulary, width = self._shapes[index]
@@ -243,25 +266,11 @@ class Plan:
 
     def _by_run(self, coefficient: Tensor, like: list[Tensor]) -> list[Tensor]:
         if len(like) == 1:
-            return [coefficient.view(-1, 1, 1).to(like[0])]
+            return [coefficient.to(like[0])]
         counts = [count for _, count, _ in self.shards.runs]
-        return [c.view(-1, 1, 1).to(x) for c, x in zip(coefficient.split(counts), like, strict=True)]
+        return [c.to(x) for c, x in zip(coefficient.split(counts), like, strict=True)]
 
     # -- applying ---
-
-    def one(self, like: Tensor) -> Tensor:
-        """The number 1 as a tensor.
-
-        Args:
-            like: Gives type and device.
-
-        Returns:
-            Scalar tensor.
-        """
-        key = (like.dtype, like.device)
-        if key not in self._ones:
-            self._ones[key] = like.new_ones(())
-        return self._ones[key]
 
     def is_dense(self, index: int | None) -> bool:
         """Whether a direction is materialised.

@@ -31,7 +31,7 @@ class LowRank:
     Attributes:
         left: Factors by stretch, (n, r, d_0), with ASAM's T^2 multiplied in.
         right: Factors by stretch, (n, r, d_1).
-        coefficient: c_j by stretch, (n, 1, 1); set once the norms are known.
+        coefficient: c_j by stretch, (n,); set once the norms are known.
         bias: Radius of the bias that moves along over the matrix's own; 0 if there is none.
     """
 

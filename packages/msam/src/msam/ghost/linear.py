@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from core_tensor import low_rank_add_
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,10 +64,9 @@ class LowRankStep:
         stretches: Stretches of equal micro-batches.
         inner: I by stretch, on the input's side, (n, r, d_in).
         outer: O by stretch, on the result's side, (n, r, d_out).
-        coefficient: c by stretch, (n, 1, 1).
+        coefficient: c by stretch, (n,).
         bias: beta, 0 if the bias does not move along.
         product: `x W' + b` if pass 1 computed it already for the same x.
-        one: The number 1 as a tensor.
     """
 
     stretches: tuple[Stretch, ...]
@@ -75,7 +75,6 @@ class LowRankStep:
     coefficient: list[Tensor]
     bias: float
     product: Tensor | None
-    one: Tensor
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Step.forward`.
@@ -94,10 +93,7 @@ class LowRankStep:
         for (start, stop, _, n), inner, outer, c in zip(
             self.stretches, self.inner, self.outer, self.coefficient, strict=True
         ):
-            rows = part(x, start, stop, n)
-            # (n, rows, r); with beta = 0 the summand is not even read
-            s = torch.baddbmm(self.one, rows, inner.mT, beta=self.bias)
-            part(y, start, stop, n).baddbmm_(s.mul_(c), outer)
+            low_rank_add_(part(y, start, stop, n), part(x, start, stop, n), inner, outer, c, self.bias)
         return y
 
     def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
@@ -114,8 +110,7 @@ class LowRankStep:
         for (start, stop, _, n), inner, outer, c in zip(
             self.stretches, self.inner, self.outer, self.coefficient, strict=True
         ):
-            s = torch.bmm(part(dy, start, stop, n), outer.mT).mul_(c)
-            part(dx, start, stop, n).baddbmm_(s, inner)
+            low_rank_add_(part(dx, start, stop, n), part(dy, start, stop, n), outer, inner, c)
         return dx
 
 

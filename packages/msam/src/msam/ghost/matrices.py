@@ -148,7 +148,7 @@ def _perturbed(
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
         step = LowRankStep(
             stretches, [cast(i, dtype) for i in inner], [cast(o, dtype) for o in outer], found.coefficient, found.bias,
-            kept.y if kept is not None and kept.serves(x) else None, plan.one(rows),
+            kept.y if kept is not None and kept.serves(x) else None,
         )  # fmt: skip
     else:
         assert w is not None

@@ -1,0 +1,104 @@
+// y_j += c_j (x_j I_j' + beta) O_j for every micro-batch j (see core_tensor/low_rank_add): four rows of x meet all rows
+// of I, and what comes out meets all rows of O before anything else does, so both stay in the second cache.
+#include <vector>
+
+#include "dots.h"
+
+namespace {
+
+constexpr int64_t kHeight = 4;
+
+template <class T>
+struct Step {
+  const T *x, *inner, *outer, *coefficient;
+  T* y;
+  int64_t rows, rank, width, out_width;
+  T bias;
+};
+
+// y[p] += sum_j s[j][p] O_j on N vectors of columns.
+template <class T, int BYTES, int N>
+CT_INLINE void add_columns(T* const* y, const T* outer, const T* s, int64_t rank, int64_t stride) {
+  using Tile = Dots<T, BYTES>;
+  using Vec = typename Tile::Vec;
+  Vec sum[kHeight][N];
+#pragma GCC unroll 4
+  for (int p = 0; p < kHeight; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) std::memcpy(&sum[p][v], y[p] + v * Tile::kLanes, sizeof(Vec));
+  for (int64_t j = 0; j < rank; ++j) {
+    Vec row[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) std::memcpy(&row[v], outer + j * stride + v * Tile::kLanes, sizeof(Vec));
+#pragma GCC unroll 4
+    for (int p = 0; p < kHeight; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) sum[p][v] += s[j * kHeight + p] * row[v];
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kHeight; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) std::memcpy(y[p] + v * Tile::kLanes, &sum[p][v], sizeof(Vec));
+}
+
+// Rows i .. i + kHeight of one micro-batch. `s` holds rank * kHeight numbers, `spare` one row of y.
+template <class T, int BYTES>
+CT_INLINE void add_rows(const Step<T>& step, int64_t micro_batch, int64_t i, T* s, T* spare) {
+  using Tile = Dots<T, BYTES>;
+  const int64_t rank = step.rank, d = step.out_width;
+  const T* x = step.x + micro_batch * step.rows * step.width;
+  const T* inner = step.inner + micro_batch * rank * step.width;
+  const T* outer = step.outer + micro_batch * rank * d;
+  const T c = step.coefficient[micro_batch];
+  for (int64_t j = 0; j < rank; j += Tile::kWidth) {
+    T dots[Tile::kHeight][Tile::kWidth];
+    Tile::multiply(x, i, step.rows, inner, j, rank, step.width, dots);
+    for (int64_t q = j; q < std::min(j + Tile::kWidth, rank); ++q)
+      for (int p = 0; p < kHeight; ++p) s[q * kHeight + p] = c * (dots[p][q - j] + step.bias);
+  }
+  T* y[kHeight];
+  for (int p = 0; p < kHeight; ++p) y[p] = i + p < step.rows ? step.y + (micro_batch * step.rows + i + p) * d : spare;
+  int64_t k = 0;
+  const auto advance = [&](int64_t columns) CT_INLINE_LAMBDA {
+    k += columns;
+    for (int p = 0; p < kHeight; ++p) y[p] += columns;
+  };
+  for (; k + 2 * Tile::kLanes <= d; advance(2 * Tile::kLanes)) add_columns<T, BYTES, 2>(y, outer + k, s, rank, d);
+  for (; k + Tile::kLanes <= d; advance(Tile::kLanes)) add_columns<T, BYTES, 1>(y, outer + k, s, rank, d);
+  for (; k < d; advance(1)) add_columns<T, sizeof(T), 1>(y, outer + k, s, rank, d);
+}
+
+template <class T>
+CT_V4 void add_v4(const Step<T>& step, int64_t micro_batch, int64_t i, T* s, T* spare) {
+  add_rows<T, 64>(step, micro_batch, i, s, spare);
+}
+template <class T>
+CT_V3 void add_v3(const Step<T>& step, int64_t micro_batch, int64_t i, T* s, T* spare) {
+  add_rows<T, 32>(step, micro_batch, i, s, spare);
+}
+template <class T>
+void add_base(const Step<T>& step, int64_t micro_batch, int64_t i, T* s, T* spare) {
+  add_rows<T, 16>(step, micro_batch, i, s, spare);
+}
+
+template <class T>
+void add(const Step<T>& step, int64_t n, int threads) {
+  const auto rows = ct_level() == 4 ? add_v4<T> : ct_level() == 3 ? add_v3<T> : add_base<T>;
+  const int64_t groups = (step.rows + kHeight - 1) / kHeight;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> s(step.rank * kHeight), spare(step.out_width);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < n * groups; ++t) rows(step, t / groups, t % groups * kHeight, s.data(), spare.data());
+  }
+}
+
+}  // namespace
+
+#define CT_LOW_RANK_ADD(NAME, T)                                                                                      \
+  CT_EXPORT void NAME(T* y, const T* x, const T* inner, const T* outer, const T* coefficient, int64_t n,              \
+                      int64_t rows, int64_t rank, int64_t width, int64_t out_width, double bias, int threads) {       \
+    add(Step<T>{x, inner, outer, coefficient, y, rows, rank, width, out_width, static_cast<T>(bias)}, n, threads);    \
+  }
+CT_LOW_RANK_ADD(ct_low_rank_add_float32, float)
+CT_LOW_RANK_ADD(ct_low_rank_add_float64, double)

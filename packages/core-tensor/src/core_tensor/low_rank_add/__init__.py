@@ -1,0 +1,59 @@
+r"""Adds the product with a matrix of low rank, one per micro-batch, that is known by its factors.
+
+$$ y_j \leftarrow y_j + c_j \, (x_j I_j^\top + \beta) \, O_j , $$
+
+which is $x_j E_j$ with $E_j = c_j I_j^\top O_j$, and $\beta \, c_j O_j^\top 1$ beside it for a bias; the matrices
+$E_j$ are never formed. Source: the perturbation of SAM and mSAM in a linear layer, whose gradient on a micro-batch of
+r rows has rank r (arXiv 2302.09693).
+"""
+
+import torch
+from torch import Tensor
+
+from core_tensor._operator import operator
+from core_tensor.checks import check_tensor
+from core_tensor.low_rank_add import cpu, reference
+
+
+def _fake(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficient: Tensor, bias: float) -> None:
+    del y, x, inner, outer, coefficient, bias
+
+
+_low_rank_add = operator(
+    "low_rank_add_(Tensor(a!) y, Tensor x, Tensor inner, Tensor outer, Tensor coefficient, float bias) -> ()",
+    reference=reference.low_rank_add_,
+    fake=_fake,
+    cpu=cpu.low_rank_add_,
+)
+
+
+def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficient: Tensor, bias: float = 0.0) -> Tensor:
+    """Add to y in place. No gradient passes.
+
+    Args:
+        y: What is added to, shape (n, rows, d_out), floating; half types go to torch's batched GEMM.
+        x: Rows, shape (n, rows, d_in), as all that follow of the dtype of y.
+        inner: I, shape (n, r, d_in).
+        outer: O, shape (n, r, d_out).
+        coefficient: c, shape (n,).
+        bias: beta.
+
+    Returns:
+        y.
+
+    Raises:
+        ValueError: If shapes do not fit.
+        TypeError: If dtypes differ, or that of y is not floating.
+    """
+    check_tensor("y", y, ndim=3, dtype=(torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    check_tensor("inner", inner, ndim=3)
+    (n, rows, out_width), (_, r, width) = y.shape, inner.shape
+    for name, tensor, shape in (
+        ("x", x, (n, rows, width)),
+        ("inner", inner, (n, r, width)),
+        ("outer", outer, (n, r, out_width)),
+        ("coefficient", coefficient, (n,)),
+    ):
+        check_tensor(name, tensor, shape=shape, dtype=y.dtype)
+    _low_rank_add(y, x, inner, outer, coefficient, bias)
+    return y
