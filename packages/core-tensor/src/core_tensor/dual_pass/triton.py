@@ -10,18 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from core_tensor._aot import CompileRow
+from core_tensor._triton_math import fixed_point
 from core_tensor.dual_pass import reference
 
 WIDTHS = (16, 128, 1024)
 """Registers hold blocks of up to so many variables; a problem with a longer block is left to the reference."""
 HALVINGS = 100
 PER_PROGRAM = 32
-
-
-@triton.jit
-def _fixed(value, scale):
-    scaled = value * scale
-    return tl.where(scaled >= 0.0, scaled + 0.5, scaled - 0.5).to(tl.int64)
 
 
 @triton.jit
@@ -97,6 +92,7 @@ def _pass_kernel(
     ANCHOR: tl.constexpr, SHRINK: tl.constexpr, PRIMAL: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
+    ridge = tl.load(gamma)
     begin = tl.program_id(0) * per_program
     for i in range(begin, tl.minimum(begin + per_program, count)):
         block = tl.load(chosen + i)
@@ -115,7 +111,7 @@ def _pass_kernel(
         centre = tl.full((WIDTH,), 0.0, tl.float64)
         if ANCHOR:
             centre = tl.load(anchor + at, mask=inside, other=0.0).to(tl.float64)
-        v = centre - r / gamma
+        v = centre - r / ridge
         theta = _cut_multiplier(v, u, w, cap, inside, EQUALITY, HALVINGS)
         x = tl.where(inside, tl.minimum(tl.maximum(v - theta * w, 0.0), u), 0.0)
         between = tl.sum(((x > 0.0) & (x < u * (1.0 - 1e-12))).to(tl.int32), axis=0)
@@ -138,17 +134,17 @@ def _pass_kernel(
             load = x
             if COEFFICIENT:
                 load = x * tl.load(coefficient + at * K + e, mask=used, other=0.0).to(tl.float64)
-            tl.atomic_add(sums + 2 * row, _fixed(load, tl.load(scale + 2 * row, mask=used, other=0.0)), mask=used)
+            tl.atomic_add(sums + 2 * row, fixed_point(load, tl.load(scale + 2 * row, mask=used, other=0.0)), mask=used)
             if K == 1:
                 factor = tl.load(scale + 2 * row + 1, mask=used, other=0.0)
-                tl.atomic_add(sums + 2 * row + 1, _fixed(spent, factor), mask=used)
+                tl.atomic_add(sums + 2 * row + 1, fixed_point(spent, factor), mask=used)
         last = scale + 2 * rows
-        tl.atomic_add(sums + 2 * rows, _fixed(tl.sum(spent, axis=0), tl.load(last)))
+        tl.atomic_add(sums + 2 * rows, fixed_point(tl.sum(spent, axis=0), tl.load(last)))
         moved = tl.where(inside, (x - centre) * (x - centre), 0.0)
-        tl.atomic_add(sums + 2 * rows + 1, _fixed(tl.sum(moved, axis=0), tl.load(last + 1)))
-        tl.atomic_add(sums + 2 * rows + 2, _fixed(least, tl.load(last + 2)))
-        tl.atomic_add(sums + 2 * rows + 3, _fixed(fractional, tl.load(last + 3)))
-        tl.atomic_add(sums + 2 * rows + 4, _fixed(nonzero, tl.load(last + 4)))
+        tl.atomic_add(sums + 2 * rows + 1, fixed_point(tl.sum(moved, axis=0), tl.load(last + 1)))
+        tl.atomic_add(sums + 2 * rows + 2, fixed_point(least, tl.load(last + 2)))
+        tl.atomic_add(sums + 2 * rows + 3, fixed_point(fractional, tl.load(last + 3)))
+        tl.atomic_add(sums + 2 * rows + 4, fixed_point(nonzero, tl.load(last + 4)))
         if PRIMAL:
             tl.store(out + at, x, mask=inside)
 
@@ -179,6 +175,8 @@ def dual_pass(
         )  # fmt: skip
     sums = torch.zeros(scale.shape[0], dtype=torch.int64, device=cost.device)
     x = torch.zeros(cost.shape[0] if primal else 0, dtype=torch.float64, device=cost.device)
+    # As a tensor: Triton passes a Python float to a kernel in single precision.
+    ridge = torch.full((1,), gamma, dtype=torch.float64, device=cost.device)
     given = [
         cost if t is None else t.contiguous() for t in (coefficient, lam, cap, upper, weight, anchor, shrink, scale)
     ]
@@ -189,7 +187,7 @@ def dual_pass(
             continue
         _pass_kernel[(-(-count // PER_PROGRAM),)](
             chosen, offsets.contiguous(), index.contiguous(), cost.contiguous(), *given, sums, x,
-            gamma, int(offsets[0]), count, lam.shape[0], int(cap.shape[0] > 1),
+            ridge, int(offsets[0]), count, lam.shape[0], int(cap.shape[0] > 1),
             int(upper is not None and (upper.shape[0] > 1 or cost.shape[0] == 1)), PER_PROGRAM,
             equality, coefficient is not None, upper is not None, weight is not None, anchor is not None,
             shrink is not None, primal, index.shape[1] if index.ndim == 2 else 1, width, HALVINGS,
@@ -202,9 +200,8 @@ _POINTERS = {
     **dict.fromkeys(("chosen", "offsets"), "*i64"),
     "index": "*i32",
     **dict.fromkeys(("cost", "coefficient", "upper", "weight", "anchor"), "*fp32"),
-    **dict.fromkeys(("lam", "caps", "shrink", "scale", "out"), "*fp64"),
+    **dict.fromkeys(("gamma", "lam", "caps", "shrink", "scale", "out"), "*fp64"),
     "sums": "*i64",
-    "gamma": "fp64",
     "base": "i64",
     **dict.fromkeys(("count", "rows", "cap_stride", "upper_stride", "per_program"), "i32"),
 }
