@@ -1,7 +1,18 @@
+import importlib.util
+
 import core_tensor
+import pytest
 
 
 def test_the_native_cpu_backend_is_live_for_every_operator():
     live = core_tensor.backends()
     assert live
     assert {name: device["cpu"] for name, device in live.items()} == dict.fromkeys(live, "native")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton for this platform")
+def test_triton_serves_all_on_cuda_but_what_the_docs_name():
+    without = {"assignment", "project_assignment", "ghost_norms", "low_rank_add_"}
+    live = core_tensor.backends()
+    expected = {name: "reference" if name in without else "triton" for name in live}
+    assert {name: device["cuda"] for name, device in live.items()} == expected

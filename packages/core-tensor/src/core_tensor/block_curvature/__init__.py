@@ -37,6 +37,7 @@ _curvature = operator(
     reference=reference.block_curvature,
     fake=_fake,
     cpu=cpu.block_curvature,
+    cuda="core_tensor.block_curvature.triton:block_curvature",
 )
 
 
