@@ -13,6 +13,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kTolerance = 1e-15;  // of (y - x)'(q - x), relative to the products' own size
 constexpr double kNone = 1e-14;       // weights below it are zero
+constexpr double kLargest = 1e150;    // products of larger values overflow
 
 struct Scratch {
   int64_t items, slots, columns;
@@ -243,11 +244,34 @@ bool project(Scratch& s, const double* y, int64_t limit, bool filled, Corral& c)
   return false;
 }
 
+// Whether the values are numbers whose products stay in range.
+CT_CLONES bool in_range(const double* values, int64_t variables) {
+  int64_t outside = 0;
+  for (int64_t i = 0; i < variables; ++i) outside += !(std::abs(values[i]) <= kLargest);
+  return outside == 0;
+}
+
+// Whether the offsets rise over all variables, in blocks of whole items and of enough of them to fill the slots.
+bool are_blocks(const int64_t* offsets, int64_t variables, int64_t blocks, int64_t slots, bool filled) {
+  for (int64_t b = 0; b < blocks; ++b)
+    if (offsets[b + 1] < offsets[b]) return false;
+  // rising, so unsigned differences cannot overflow
+  if (static_cast<uint64_t>(offsets[blocks]) - static_cast<uint64_t>(offsets[0]) != static_cast<uint64_t>(variables))
+    return false;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t n = offsets[b + 1] - offsets[b];
+    if (n % slots != 0 || (filled && n > 0 && n / slots < slots)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-CT_EXPORT void ct_project_assignment(const double* values, const int64_t* offsets, double* x, double* weights,
-                                     int32_t* items, int64_t blocks, int64_t slots, int64_t limit, int filled,
-                                     int threads) {
+// Returns 1, or 0 for values or offsets that do not fit: nothing is written then.
+CT_EXPORT int ct_project_assignment(const double* values, const int64_t* offsets, double* x, double* weights,
+                                    int32_t* items, int64_t variables, int64_t blocks, int64_t slots, int64_t limit,
+                                    int filled, int threads) {
+  if (!in_range(values, variables) || !are_blocks(offsets, variables, blocks, slots, filled != 0)) return 0;
 #pragma omp parallel num_threads(threads)
   {
     Scratch s;
@@ -275,4 +299,5 @@ CT_EXPORT void ct_project_assignment(const double* values, const int64_t* offset
       std::copy(c.vertices.begin(), c.vertices.end(), items + b * limit * slots);
     }
   }
+  return 1;
 }

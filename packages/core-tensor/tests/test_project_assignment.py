@@ -110,3 +110,24 @@ def test_schema_and_fake():
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         core_tensor.project_assignment(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "filled"),
+    [
+        ([1.0, -torch.inf, 1.0, 1.0], [0, 4], True),
+        ([1.0, -1.1e150, 1.0, 1.0], [0, 4], True),
+        ([1.0] * 4, [0, 4, 3, 4], True),
+        ([1.0] * 4, [-(2**63), 2**63 - 1], True),
+        ([1.0] * 4, [0], True),
+        ([1.0] * 4, [0, 2, 4], True),
+        ([1.0] * 4, [0, 1, 4], False),
+    ],
+)
+def test_the_kernel_refuses_what_the_reference_refuses(values, bounds, filled):
+    arguments = (torch.tensor(values, dtype=torch.float64), torch.tensor(bounds), 2, filled, 4)
+    with pytest.raises(ValueError, match="expected") as expected:
+        reference.project_assignment(*arguments)
+    with pytest.raises(ValueError, match="expected") as got:
+        torch.ops.core_tensor.project_assignment.default(*arguments)
+    assert str(got.value) == str(expected.value)

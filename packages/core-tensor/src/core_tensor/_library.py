@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -29,12 +29,13 @@ def native() -> ctypes.CDLL | None:
     return None
 
 
-def function(name: str, *argtypes: Any) -> Callable[..., None]:
+def function(name: str, *argtypes: Any, returns: Any = None) -> Callable[..., Any]:
     """A typed C function of the compiled library; the trailing `int threads` that every kernel takes is filled in.
 
     Args:
         name: Exported symbol.
         argtypes: ctypes types of the arguments without the thread count; tensors go in as `ctypes.c_void_p`.
+        returns: ctypes type of what it returns, None for nothing.
 
     Returns:
         A callable that takes tensors for `c_void_p` arguments and appends `torch.get_num_threads()`.
@@ -49,14 +50,11 @@ def function(name: str, *argtypes: Any) -> Callable[..., None]:
             )
         found = getattr(library, name)
         found.argtypes = [*argtypes, ctypes.c_int]
-        found.restype = None
+        found.restype = returns
         return found
 
-    def call(*args: Any) -> None:
-        symbol()(*_pointers(args), torch.get_num_threads())
+    def call(*args: Any) -> Any:
+        pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        return symbol()(*pointers, torch.get_num_threads())
 
     return call
-
-
-def _pointers(args: Sequence[Any]) -> list[Any]:
-    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]

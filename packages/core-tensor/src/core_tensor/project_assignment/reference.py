@@ -1,15 +1,47 @@
 """Plain torch: Wolfe's method on dense vertices, with `assignment`'s reference as its oracle."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from core_tensor.assignment import reference
+from core_tensor.checks import check_tensor
+
+LARGEST = 1e150
+"""Inner products of larger values overflow."""
+
+
+def check(values: Tensor, offsets: Tensor, slots: int, filled: bool) -> None:
+    """Refuse values and blocks that cannot be projected; see `core_tensor.project_assignment` for the arguments.
+
+    Args:
+        values: Points y.
+        offsets: Bounds of the blocks.
+        slots: Slots per block.
+        filled: Whether every slot must be filled.
+
+    Raises:
+        ValueError: If a value is too large or no number, or a block is not of items by slots.
+    """
+    size = float(values.abs().max()) if len(values) else 0.0
+    if not size <= LARGEST:
+        check_tensor("values", values, finite=True)
+        raise ValueError(f"values: expected magnitudes up to {LARGEST:g}, got {size:.3g}")
+    bounds = offsets.tolist()
+    lengths = {high - low for low, high in pairwise(bounds)}
+    if min(lengths, default=0) < 0 or bounds[-1] - bounds[0] != len(values):
+        raise ValueError(f"offsets: expected rising bounds of {len(values)} variables")
+    if any(n % slots or (filled and 0 < n < slots**2) for n in lengths):
+        least = f"at least {slots} items" if filled else "whole items"
+        raise ValueError(f"offsets: expected blocks of {least} by {slots} slots")
 
 
 def project_assignment(
     values: Tensor, offsets: Tensor, slots: int, filled: bool, limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `core_tensor.project_assignment`."""
+    check(values, offsets, slots, filled)
     blocks = offsets.shape[0] - 1
     x = torch.zeros_like(values)
     weights = values.new_zeros(blocks, limit)
