@@ -50,19 +50,19 @@ class Assignment(VertexPolytope):
         Returns:
             Projections, shape (variables,), float64.
         """
-        values, at = values.detach(), offsets.tolist()
+        at = offsets.tolist()
         lengths = [high - low for low, high in pairwise(at)]
         limit = max(6, max(lengths, default=0) // 16)
         x, weights, items = project_assignment(values, offsets, self.slots, filled=self.filled, limit=limit)
         self._found = offsets, weights, items
-        for i, first in enumerate(weights[:, 0].tolist()):
+        for i, first in enumerate(weights.numpy()[:, 0].tolist()):
             if first > 0 or lengths[i] == 0:
                 continue
             rows = self._description(lengths[i])
             assert rows is not None  # every assignment has them
             block = slice(at[i] - at[0], at[i + 1] - at[0])
             self.switched += 1
-            x[block] = torch.from_numpy(project_rows(values[block].numpy(), rows))
+            x[block] = torch.from_numpy(project_rows(values[block].detach().numpy(), rows))
         return x
 
     def _corral(self, i: int, n: int) -> Corral | None:
