@@ -19,7 +19,7 @@ import torch.distributed as dist
 from core_tensor import project_blocks
 from core_tensor.benchmarking import compare, run_bars, seconds
 from core_tensor.testing import run_ranks
-from polytope_lp import Assignment, Marketplace, MatchingProblem, generate, solve
+from polytope_lp import Assignment, Marketplace, MatchingProblem, Policy, generate, solve
 from polytope_lp.evaluation import FusedDual
 
 GAMMA = 1e-3
@@ -219,6 +219,30 @@ def assignment(quick: bool) -> dict[str, Any]:
     }
 
 
+def policy_score(quick: bool) -> dict[str, Any]:
+    """Microseconds of one `Policy.score`: 100 candidates, one row per variable, simplex; in the detail the equation."""
+    candidates, calls = 100, 500  # over requests that stay in the second cache, as one that has just come in does
+    random = np.random.default_rng(0)
+    prices = random.random(1000) / 2
+    requests = [
+        (random.random(candidates), random.random(candidates), random.integers(0, prices.size, candidates))
+        for _ in range(calls // 10)
+    ] * 10
+    at_most, equal = (Policy(prices, GAMMA, equality=equality) for equality in (False, True))
+    found = compare(
+        lambda: [at_most.score(*request) for request in requests],
+        lambda: [equal.score(*request) for request in requests],
+        pairs=25 if quick else 75,
+    )
+    ours, theirs = (
+        [round(f(t) / calls * 1e6, 1) for f in (min, statistics.median, max)] for t in (found.ours, found.peer)
+    )
+    return {
+        "policy_score_microseconds": ours[1],
+        "policy_score_microseconds_detail": {"at_most": ours, "equal": theirs},
+    }
+
+
 def projections(quick: bool) -> dict[str, Any]:
     """Greatest KKT residual of the native projections in float64, relative to the size of the point."""
     random = np.random.default_rng(0)
@@ -290,6 +314,7 @@ if __name__ == "__main__":
             "bandwidth_fraction": bandwidth,
             "solve_10m_seconds": ten_million,
             "assignment_vs_clarabel": assignment,
+            "policy_score_microseconds": policy_score,
             "projection_kkt_max": projections,
             "scaling_2_ranks": ranks,
             "solve_100m": hundred_million,

@@ -120,6 +120,41 @@ def test_numpy_projection_equals_the_kernels(seed, gamma, equality, weighted, bo
     assert serving.project(r, gamma, cap, u, equality, w) == pytest.approx(truth, abs=1e-9 * max(1.0, 1 / gamma))
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 120),
+    st.sampled_from([1e-6, 1e-3, 0.1, 1.0, 30.0]),
+    st.sampled_from([0.0, 0.3, 1.0, 7.0]),
+    st.booleans(),
+)
+def test_scores_are_the_solvers_own_projection_onto_a_simplex(seed, n, gamma, cap, equality):
+    random = np.random.default_rng(seed)
+    lam, rows, costs = random.random(40), random.integers(0, 40, n), random.random(n)
+    values = random.random(n) if seed % 2 else lam[rows] * costs + random.integers(-1, 2, n) * gamma  # ties
+    reduced = lam[rows] * costs - values
+    kind = simplex(cap, equality=equality)
+    truth = kind.project(torch.from_numpy(-reduced / gamma), torch.tensor([0, n])).numpy()
+    x = serving.Policy(lam, gamma, cap, equality=equality).score(values, costs, rows)
+    assert x == pytest.approx(truth, abs=1e-12 * max(1.0, 1 / gamma))
+    assert x.sum() <= cap * (1 + 1e-14 * n)
+    bounded = serving.Policy(lam, gamma, cap, upper=cap, equality=equality)  # bounds that cannot bind
+    assert np.array_equal(bounded.score(values, costs, rows), x)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scoring_refuses_what_is_no_number(bad):
+    for policy in (Policy(np.zeros(2), 1e-3), Policy(np.zeros(2), 1e-3, upper=0.5)):
+        with pytest.raises(ValueError, match="values, costs: expected finite"):
+            policy.score([0.5, bad], None, [0, 1])
+    for cap in (np.nan, -1.0):
+        with pytest.raises(ValueError, match="cap: expected"):
+            policy.score([0.5, 0.2], None, [0, 1], cap=cap)
+    with pytest.raises(ValueError, match="destinations: "):
+        policy.score([0.5, 0.2], None, [0, -1])
+    assert policy.score([], None, np.zeros(0, np.int64)).shape == (0,)
+
+
 def test_policies_say_what_differs_by_source(random_problem):
     problem = random_problem(
         3, lambda random, lengths: box_cut(torch.from_numpy(random.random(lengths.size) + 0.5), 0.6)

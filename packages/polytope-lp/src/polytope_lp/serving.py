@@ -100,16 +100,18 @@ class Policy:
             Amounts, shape (candidates,), float64.
 
         Raises:
-            ValueError: If an argument is missing that differs by source or edge, or a destination is unknown.
+            ValueError: If an argument is missing that differs by source or edge, a destination is unknown, or a value
+                or a cost is no finite number.
         """
-        for name, given in (("cap", cap), ("upper", upper), ("weights", weights)):
-            if given is None and name in self.needs:
+        for name in self.needs:
+            if {"cap": cap, "upper": upper, "weights": weights}[name] is None:
                 raise ValueError(f"{name}: differs by source or edge in this problem, so expected it here")
-        row = np.asarray(destinations)
-        if row.size and not 0 <= row.min() <= row.max() < self.lam.size // self.resources:
-            raise ValueError(f"destinations: expected numbers below {self.lam.size // self.resources}")
+        row, known = np.asarray(destinations), self.lam.size // self.resources
+        # the ends by their places: numpy finds a place in a fifth of the time that it takes to reduce to a value
+        if row.size and not 0 <= row.item(row.argmin()) <= row.item(row.argmax()) < known:
+            raise ValueError(f"destinations: expected numbers below {known}")
         if self.resources > 1:
-            row = row[:, None] + np.arange(self.resources) * (self.lam.size // self.resources)
+            row = row[:, None] + np.arange(self.resources) * known
         price = self.lam[row] if costs is None else self.lam[row] * np.asarray(costs)
         reduced = (price if price.ndim == 1 else price.sum(1)) - np.asarray(values)
         limit, bound = self.cap if cap is None else cap, self.upper if upper is None else upper
@@ -250,24 +252,47 @@ def project(
 
     Returns:
         The minimiser, shape (n,), float64.
+
+    Raises:
+        ValueError: If the cap is negative or NaN, or the least reduced cost is no finite number.
     """
-    v = -reduced
-    if weights is None and not equality and math.isfinite(cap) and v.size:
-        # Only entries within gamma * d of the best can be positive: mostly one or two of many.
-        kept = np.flatnonzero(v > max(v.max() - gamma * cap, 0.0))
-        if kept.size < v.size:
-            x = np.zeros(v.size)
-            bound = upper if upper is None or np.ndim(upper) == 0 else np.asarray(upper)[kept]
-            # With upper bounds below the cap the best entry may be full, and others serve: then all count.
-            if bound is None or float(np.min(bound, initial=math.inf)) >= cap:
-                if kept.size == 1:
-                    x[kept] = min(v[kept[0]] / gamma, cap)
-                elif kept.size:
-                    x[kept] = _project(v[kept], gamma, cap, np.full(kept.size, cap), False, np.ones(kept.size))
-                return x
-    w = np.ones(v.size) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not cap >= 0.0:
+        raise ValueError(f"cap: expected a number of at least 0, got {cap}")
+    if not reduced.size:
+        return np.zeros(0)
+    least = reduced.item(reduced.argmin())  # NaN if there is one
+    if not math.isfinite(least):
+        raise ValueError(f"values, costs: expected finite numbers, got a reduced cost of {least}")
+    # Amounts that sum to the cap are below it, so bounds that are not are no bounds.
+    if weights is None and cap < math.inf and (upper is None or np.min(upper) >= cap):
+        return _project_simplex(reduced, least, gamma, cap, equality)
+    w = np.ones(reduced.size) if weights is None else np.asarray(weights, dtype=np.float64)
     u = np.minimum(np.inf if upper is None else np.asarray(upper, dtype=np.float64), cap / w)
-    return _project(v, gamma, cap, u, equality, w)
+    return _project(-reduced, gamma, cap, u, equality, w)
+
+
+def _project_simplex(reduced: Array, least: float, gamma: float, cap: float, equality: bool) -> Array:
+    # Without bounds and weights x = max(y - theta, 0) with y = (least - r) / gamma <= 0. The best entry, y = 0, is at
+    # most the cap, so theta >= -cap and only entries above that can be positive: mostly one or two of many, for which
+    # Michelot's method (drop what falls below the theta of those that are left) on Python floats takes less time than
+    # one numpy call. Differences from the best keep their digits whatever the size of r / gamma.
+    x = np.zeros(reduced.size)
+    if least >= 0.0 and not equality:
+        return x
+    at = (reduced <= least + gamma * cap).nonzero()[0]
+    if at.size == 1:
+        x[at] = cap if equality else min(cap, -least / gamma)
+        return x
+    y = [(least - r) / gamma for r in reduced[at].tolist()]
+    above, count = y, 0
+    while len(above) != count:
+        count = len(above)
+        theta = (sum(above) - cap) / count
+        above = [e for e in above if e >= theta]
+    if not equality:
+        theta = max(theta, least / gamma)  # where the multiplier of the cut is zero
+    x[at] = [max(e - theta, 0.0) for e in y]
+    return x
 
 
 def _project(v: Array, gamma: float, cap: float, u: Array, equality: bool, w: Array) -> Array:
