@@ -37,6 +37,15 @@ inline void finish_simplex(const double* r, double r_min, double gamma, double z
     return;
   }
   // Differences from r_min keep full accuracy when r is much larger than gamma.
+  if (out.count == 2) {  // most that is left: without loops, whose ends cannot be foreseen
+    const double a = r[out.at[0]], b = r[out.at[1]], sum = (a - r_min) + (b - r_min), tau = (gamma * z + sum) / 2.0;
+    const bool slack = !equality && -(sum + 2.0 * r_min) <= gamma * z;
+    if (slack || sum < tau) {
+      out.x[0] = (slack ? -a : tau - (a - r_min)) / gamma;
+      out.x[1] = (slack ? -b : tau - (b - r_min)) / gamma;
+      return;
+    }
+  }
   double sum = 0.0;
   for (int64_t k = 0; k < out.count; ++k) sum += r[out.at[k]] - r_min;
   if (!equality && -(sum + static_cast<double>(out.count) * r_min) <= gamma * z) {

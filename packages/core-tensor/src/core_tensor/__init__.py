@@ -7,6 +7,7 @@ from core_tensor.block_curvature import block_curvature
 from core_tensor.cd_block import cd_block
 from core_tensor.cd_sparse import cd_sparse
 from core_tensor.centred_moments import centred_moments
+from core_tensor.dual_bounds import dual_bounds
 from core_tensor.dual_pass import BlockData, dual_pass
 from core_tensor.ghost_norms import ghost_norms
 from core_tensor.gptq_block import gptq_block
@@ -23,6 +24,7 @@ __all__ = [
     "cd_block",
     "cd_sparse",
     "centred_moments",
+    "dual_bounds",
     "dual_pass",
     "ghost_norms",
     "gptq_block",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from core_tensor import block_curvature, dual_pass
+from core_tensor import block_curvature, dual_bounds, dual_pass
 from core_tensor.dual_pass import TOTALS
 from torch import Tensor
 
@@ -148,25 +148,26 @@ class FusedDual:
         self.blocks, self.variables = int(nonnegative[1]), int(totals[2])
         self._square = square
         self.scale = torch.exp2(-torch.round(torch.log2(torch.where(square > 0, square, 1.0)) / 2))
-        self.load_bound, self.spent_bound, self.total_bound = load, spent, totals
         self.ceiling = float(totals[0]) * (1 + 1e-9)
         self.gamma_start = float(totals[3] / totals[2].clamp_min(1)) / max(
             float(totals[4] / totals[2].clamp_min(1)), 1e-300
         )
         cost, square, variables = totals[0], totals[1], totals[2]
         last = torch.stack([cost, 2.0 * square, cost, variables, variables])
-        self._scale_at_zero = _fixed_point(torch.cat([torch.stack([load, spent], 1).ravel(), last]))
-        self._limits, self._sizes = self.budgets * KEEP, 1.0 + self.budgets.abs()
-        self._any_free = bool(self.free.any())
+        self._scale_now = _fixed_point(torch.cat([torch.stack([load, spent], 1).ravel(), last]))
+        self._cost_bound, self._load_bound, self._exponent = float(cost), load, math.frexp(float(cost))[1]
+        self._equations = self.free if bool(self.free.any()) else None
+        self._single = problem.data.index.ndim == 1 or problem.data.index.shape[1] == 1
 
     def _scale(self, lam: Tensor) -> Tensor:
         # Bounds of every sum are known before it is taken; only that of the least values depends on the multipliers.
-        scale = self._scale_at_zero.clone()
-        least = 2 * lam.shape[0] + TOTALS.index("least")
-        scale[least : least + 1] = _fixed_point(self.total_bound[:1] + lam.abs() @ self.load_bound)
-        return scale
+        exponent = math.frexp(self._cost_bound + float(lam.abs() @ self._load_bound))[1]
+        if exponent != self._exponent:
+            self._exponent, self._scale_now = exponent, self._scale_now.clone()
+            self._scale_now[2 * lam.shape[0] + TOTALS.index("least")] = 2.0 ** min(60 - exponent, 900)
+        return self._scale_now
 
-    def _sums(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor | None) -> Tensor:
+    def _sums(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor | None) -> tuple[Tensor, Tensor]:
         scale = self._scale(lam)
         sums, _ = dual_pass(
             self.problem.data, lam, gamma, scale, self.problem.bounds, anchor=anchor, shrink=shrink, check=False
@@ -177,7 +178,7 @@ class FusedDual:
             torch.distributed.all_reduce(packed, group=self.group)  # the one collective of an evaluation
             sums = packed[:-1]
             self._mean_elapsed = float(packed[-1]) / 1e6 / torch.distributed.get_world_size(self.group)
-        return sums.double() / scale
+        return sums, scale
 
     def evaluate(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Evaluation:
         """See `Dual.evaluate`.
@@ -190,32 +191,30 @@ class FusedDual:
         Returns:
             Value, gradient and bounds.
         """
-        m = self.budgets.shape[0]
-        sums = self._sums(lam, gamma, anchor, None)
-        load, spent = sums[: 2 * m : 2], sums[1 : 2 * m : 2]
-        totals = dict(zip(TOTALS, sums[2 * m :].tolist(), strict=True))
-        gradient = load - self.budgets
-        shrink, upper = None, math.inf
+        sums, scale = self._sums(lam, gamma, anchor, None)
+        gradient, shrink, found = dual_bounds(sums, scale, lam, self.budgets, free=self._equations, keep=KEEP)
+        upper = math.inf
         if self.repairable:
-            shrink = torch.where(load > self._limits, self._limits / load, 1.0)
-            if self.problem.data.index.ndim == 1 or self.problem.data.index.shape[1] == 1:
-                upper = float(spent @ shrink)
-            else:
-                upper = float(self._sums(lam, gamma, anchor, shrink)[2 * m])
-        excess = (torch.where(self.free, gradient.abs(), gradient) if self._any_free else gradient) / self._sizes
+            upper = found["repaired"] if self._single else self._repaired_cost(lam, gamma, anchor, shrink)
         return Evaluation(
             lam=lam,
             gamma=gamma,
-            value=totals["cost"] + gamma / 2 * totals["square"] + float(lam @ gradient),
+            value=found["cost"] + gamma / 2 * found["square"] + found["priced"],
             gradient=gradient,
-            lower=totals["least"] - float(lam @ self.budgets),
+            lower=found["least"] - found["budget"],
             upper=upper,
-            cost=totals["cost"],
-            shrink=shrink,
-            violation=max(float(excess.max()), 0.0) if m else 0.0,
-            fractional=round(totals["fractional"]),
-            nonzero=round(totals["nonzero"]),
+            cost=found["cost"],
+            shrink=shrink if self.repairable else None,
+            violation=found["violation"],
+            fractional=round(found["fractional"]),
+            nonzero=round(found["nonzero"]),
         )
+
+    def _repaired_cost(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor) -> float:
+        # A variable with several rows is shrunk by the least of their factors, which takes another pass.
+        sums, scale = self._sums(lam, gamma, anchor, shrink)
+        cost = 2 * lam.shape[0] + TOTALS.index("cost")
+        return float(sums[cost] / scale[cost])
 
     def primal(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
         """See `Dual.primal`.
@@ -267,8 +266,8 @@ class FusedDual:
 
 
 def _fixed_point(bounds: Tensor) -> Tensor:
-    # Powers of two that keep sums within twice their bounds below 2**61.
-    return torch.exp2(torch.floor(60.0 - torch.log2(torch.where(bounds > 0, bounds, 1.0))).clamp(-900, 900))
+    # Powers of two that keep sums within their bounds below 2**60.
+    return torch.exp2((60 - torch.frexp(bounds).exponent).clamp(max=900).double())
 
 
 def primal_piece(

@@ -313,7 +313,7 @@ def chunk_bounds(offsets: Tensor, rows: int) -> Tensor:
         Bounds, shape (chunks + 1,), int64, rising from 0 to the number of blocks.
     """
     variables, blocks = int(offsets[-1] - offsets[0]), offsets.shape[0] - 1
-    chunks = max(1, min(CHUNKS, variables // (16 * rows + 1), blocks))
+    chunks = max(1, min(CHUNKS, variables // (32 * rows + 1), blocks))
     targets = offsets[0] + torch.arange(1, chunks) * variables // chunks
     inner = torch.searchsorted(offsets, targets)
     return torch.cat([torch.tensor([0]), inner, torch.tensor([blocks])])
