@@ -54,6 +54,8 @@ def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficien
         ("outer", outer, (n, r, out_width)),
         ("coefficient", coefficient, (n,)),
     ):
-        check_tensor(name, tensor, shape=shape, dtype=y.dtype)
+        # a check of its own takes as long as a small product
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype is not y.dtype:
+            check_tensor(name, tensor, shape=shape, dtype=y.dtype)
     _low_rank_add(y, x, inner, outer, coefficient, bias)
     return y

@@ -2,6 +2,7 @@ r"""From recorded factors to the ascent direction of every micro-batch: norms, l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from core_tensor import ghost_norms
 from torch import Tensor
 
 from msam.batches import Shards
-from msam.ghost.factors import Factors, Kept, LowRank, Tokens, high, joined
+from msam.ghost.factors import Factors, Kept, LowRank, Tokens, cast, high, joined
 from msam.perturbation import Tracked, scale_of
 
 KAPPA = 1 / 3
@@ -131,8 +132,8 @@ class Plan:
         squares += [self._token_squares(index, parts) for index, parts in self._tokens.items()]
         squares += self._dense_squares()  # last: biases of scaled matrices have joined by now
         total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.shards.count)]).sum(0)
-        self.norms = total.sqrt().to(high(self.tracked.parameters[0]).dtype)
-        inverse = self.norms.reciprocal().masked_fill_(self.norms == 0, 0.0)
+        self.norms = cast(total.sqrt(), high(self.tracked.parameters[0]).dtype)
+        inverse = self.norms.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)  # a zero gradient has no direction
         self._coefficients = {radius: inverse * radius for radius in set(self.tracked.radii)}
         for index, direction in self.low_rank.items():
             direction.coefficient = self._by_run(self._coefficient(index), direction.left)
@@ -266,9 +267,9 @@ class Plan:
 
     def _by_run(self, coefficient: Tensor, like: list[Tensor]) -> list[Tensor]:
         if len(like) == 1:
-            return [coefficient.to(like[0])]
+            return [cast(coefficient, like[0].dtype)]
         counts = [count for _, count, _ in self.shards.runs]
-        return [c.to(x) for c, x in zip(coefficient.split(counts), like, strict=True)]
+        return [cast(c, x.dtype) for c, x in zip(coefficient.split(counts), like, strict=True)]
 
     # -- applying ---
 

@@ -78,7 +78,8 @@ class Ghost:
                 raise UnsupportedError(f"the model takes another path at every call: {error}") from error
         plan.finish()
         norms = self._own_norms(plan.norms, batch, shards, scale)
-        finite = math.isfinite(float(norms.sum())) if self._options.check_finite or scale is not None else True
+        checked = self._options.check_finite or scale is not None
+        finite = not checked or all(map(math.isfinite, norms.tolist()))
         if scale is not None and not finite:
             poison(tracked.parameters)
             return StepRecord("ghost", tracked.radii[0], loss, loss, norms, skipped=True)

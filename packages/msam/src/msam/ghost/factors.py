@@ -93,6 +93,19 @@ def joined(lists: list[list[Tensor]], dim: int) -> list[Tensor]:
     return lists[0] if len(lists) == 1 else [torch.cat(parts, dim) for parts in zip(*lists, strict=True)]
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type; a call of `Tensor.to` costs more than the question whether it is needed.
+
+    Args:
+        x: Any tensor.
+        dtype: Wanted type.
+
+    Returns:
+        The tensor itself or a copy.
+    """
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def high(x: Tensor) -> Tensor:
     """At least float32: sums of squares of half precision numbers overflow or lose their digits.
 

@@ -12,7 +12,7 @@ from msam.ghost.affine import add_constant
 from msam.ghost.conv import Geometry, ShardedConvolution, kernel_gradients
 from msam.ghost.directions import KAPPA, Plan
 from msam.ghost.errors import UnsupportedError
-from msam.ghost.factors import Factors, Kept
+from msam.ghost.factors import Factors, Kept, cast
 from msam.ghost.layout import Layout
 from msam.ghost.linear import LowRankStep, OwnWeights, PerturbedProduct
 from msam.ghost.tape import Contribution, Tape
@@ -81,19 +81,6 @@ def _factor_contribution(
         plan.add_factors(w, shape, Factors(left, right, b, flipped))
 
     return contribute
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a type; a call of `Tensor.to` costs more than the question whether it is needed.
-
-    Args:
-        x: Any tensor.
-        dtype: Wanted type.
-
-    Returns:
-        The tensor itself or a copy.
-    """
-    return x if x.dtype is dtype else x.to(dtype)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
