@@ -63,10 +63,10 @@ def paired(
 
 
 def perceptrons(quick: bool) -> dict[str, Any]:
-    """Ghost against SGD and SAM on both MLPs."""
+    """Ghost against SGD and SAM on both MLPs, in many short turns: the machine's speed changes between long ones."""
     results: dict[str, Any] = {}
-    pairs = 25 if quick else 75
-    for size, repeats in (("small", 20), ("large", 3)):
+    for size, repeats, pairs in (("small", 5, 100), ("large", 1, 50)):
+        pairs = pairs if quick else 3 * pairs
         for micro_batches in (8, 32):
             found = paired(model_and_batch(MLPS[size]), (micro_batches, "ghost"), (0, "plain"), repeats, pairs)
             key = f"ghost_vs_sgd_{size}_m{micro_batches}"

@@ -40,7 +40,7 @@ def check_finite_loss(loss: Tensor) -> None:
     Raises:
         ValueError: If it is not finite.
     """
-    value = float(loss.detach())
+    value = loss.item()
     if not math.isfinite(value):
         raise ValueError(f"loss: expected a finite value, got {value}")
 

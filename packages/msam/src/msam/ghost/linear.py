@@ -27,6 +27,18 @@ def part(x: Tensor, start: int, stop: int, n: int) -> Tensor:
     return (x if stop - start == x.shape[0] else x[start:stop]).view(n, -1, x.shape[-1])
 
 
+def matrix(x: Tensor) -> Tensor:
+    """All rows as one matrix.
+
+    Args:
+        x: Shape (..., d), contiguous.
+
+    Returns:
+        Shape (rows, d).
+    """
+    return x if x.ndim == 2 else x.view(-1, x.shape[-1])
+
+
 class Step(Protocol):
     """How every micro-batch's weights differ from the shared ones."""
 
@@ -106,7 +118,7 @@ class LowRankStep:
         Returns:
             dx.
         """
-        dx = dy @ weight
+        dx = matrix(dy).mm(weight).view(*dy.shape[:-1], -1)
         for (start, stop, _, n), inner, outer, c in zip(
             self.stretches, self.inner, self.outer, self.coefficient, strict=True
         ):
@@ -203,6 +215,6 @@ class PerturbedProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         step, ctx.step = ctx.step, None  # frees the perturbation layer by layer
         dx = step.backward(dy, weight) if ctx.needs_input_grad[0] else None
-        dy = dy.view(-1, dy.shape[-1])
-        dw = dy.mT @ x.view(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        dy = matrix(dy)
+        dw = dy.t().mm(matrix(x)) if ctx.needs_input_grad[1] else None
         return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None, None
