@@ -152,7 +152,8 @@ class Plan:
         first, second = self._shapes[index][0], self._shapes[index][1:].numel()
         rows = sum(max(left.shape[1] for left in use.left) for use in uses)
         work = rows * (first + second)
-        if (work >= KAPPA * first * second and work * self.shards.total > FEW) or index in self._dense:
+        products = work * rows * self.shards.count
+        if (work >= KAPPA * first * second and products > FEW) or index in self._dense:
             return False
         biases = {use.bias for use in uses}
         if biases == {None}:
