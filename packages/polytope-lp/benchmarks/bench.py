@@ -42,13 +42,13 @@ def evaluation(quick: bool) -> dict[str, Any]:
         peer = BucketedDual(problem.data, problem.rows, doubling=doubling)
         error = float((peer.evaluate(single, GAMMA)[1] - load).abs().max() / load.abs().max())
         found = compare(
-            lambda: [dual.evaluate(lam, GAMMA) for _ in range(10)],
-            lambda peer=peer: [peer.evaluate(single, GAMMA) for _ in range(2)],
-            pairs=9 if quick else 25,
+            lambda: [dual.evaluate(lam, GAMMA) for _ in range(5)],
+            lambda peer=peer: peer.evaluate(single, GAMMA),
+            pairs=25 if quick else 75,
         )
         detail = {
-            "ours_ns_per_nonzero": round(statistics.median(found.ours) / 10 / per, 2),
-            "torch_ns_per_nonzero": round(statistics.median(found.peer) / 2 / per, 1),
+            "ours_ns_per_nonzero": round(statistics.median(found.ours) / 5 / per, 2),
+            "torch_ns_per_nonzero": round(statistics.median(found.peer) / per, 1),
             "torch_load_error": error,
         }
         results |= {key: round(5 * found.speedup, 1), f"{key}_detail": detail}
