@@ -22,13 +22,14 @@ struct Lanes<T, sizeof(T)> {
   static CT_INLINE T sum(T v) { return v; }
 };
 
+constexpr int kHeight = 4;
+
 // kHeight rows by kWidth others at vectors of BYTES: the accumulators and one column of operands fill the 16 (AVX-512:
 // 32) vector registers. Loops over them are unrolled by hand, or the compiler keeps the accumulators in memory.
 template <class T, int BYTES>
 struct Dots {
   typedef typename Lanes<T, BYTES>::Vec Vec;
   static constexpr int kLanes = BYTES / sizeof(T);
-  static constexpr int kHeight = 4;
   static constexpr int kWidth = BYTES == 64 ? 4 : 3;
 
   // out[p][q] = <a_(i+p), b_(j+q)> for rows of length d; rows past the end repeat the last one.

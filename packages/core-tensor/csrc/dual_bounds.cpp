@@ -7,7 +7,7 @@
 
 namespace {
 
-enum Found { kTotals = 5, kPriced = 5, kBudget, kViolation, kRepaired, kFound };
+enum Found { kTotals = 5, kPriced = kTotals, kBudget, kViolation, kRepaired };  // the totals of the pass stand first
 
 }  // namespace
 

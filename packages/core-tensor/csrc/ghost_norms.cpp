@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int64_t kHeight = 4;
-
 template <class T>
 struct Factors {
   const T *left, *right;  // (n, rows, width)
@@ -27,7 +25,7 @@ CT_INLINE double share_of(const Factors<T>& f, int64_t micro_batch, int64_t i) {
   const int64_t end = std::min(i + kHeight, f.rows);
   double total = 0.0;
   for (int64_t j = 0; j < end; j += Tile::kWidth) {
-    T g[Tile::kHeight][Tile::kWidth], h[Tile::kHeight][Tile::kWidth];
+    T g[kHeight][Tile::kWidth], h[kHeight][Tile::kWidth];
     Tile::multiply(left, i, f.rows, left, j, f.rows, f.left_width, g);
     Tile::multiply(right, i, f.rows, right, j, f.rows, f.right_width, h);
     for (int64_t p = i; p < end; ++p)

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t kHeight = 4;
-
 template <class T>
 struct Step {
   const T *x, *inner, *outer, *coefficient;
@@ -51,7 +49,7 @@ CT_INLINE void add_rows(const Step<T>& step, int64_t micro_batch, int64_t i, T* 
   const T* outer = step.outer + micro_batch * rank * d;
   const T c = step.coefficient[micro_batch];
   for (int64_t j = 0; j < rank; j += Tile::kWidth) {
-    T dots[Tile::kHeight][Tile::kWidth];
+    T dots[kHeight][Tile::kWidth];
     Tile::multiply(x, i, step.rows, inner, j, rank, step.width, dots);
     for (int64_t q = j; q < std::min(j + Tile::kWidth, rank); ++q)
       for (int p = 0; p < kHeight; ++p) s[q * kHeight + p] = c * (dots[p][q - j] + step.bias);

@@ -11,6 +11,7 @@ from msam import MSAM, msam_grad
 from msam.batches import cut
 from msam.ghost.directions import FEW
 from msam.ghost.factors import Kept
+from msam.ghost.linear import LowRankStep, OwnWeights
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -37,6 +38,21 @@ def test_whole_models_match_brute_force(double, oracle, case, micro_batches, mod
     assert opt.record.mode == mode
     assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("few", "forms"), [(FEW, {"factors"}), (0, {"factors", "own weights"})])
+def test_small_layers_keep_their_factors(double, oracle, monkeypatch, few, forms):
+    """The first layer pays by kappa, the head only because it is small: `form` thus meets both forms."""
+    found = set()
+    for step, name in ((LowRankStep, "factors"), (OwnWeights, "own weights")):
+        forward = step.forward
+        monkeypatch.setattr(step, "forward", lambda *a, f=forward, n=name: found.add(n) or f(*a))
+    monkeypatch.setattr("msam.ghost.directions.FEW", few)
+    model = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+    batch = (torch.randn(12, 40), torch.randint(3, (12,)))
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode="ghost")
+    opt.backward(oracle.loss_of(model), batch)
+    assert found == forms
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3, 5])

@@ -42,10 +42,8 @@ def check_tensor(
             raise TypeError(f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {value.dtype}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
-    if (
-        shape is not None
-        and value.shape != shape
-        and (value.ndim != len(shape) or any(e is not None and e != g for e, g in zip(shape, value.shape, strict=True)))
+    if shape is not None and (
+        value.ndim != len(shape) or any(e is not None and e != g for e, g in zip(shape, value.shape, strict=True))
     ):
         expected = ", ".join("any" if e is None else str(e) for e in shape)
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
