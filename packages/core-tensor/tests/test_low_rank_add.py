@@ -7,7 +7,7 @@ from core_tensor.testing import assert_close
 
 def _arguments(n, rows, r, d_in, d_out, dtype=torch.float64):
     generator = torch.Generator().manual_seed(n + rows + r + d_in + d_out)
-    shapes = ((n, rows, d_out), (n, rows, d_in), (n, r, d_in), (n, r, d_out), (n,))
+    shapes = ((n * rows, d_out), (n * rows, d_in), (n, r, d_in), (n, r, d_out), (n,))
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -15,7 +15,7 @@ def _explicit(y, x, inner, outer, coefficient, bias):
     """With the matrices of every micro-batch put together."""
     E = coefficient[:, None, None] * (inner.mT @ outer)
     shift = bias * coefficient[:, None, None] * outer.sum(1, keepdim=True)
-    return y + x @ E + shift
+    return y + (x.unflatten(0, (len(E), -1)) @ E + shift).flatten(0, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 130])
@@ -43,11 +43,11 @@ def test_lower_precision(dtype, tolerance):
 
 def test_views_with_gaps():
     y, x, inner, outer, coefficient = _arguments(3, 6, 5, 20, 30)
-    gappy = y.repeat(1, 1, 2)
-    expected = _explicit(gappy[:, :, :30], x[:, :, ::2], inner[:, :, ::2], outer, coefficient, 0.0)
-    core_tensor.low_rank_add_(gappy[:, :, :30], x[:, :, ::2], inner[:, :, ::2], outer, coefficient)
-    assert_close("y", gappy[:, :, :30], expected, 1e-13)
-    assert torch.equal(gappy[:, :, 30:], y)
+    gappy = y.repeat(1, 2)
+    expected = _explicit(gappy[:, :30], x[:, ::2], inner[:, :, ::2], outer, coefficient, 0.0)
+    core_tensor.low_rank_add_(gappy[:, :30], x[:, ::2], inner[:, :, ::2], outer, coefficient)
+    assert_close("y", gappy[:, :30], expected, 1e-13)
+    assert torch.equal(gappy[:, 30:], y)
 
 
 def test_threads_do_not_change_the_result():
@@ -73,6 +73,14 @@ def test_bad_input_names_the_argument(position):
     if position:
         with pytest.raises(TypeError, match=f"^{name}: "):
             core_tensor.low_rank_add_(*arguments[:position], arguments[position].float(), *arguments[position + 1 :])
+
+
+@pytest.mark.parametrize(("n", "rows"), [(0, 4), (3, 4)])
+def test_rows_that_micro_batches_do_not_divide(n, rows):
+    y, x, inner, outer, coefficient = _arguments(1, rows, 2, 4, 5)
+    many = inner.expand(n, -1, -1), outer.expand(n, -1, -1), coefficient.expand(n)
+    with pytest.raises(ValueError, match=f"^y: expected rows of {n} micro-batches of one size"):
+        core_tensor.low_rank_add_(y, x, *many)
 
 
 def test_opcheck():

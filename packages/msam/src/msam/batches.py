@@ -23,12 +23,12 @@ def tree_map(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, Mapping):
-        items = {key: tree_map(function, value) for key, value in batch.items()}
-        return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]  # BatchEncoding and kin
     if isinstance(batch, tuple | list):
         parts = [tree_map(function, value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, Mapping):
+        items = {key: tree_map(function, value) for key, value in batch.items()}
+        return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]  # BatchEncoding and kin
     return batch
 
 

@@ -1,5 +1,7 @@
 r"""Adds the product with a matrix of low rank, one per micro-batch, that is known by its factors.
 
+The rows of y and x are those of n micro-batches of one size, one after the other, and
+
 $$ y_j \leftarrow y_j + c_j \, (x_j I_j^\top + \beta) \, O_j , $$
 
 which is $x_j E_j$ with $E_j = c_j I_j^\top O_j$, and $\beta \, c_j O_j^\top 1$ beside it for a bias; the matrices
@@ -31,8 +33,8 @@ def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficien
     """Add to y in place. No gradient passes.
 
     Args:
-        y: What is added to, shape (n, rows, d_out), floating; half types go to torch's batched GEMM.
-        x: Rows, shape (n, rows, d_in), as all that follow of the dtype of y.
+        y: What is added to, shape (n * rows, d_out), floating; half types go to torch's batched GEMM.
+        x: Shape (n * rows, d_in), as all that follow of the dtype of y.
         inner: I, shape (n, r, d_in).
         outer: O, shape (n, r, d_out).
         coefficient: c, shape (n,).
@@ -45,15 +47,14 @@ def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficien
         ValueError: If shapes do not fit.
         TypeError: If dtypes differ, or that of y is not floating.
     """
-    check_tensor("y", y, ndim=3, dtype=(torch.float16, torch.bfloat16, torch.float32, torch.float64))
-    check_tensor("inner", inner, ndim=3)
-    (n, rows, out_width), (_, r, width) = y.shape, inner.shape
+    check_tensor("y", y, ndim=2, dtype=(torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    check_tensor("inner", inner, ndim=3, dtype=y.dtype)
+    (rows, out_width), (n, r, width) = y.shape, inner.shape
+    if n == 0 or rows % n:
+        raise ValueError(f"y: expected rows of {n} micro-batches of one size, as inner has it, got {rows}")
     for name, tensor, shape in (
-        ("x", x, (n, rows, width)),
-        ("inner", inner, (n, r, width)),
-        ("outer", outer, (n, r, out_width)),
-        ("coefficient", coefficient, (n,)),
-    ):
+        ("x", x, (rows, width)), ("outer", outer, (n, r, out_width)), ("coefficient", coefficient, (n,))
+    ):  # fmt: skip
         # a check of its own takes as long as a small product
         if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype is not y.dtype:
             check_tensor(name, tensor, shape=shape, dtype=y.dtype)

@@ -24,4 +24,5 @@ def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficien
         reference.low_rank_add_(y, x, inner, outer, coefficient, bias)
         return
     inputs = [t.contiguous() for t in (x, inner, outer, coefficient)]
-    kernel(y, *inputs, *inner.shape[:1], x.shape[1], *inner.shape[1:], outer.shape[2], bias)
+    n, rank, width = inner.shape
+    kernel(y, *inputs, n, len(y) // n, rank, width, y.shape[1], bias)

@@ -68,7 +68,7 @@ def broadcast(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     """
     index = tape.table.find(args[0])
     if index is None:
-        if any(tape.touches(a) for a in args[1:]) and func is not torch.Tensor.expand_as:
+        if tape.touches(*args[1:]) and func is not torch.Tensor.expand_as:
             raise UnsupportedError(f"{func.__name__} by a perturbed parameter")
         return func(*args, **kwargs)
     plain = func(*args, **kwargs)

@@ -38,7 +38,7 @@ class Plan:
 
     tracked: Tracked
     shards: Shards
-    norms: Tensor = field(default_factory=lambda: torch.empty(0))
+    norms: Tensor = field(init=False)
     kept: dict[int, Kept] = field(default_factory=dict)
     low_rank: dict[int, LowRank] = field(default_factory=dict)
     tokens: dict[int, Tokens] = field(default_factory=dict)

@@ -77,7 +77,8 @@ class Examples:
         Returns:
             Tensors of shape (micro-batches of the stretch, rows of each, d).
         """
-        x = x.movedim(layout.dim, 0) if layout.dim and self.shards.count > 1 else x
+        if layout.dim and self.shards.count > 1:
+            x = x.movedim(layout.dim, 0)
         stretches = self.stretches(x.shape[0])
         if len(stretches) == 1:  # all of x
             return [x.reshape(stretches[0][3], -1, x.shape[-1])]

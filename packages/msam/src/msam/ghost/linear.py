@@ -12,8 +12,24 @@ Stretch = tuple[int, int, int, int]
 """First and last leading row, first micro-batch and number n of micro-batches of a stretch of equal ones."""
 
 
-def part(x: Tensor, start: int, stop: int, n: int) -> Tensor:
-    """The rows of a stretch by micro-batch, as a view.
+def matrix(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """The rows of a stretch, or all, as one matrix.
+
+    Args:
+        x: Shape (rows, ..., d), contiguous.
+        start: First leading row.
+        stop: Last leading row, exclusive; None for all.
+
+    Returns:
+        Shape (rows, d), a view.
+    """
+    if stop is not None and stop - start != len(x):
+        x = x[start:stop]
+    return x if x.ndim == 2 else x.view(-1, x.shape[-1])
+
+
+def by_micro_batch(x: Tensor, start: int, stop: int, n: int) -> Tensor:
+    """The rows of a stretch by micro-batch.
 
     Args:
         x: Shape (rows, ..., d), contiguous.
@@ -22,21 +38,9 @@ def part(x: Tensor, start: int, stop: int, n: int) -> Tensor:
         n: Micro-batches of the stretch.
 
     Returns:
-        Shape (n, rows of each, d).
+        Shape (n, rows of each, d), a view.
     """
-    return (x if stop - start == x.shape[0] else x[start:stop]).view(n, -1, x.shape[-1])
-
-
-def matrix(x: Tensor) -> Tensor:
-    """All rows as one matrix.
-
-    Args:
-        x: Shape (..., d), contiguous.
-
-    Returns:
-        Shape (rows, d).
-    """
-    return x if x.ndim == 2 else x.view(-1, x.shape[-1])
+    return matrix(x, start, stop).view(n, -1, x.shape[-1])
 
 
 class Step(Protocol):
@@ -102,10 +106,7 @@ class LowRankStep:
         # The product of pass 1 may have been kept by others as well, so it is not overwritten.
         y = F.linear(x, weight, bias) if self.product is None else self.product.clone()
         self.product = None
-        for (start, stop, _, n), inner, outer, c in zip(
-            self.stretches, self.inner, self.outer, self.coefficient, strict=True
-        ):
-            low_rank_add_(part(y, start, stop, n), part(x, start, stop, n), inner, outer, c, self.bias)
+        self._add(y, x, self.inner, self.outer, self.bias)
         return y
 
     def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
@@ -119,11 +120,13 @@ class LowRankStep:
             dx.
         """
         dx = matrix(dy).mm(weight).view(*dy.shape[:-1], -1)
-        for (start, stop, _, n), inner, outer, c in zip(
-            self.stretches, self.inner, self.outer, self.coefficient, strict=True
-        ):
-            low_rank_add_(part(dx, start, stop, n), part(dy, start, stop, n), outer, inner, c)
+        self._add(dx, dy, self.outer, self.inner, 0.0)
         return dx
+
+    def _add(self, y: Tensor, x: Tensor, inner: list[Tensor], outer: list[Tensor], bias: float) -> None:
+        terms = zip(self.stretches, inner, outer, self.coefficient, strict=True)
+        for (start, stop, _, _), inner_part, outer_part, c in terms:
+            low_rank_add_(matrix(y, start, stop), matrix(x, start, stop), inner_part, outer_part, c, bias)
 
 
 @dataclass
@@ -155,7 +158,7 @@ class OwnWeights:
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for start, stop, first, n in self.stretches:
             own = self.weights[first : first + n].mT  # (n, d_in, d_out)
-            rows, result = part(x, start, stop, n), part(y, start, stop, n)
+            rows, result = by_micro_batch(x, start, stop, n), by_micro_batch(y, start, stop, n)
             if self.biases is None:
                 torch.bmm(rows, own, out=result)
             else:
@@ -175,7 +178,8 @@ class OwnWeights:
         """
         dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
         for start, stop, first, n in self.stretches:
-            torch.bmm(part(dy, start, stop, n), self.weights[first : first + n], out=part(dx, start, stop, n))
+            rows, result = by_micro_batch(dy, start, stop, n), by_micro_batch(dx, start, stop, n)
+            torch.bmm(rows, self.weights[first : first + n], out=result)
         return dx
 
 

@@ -18,7 +18,7 @@ from msam.ghost.linear import LowRankStep, OwnWeights, PerturbedProduct
 from msam.ghost.tape import Contribution, Tape
 
 
-def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, *, flipped: bool) -> Tensor:
+def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, flipped: bool = False) -> Tensor:
     """`x @ weight.T + bias` (`x @ weight + bias` if flipped).
 
     Args:
@@ -133,10 +133,8 @@ def _perturbed(
     if found is not None:
         kept = plan.kept.pop(tape.position, None)
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
-        step = LowRankStep(
-            stretches, [cast(i, dtype) for i in inner], [cast(o, dtype) for o in outer], found.coefficient, found.bias,
-            kept.y if kept is not None and kept.serves(x) else None,
-        )  # fmt: skip
+        known = kept.y if kept is not None and kept.serves(x) else None
+        step = LowRankStep(stretches, inner, outer, found.coefficient, found.bias, known)
     else:
         assert w is not None
         own = cast(plan.own(w, weight), dtype)
@@ -146,7 +144,7 @@ def _perturbed(
         y: Tensor = PerturbedProduct.apply(
             rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
         )
-    if found is not None:  # ASAM scales the bias by other factors than the matrix
+    if found is not None and plan.is_dense(b):  # ASAM scales the bias by other factors than the matrix
         y = add_constant(tape, y, plan.shift(b, bias), Layout())
     return y.movedim(0, layout.dim).contiguous() if moved else y
 

@@ -1,7 +1,7 @@
 """Which torch functions see a tracked parameter, and which of them read its values."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +38,24 @@ class Table:
             True if so.
         """
         return len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
+
+    def among(self, values: Iterable[Any]) -> bool:
+        """Whether arguments are, or hold, a tracked parameter.
+
+        Args:
+            values: Arguments of a torch function.
+
+        Returns:
+            True if so.
+        """
+        for value in values:
+            kind = value.__class__
+            if kind is tuple or kind is list:
+                if self.among(value):
+                    return True
+            elif self.find(value) is not None:
+                return True
+        return False
 
     def find(self, value: Any) -> int | None:
         """Index of a tracked parameter.

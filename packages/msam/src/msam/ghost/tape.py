@@ -102,22 +102,20 @@ class Tape(TorchFunctionMode):
         rule = self.rules.get(func)
         if rule is not None:
             return rule(self, func, args, kwargs)
-        if (self.touches(args) or (kwargs and self.touches(tuple(kwargs.values())))) and not harmless(func):
+        if (self.table.among(args) or (kwargs and self.table.among(kwargs.values()))) and not harmless(func):
             raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)} of a perturbed parameter")
         return func(*args, **kwargs)
 
-    def touches(self, value: Any) -> bool:
+    def touches(self, *values: Any) -> bool:
         """Whether an argument is, or holds, a tracked parameter.
 
         Args:
-            value: Argument of a torch function.
+            values: Arguments of a torch function.
 
         Returns:
             True if so.
         """
-        if value.__class__ is tuple or value.__class__ is list:
-            return any(map(self.touches, value))
-        return self.table.find(value) is not None
+        return self.table.among(values)
 
     def enter(self, kind: str, owners: tuple[int | None, ...], ndim: int) -> Layout:
         """Note a use and look up its layout.
