@@ -8,7 +8,7 @@ from torch import Tensor
 from core_tensor._library import function
 from core_tensor.low_rank_add import reference
 
-RANK = 16
+RANK = 32
 """Largest rank of the kernel: a batched GEMM, which keeps more of a factor in the first cache, is faster beyond it."""
 
 _KERNELS = {
