@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -129,3 +130,125 @@ def test_parameters_are_never_written(double, oracle, case):
         assert torch.equal(p, value)
     MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=3, mode="sequential").backward(oracle.loss_of(model), batch)
     assert next(model.parameters())._version > before[0][1]  # the counter does see the other engine's writes
+
+
+@pytest.mark.parametrize("what", ["wrapped", "in place", "loss"])
+def test_compiled_models_run_uncompiled(double, oracle, what):
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    truth = oracle.brute_force(copy.deepcopy(model), batch, [3] * 4, rho=0.3)
+    called, loss_fn = model, oracle.loss_of(model)
+    if what == "wrapped":
+        called = torch.compile(model, backend="eager")
+        loss_fn = oracle.loss_of(called)
+    elif what == "in place":
+        model.compile(backend="eager")
+    else:
+        loss_fn = torch.compile(loss_fn, backend="eager")
+    expected = nullcontext() if what == "loss" else pytest.warns(UserWarning, match="uncompiled")
+    with expected:
+        opt = MSAM(called, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    opt.backward(loss_fn, batch)
+    assert opt.record.mode == "ghost"
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+    loss_fn(batch)  # and outside of mSAM it is compiled as before
+
+
+class ZeroHead(nn.Module):
+    """Nothing below a head that starts at zero gets a gradient in the first step."""
+
+    def __init__(self, length, hidden=False):
+        super().__init__()
+        self.tokens, self.table = nn.Embedding(20, 16), nn.Embedding(length, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+        self.head = nn.Linear(16, 5)
+        self.hidden = nn.Linear(16, 16, bias=False) if hidden else None
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, ids):
+        x = (self.tokens(ids) + self.table(torch.arange(ids.shape[1]))).transpose(0, 1)  # (T, B, d)
+        x = self.layer(x).mean(0)
+        if self.hidden is not None:
+            with torch._C.DisableTorchFunction():  # as a kernel of another library, which no torch function shows
+                x = Hidden.apply(x, self.hidden.weight)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("length", [7, 12, 24])
+def test_layers_without_a_gradient_at_first(double, oracle, length):
+    """As many positions as examples, sequence first: only a gradient or a result tells which dimension is which."""
+    model = ZeroHead(length)
+    batch = (torch.randint(20, (12, length)), torch.randint(5, (12,)))
+    opt = MSAM(model, torch.optim.SGD, lr=0.5, rho=0.3, num_micro_batches=4, mode="ghost")
+    for _ in range(3):
+        opt.zero_grad()
+        truth = oracle.brute_force(copy.deepcopy(model), batch, [3] * 4, rho=0.3)
+        opt.step(oracle.loss_of(model), batch)
+        assert opt.record.mode == "ghost"
+        assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+def test_a_hidden_use_below_a_zero_head_is_found_at_once(double, oracle):
+    model, batch = ZeroHead(7, hidden=True), (torch.randint(20, (12, 7)), torch.randint(5, (12,)))
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=4)
+    with pytest.warns(UserWarning, match="used out of sight"):
+        opt.step(oracle.loss_of(model), batch)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_targets_that_are_masked_only_later(double, oracle, weights):
+    """The first batch proves a plain mean; a later one with masked targets must not be taken for one."""
+    ids, targets = torch.randint(20, (12, 6)), torch.randint(20, (12, 6))
+    masked = torch.where(torch.arange(72).view(12, 6) % 5 == 1, targets, -100)
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Tanh(), nn.Linear(16, 20), nn.Flatten(0, 1))
+    count = (lambda part: float((part[1] != -100).sum())) if weights else None
+    opts = {
+        mode: MSAM(
+            model, torch.optim.SGD, lr=0.0, rho=0.3, num_micro_batches=4, mode=mode, shard_weight=count
+        )
+        for mode in ("auto", "sequential")
+    }  # fmt: skip
+    found = []
+    for mode, opt in opts.items():
+        opt.step(oracle.loss_of(model), (ids, targets))
+        expected = nullcontext() if weights or mode == "sequential" else pytest.warns(UserWarning, match="shard_weight")
+        with expected:
+            opt.step(oracle.loss_of(model), (ids, masked))
+        found.append(oracle.gradients(model))
+    assert opts["auto"].record.mode == ("ghost" if weights else "sequential")
+    assert oracle.relative_error(*found) < 1e-12
+
+
+def test_a_scalar_parameter(double, oracle):
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.temperature = nn.Linear(20, 5), nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x):
+            return self.layer(x) * self.temperature
+
+    model, batch = Tempered(), (torch.randn(12, 20), torch.randint(5, (12,)))
+    truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    opt.backward(oracle.loss_of(model), batch)
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_statistics_move_once_on_a_new_path(double, oracle, micro_batches):
+    """Also below the first trained layer, where a pass that stops at a new path has been already."""
+    found = []
+    for mode in ("sequential", "ghost"):
+        torch.manual_seed(0)
+        model = oracle.batch_norms()
+        for p in (*model[0].parameters(), *model[1].parameters()):
+            p.requires_grad_(False)
+        opt = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=micro_batches, mode=mode)
+        opt.step(oracle.loss_of(model), oracle.images())
+        model[6].requires_grad_(False)  # a new path: the same calls with other owners
+        opt.step(oracle.loss_of(model), oracle.images())
+        assert opt.record.mode == mode
+        found.append(list(model.buffers()))
+    for ghost, sequential in zip(*found, strict=True):
+        torch.testing.assert_close(ghost, sequential, rtol=1e-12, atol=1e-12)

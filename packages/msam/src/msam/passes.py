@@ -57,6 +57,31 @@ def kept_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextmanager
+def _undone(norms: Sequence[_NormBase], errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    buffers = [b for m in norms for b in m.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    except errors:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        raise
+
+
+def undone(norms: Sequence[_NormBase], *errors: type[Exception]) -> AbstractContextManager[None]:
+    """Put the running statistics back when the block ends by one of some errors, after which the pass runs again.
+
+    Args:
+        norms: Layers with running statistics.
+        errors: The errors.
+
+    Returns:
+        A context.
+    """
+    return _undone(norms, errors) if norms else nullcontext()
+
+
 def statistics(norms: Sequence[_NormBase], policy: str, first: bool) -> AbstractContextManager[None]:
     """The context of one pass under a policy for running statistics.
 

@@ -109,6 +109,15 @@ class Plan:
             total.index_add_(0, keys[mine] % total.shape[0], rows[mine].to(total))
         return total + self._dense[index][shard] if index in self._dense else total
 
+    def indices(self) -> set[int]:
+        """Parameters that something was collected of.
+
+        Returns:
+            Their indices.
+        """
+        biases = {use.bias for uses in self._factors.values() for use in uses if use.bias is not None}
+        return biases | set(self._factors) | set(self._tokens) | set(self._dense)
+
     def dtypes(self) -> set[torch.dtype]:
         """Types of what was collected, which under autocast are not those of the parameters.
 
@@ -257,7 +266,7 @@ class Plan:
         found, small = [], []
         for index, dense in self._dense.items():
             scale = self._scale(index)
-            flat = high(dense if scale is None else dense * scale).flatten(1)
+            flat = high(dense if scale is None else dense * scale).reshape(len(dense), -1)
             if flat.shape[1] > SMALL:
                 found.append(torch.linalg.vector_norm(flat, dim=1).square_())
             else:

@@ -1,6 +1,7 @@
 """The ghost engine: prove a model's path once, then run both passes over whole batches."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,12 +14,12 @@ from msam.batches import Shards, narrow, pick
 from msam.checks import check_loss
 from msam.ghost.directions import Plan
 from msam.ghost.errors import ChangedError, UnsupportedError
-from msam.ghost.proof import Path, prove
+from msam.ghost.proof import prove
 from msam.ghost.rules import RULES
 from msam.ghost.table import Table
-from msam.ghost.tape import Tape
+from msam.ghost.tape import Path, Tape
 from msam.options import Options
-from msam.passes import Generators, norm_layers, statistics, unsynchronised
+from msam.passes import Generators, norm_layers, statistics, undone, unsynchronised
 from msam.perturbation import Tracked
 from msam.record import StepRecord
 from msam.sequential import Scale, backward, poison, shard_shares
@@ -42,6 +43,10 @@ class Ghost:
         self._paths: dict[bool, list[Path]] = {False: [], True: []}
         self._table: Table | None = None
         self._norms = norm_layers(model)
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+            warnings.warn(
+                "msam: ghost mode runs a compiled model uncompiled; mode='sequential' keeps it compiled", stacklevel=4
+            )
 
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -65,17 +70,14 @@ class Ghost:
         """
         if self._table is None or not self._table.holds(tracked.parameters):  # also after (un)freezing
             self._table, self._paths = Table(self._model, tracked.parameters), {False: [], True: []}
+        with torch.compiler.set_stance("force_eager"):  # compiled code would hide its uses of parameters
+            return self._both_passes(loss_fn, batch, shards, tracked, scale, weight)
+
+    def _both_passes(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None, weight: float
+    ) -> StepRecord:
         generators = Generators(self._devices)
-        try:
-            plan, loss = self._ascend(loss_fn, batch, shards, tracked, scale)
-        except ChangedError:
-            generators.rewind()
-            self._prove(loss_fn, batch, shards, tracked, self._options.check_finite and scale is None)
-            generators.rewind()
-            try:
-                plan, loss = self._ascend(loss_fn, batch, shards, tracked, scale)
-            except ChangedError as error:
-                raise UnsupportedError(f"the model takes another path at every call: {error}") from error
+        plan, loss = self._first_pass(loss_fn, batch, shards, tracked, scale, generators)
         plan.finish()
         norms = self._own_norms(plan.norms, batch, shards, scale)
         checked = self._options.check_finite or scale is not None
@@ -104,6 +106,30 @@ class Ghost:
         shares = shard_shares(parts, shards, self._options)
         return norms / norms.new_tensor(shares).clamp_min(1e-30)
 
+    def _first_pass(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None,
+        generators: Generators,
+    ) -> tuple[Plan, Tensor]:  # fmt: skip
+        """Pass 1, after a proof wherever the model's path is new.
+
+        Returns:
+            The plan, to be finished, and the detached loss.
+
+        Raises:
+            UnsupportedError: If the path is new again right after its proof, or cannot be proved.
+        """
+        if self._paths[shards.count > 1]:
+            try:
+                return self._ascend(loss_fn, batch, shards, tracked, scale)
+            except ChangedError:
+                generators.rewind()
+        self._prove(loss_fn, batch, shards, tracked, self._options.check_finite and scale is None)
+        generators.rewind()
+        try:
+            return self._ascend(loss_fn, batch, shards, tracked, scale)
+        except ChangedError as error:
+            raise UnsupportedError(f"the model takes another path at every call: {error}") from error
+
     def _ascend(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None
     ) -> tuple[Plan, Tensor]:
@@ -112,12 +138,14 @@ class Ghost:
         assert self._table is not None
         with (
             unsynchronised(self._model),
+            undone(self._norms, ChangedError, UnsupportedError),
             statistics(self._norms, self._options.bn, first=True),
             counted(self._norms, shards.count),
         ):
             return capture(
                 loss_fn, batch, shards, tracked, self._table, self._paths[shards.count > 1],
                 scale=scale, finite=self._options.check_finite and scale is None,
+                equal=self._options.shard_weight is None,
             )  # fmt: skip
 
     def _descend(
@@ -143,7 +171,9 @@ class Ghost:
             batch, shards = pick(batch, shards.half_index()), shards.halved()
         assert self._table is not None
         path = prove(self._model, loss_fn, batch, shards, tracked, self._table, self._options, finite)
-        self._paths[shards.count > 1].append(path)
+        calls = [call for call, _ in path.calls]
+        others = [p for p in self._paths[shards.count > 1] if [call for call, _ in p.calls] != calls]
+        self._paths[shards.count > 1] = [*others, path]
 
 
 def capture(
@@ -156,6 +186,7 @@ def capture(
     *,
     scale: Scale | None = None,
     finite: bool = False,
+    equal: bool = True,
 ) -> tuple[Plan, Tensor]:
     """Pass 1: forward, backward to activations only, and the directions that follow.
 
@@ -168,14 +199,16 @@ def capture(
         paths: Proved paths.
         scale: GradScaler's scaling of a loss, or None.
         finite: Whether a NaN loss raises.
+        equal: Whether micro-batches weigh by their examples alone.
 
     Returns:
         The plan, to be finished, and the detached loss.
 
     Raises:
         UnsupportedError: If no use was recorded.
+        ChangedError: If no path was proved for these calls, or one whose gradient was zero in the proof now has one.
     """
-    tape = Tape(table, shards, "capture", RULES, paths)
+    tape = Tape(table, shards, "capture", RULES, paths, equal=equal)
     with tape:
         loss = loss_fn(batch)
     loss = check_loss(loss, finite)
@@ -184,6 +217,9 @@ def capture(
         raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
     targets: Any = [use.target for use in tape.uses]
     gradients = torch.autograd.grad(loss if scale is None else scale(loss), targets, allow_unused=True)
+    silent = tape.paths[0].silent
+    if silent and any(g is not None and g.any() for u, g in zip(tape.uses, gradients, strict=True) if u.call in silent):
+        raise ChangedError("a call whose gradient was zero in the proof has one now")
     plan = Plan(tracked, shards, kept=tape.kept)
     with torch.no_grad():
         for use, gradient in zip(tape.uses, gradients, strict=True):

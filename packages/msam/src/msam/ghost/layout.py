@@ -95,6 +95,19 @@ class Examples:
         """
         return ((0, length, 0, 1),) if self.shards.count == 1 else self.shards.stretches(self.rows_each(length))
 
+    def even(self, mask: Tensor) -> bool:
+        """Whether every micro-batch has its share of the true elements.
+
+        Args:
+            mask: Boolean, examples first.
+
+        Returns:
+            True if the numbers are to each other as those of the examples.
+        """
+        counts = [int(mask[start:stop].sum()) for start, stop in self.bounds(mask.shape[0])]
+        pairs = zip(counts, self.shards.sizes, strict=True)
+        return all(count * self.shards.total == sum(counts) * size for count, size in pairs)
+
     def bounds(self, length: int) -> list[tuple[int, int]]:
         """Rows of every micro-batch in a dimension that counts examples.
 

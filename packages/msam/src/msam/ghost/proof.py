@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +21,12 @@ from msam.ghost.errors import UnsupportedError
 from msam.ghost.layout import Layout
 from msam.ghost.rules import RULES
 from msam.ghost.table import Table
-from msam.ghost.tape import Call, Tape
+from msam.ghost.tape import Call, Path, Tape
 from msam.options import Options
 from msam.passes import kept_statistics, norm_layers, unsynchronised
 from msam.perturbation import Tracked
 from msam.sequential import shard_shares
 
-Path = list[tuple[Call, Layout]]
 LossFunction = Callable[[Any], Tensor]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -85,7 +85,8 @@ def prove(
         finite: Whether a NaN loss raises.
 
     Returns:
-        The calls of the path with their layouts.
+        The path. Calls without gradient (below a head that starts at zero, say) are told apart by their results, and
+        noted as silent: the first gradient that they get asks for another proof.
 
     Raises:
         UnsupportedError: If ghost mode would not give the gradient of sequential mode.
@@ -93,19 +94,21 @@ def prove(
     from msam.ghost.engine import capture
 
     with kept_statistics(norm_layers(model)), unsynchronised(model), Deterministic():
-        calls, shapes, gradients = _probe(loss_fn, batch, shards, table, finite)
+        seen = _probe(loss_fn, batch, shards, table, finite)
+        silent = frozenset(i for i, use in enumerate(seen) if use.silent)
         if shards.count == 1:
-            path = [(call, Layout()) for call in calls]
+            path = Path([(use.call, Layout()) for use in seen], silent)
         else:
+            seen = [use.slim(shards.total) for use in seen]
             shifted = tree_map(lambda t: t.roll(1, 0) if t.ndim else t, batch)
-            again, _, rolled = _probe(loss_fn, shifted, shards, table, finite)
-            if again != calls:
+            again = _probe(loss_fn, shifted, shards, table, finite)
+            if [use.call for use in again] != [use.call for use in seen]:
                 raise UnsupportedError("the model's path depends on the order of the examples")
-            found = zip(calls, shapes, gradients, rolled, strict=True)
-            path = [(call, find_layout(shape, g, r, shards.total)) for call, shape, g, r in found]
-        plain = Tracked(tracked.parameters, tracked.radii)
+            found = zip(seen, again, strict=True)
+            path = Path([(use.call, find_layout(use, rolled, shards.total)) for use, rolled in found], silent)
+        plain, equal = Tracked(tracked.parameters, tracked.radii), options.shard_weight is None
         try:
-            plan, loss = capture(loss_fn, batch, shards, plain, table, [path])
+            plan, loss = capture(loss_fn, batch, shards, plain, table, [path], equal=equal)
         except UnsupportedError:
             raise
         except (RuntimeError, IndexError) as error:
@@ -115,9 +118,51 @@ def prove(
     return path
 
 
-def _probe(
-    loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, finite: bool
-) -> tuple[list[Call], list[torch.Size], list[Tensor | None]]:
+@dataclass(frozen=True)
+class Seen:
+    """What a probe sees of one call.
+
+    Attributes:
+        call: The call.
+        gradient: The loss's gradient at its result, or None.
+        result: Its result, or None where the gradient tells enough.
+    """
+
+    call: Call
+    gradient: Tensor | None
+    result: Tensor | None
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but zeros came back."""
+        return self.gradient is None or not bool(self.gradient.any())
+
+    def slim(self, examples: int) -> Seen:
+        """Without the result if the gradient alone tells which dimension counts examples: any rolling changes it.
+
+        Args:
+            examples: Number B of examples.
+
+        Returns:
+            The same, or a copy without the result.
+        """
+        g = self.gradient
+        if g is None or self.silent:
+            return self
+        same = any(torch.equal(g, g.roll(g.shape[d] // examples, d)) for d in _dimensions(g, examples))
+        return self if same else replace(self, result=None)
+
+
+def _dimensions(x: Tensor, examples: int) -> list[int]:
+    """Dimensions that may count examples; the last one holds features, if there is another.
+
+    Returns:
+        Their positions.
+    """
+    return [d for d in range(max(x.ndim - 1, 1)) if x.ndim and x.shape[d] % examples == 0]
+
+
+def _probe(loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, finite: bool) -> list[Seen]:
     tape = Tape(table, shards, "probe", RULES)
     try:
         with tape, disable_saved_tensors_hooks(_HOOKS):
@@ -128,35 +173,36 @@ def _probe(
         raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
     targets: Any = [use.target for use in tape.uses]
     gradients = torch.autograd.grad(loss, targets, allow_unused=True)
-    return tape.calls, tape.shapes, list(gradients)
+    return list(map(Seen, tape.calls, gradients, tape.results))
 
 
-def find_layout(shape: torch.Size, gradient: Tensor | None, rolled: Tensor | None, examples: int) -> Layout:
-    """The dimension along which rolling the batch by one example rolls a gradient.
+def find_layout(use: Seen, rolled: Seen, examples: int) -> Layout:
+    """The dimension along which rolling the batch by one example rolls a call's gradient, and its result.
 
     Args:
-        shape: Shape of the use's result.
-        gradient: Its gradient for the batch, or None.
-        rolled: Its gradient for the batch rolled by one example.
+        use: The call for the batch.
+        rolled: The call for the batch rolled by one example.
         examples: Number B of examples.
 
     Returns:
-        The layout; a use that no example influences gets the first dimension.
+        The layout; a call that no example influences gets the first dimension.
 
     Raises:
         UnsupportedError: If no dimension fits: the model mixes examples.
     """
-    if gradient is None or rolled is None or not bool(gradient.any()):
-        return Layout()
-    size = float(torch.linalg.vector_norm(gradient))
-    errors = {Layout(0, shared=True): float(torch.linalg.vector_norm(rolled - gradient)) / size}
-    for dim in range(max(len(shape) - 1, 1)):
-        if shape[dim] % examples == 0:
-            moved = gradient.roll(shape[dim] // examples, dim)
-            errors[Layout(dim)] = float(torch.linalg.vector_norm(rolled - moved)) / size
-    best = min(errors, key=lambda layout: errors[layout])
-    if not errors[best] < max(TOLERANCES.get(gradient.dtype, 0.0), 1e-6):
-        raise UnsupportedError(f"a layer's gradients of shape {tuple(shape)} do not follow the examples' order")
+    errors: dict[Layout, float] = {}
+    for x, y in ((use.gradient, rolled.gradient), (use.result, rolled.result)):
+        size = 0.0 if x is None or y is None else float(torch.linalg.vector_norm(x))
+        if x is None or y is None or size == 0.0:
+            continue
+        moved = {Layout(d): x.roll(x.shape[d] // examples, d) for d in _dimensions(x, examples)}
+        for layout, expected in (moved | {Layout(0, shared=True): x}).items():
+            error = float(torch.linalg.vector_norm(y - expected)) / size
+            errors[layout] = max(errors.get(layout, 0.0), error / max(TOLERANCES.get(x.dtype, 0.0), 1e-6))
+    best = min(errors, key=lambda layout: errors[layout], default=Layout())
+    if not errors.get(best, 0.0) < 1:
+        shape = tuple((use.gradient if use.result is None else use.result).shape)  # type: ignore[union-attr]
+        raise UnsupportedError(f"a layer's gradients of shape {shape} do not follow the examples' order")
     return best
 
 
@@ -174,13 +220,14 @@ def _compare(
     parameters = plan.tracked.parameters
     tolerance = max(TOLERANCES.get(dtype, 2e-3) for dtype in plan.dtypes() | {whole.dtype})
     parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
-    total, norms = 0.0, []
+    total, norms, reached = 0.0, [], set[int]()
     for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, options), strict=True)):
         loss = check_loss(loss_fn(part), finite=False)
         total += share * float(loss.detach())
         if not sharded:
             gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
             norms.append(_compare_gradients(plan, j, share, gradients, tolerance))
+            reached |= {i for i, g in enumerate(gradients) if g is not None}
     if not abs(total - float(whole)) <= tolerance * (1 + abs(float(whole))):
         raise UnsupportedError(
             f"the loss of the batch ({float(whole):.6g}) is not the weighted mean over its micro-batches "
@@ -188,6 +235,9 @@ def _compare(
         )
     if sharded:
         return
+    hidden = reached - plan.indices()
+    if hidden:
+        raise UnsupportedError(f"parameter {min(hidden)} has a gradient, but is used out of sight")
     plan.finish()
     got = plan.norms.double().cpu()
     if not torch.allclose(got, got.new_tensor(norms), rtol=max(tolerance, 1e-6), atol=tolerance * max(norms)):

@@ -193,6 +193,28 @@ def _attention(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     return attention_module.attention(a, partial(product, tape))
 
 
+def _class_loss(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A mean over valid targets, whose number may change from batch to batch, so that no proof holds for the next.
+
+    Returns:
+        The loss.
+
+    Raises:
+        UnsupportedError: If micro-batches have unequal shares of the valid targets and no weights that say so.
+    """
+    if tape.touches(args, *kwargs.values()):
+        raise UnsupportedError(f"{func.__name__} of a perturbed parameter")
+    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+    a = bind(names, args, kwargs, {"ignore_index": -100, "reduction": "mean"})
+    if tape.phase == "capture" and tape.equal and tape.shards.count > 1 and a["reduction"] == "mean":
+        ignored = a["target"] == a["ignore_index"]
+        if ignored.any() and not tape.examples.even(~ignored):
+            raise UnsupportedError(
+                "micro-batches with unequal shares of the valid targets; give shard_weight (such as their number)"
+            )
+    return func(*args, **kwargs)
+
+
 _TENSOR = torch.Tensor
 RULES: dict[Any, Rule] = {
     F.linear: _linear,
@@ -205,6 +227,7 @@ RULES: dict[Any, Rule] = {
     F.layer_norm: _layer_norm, F.group_norm: _group_norm, F.instance_norm: _instance_norm, F.batch_norm: _batch_norm,
     F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
     F.multi_head_attention_forward: _attention,
+    F.cross_entropy: _class_loss, F.nll_loss: _class_loss,
     **dict.fromkeys(
         (torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__, _TENSOR.add_, _TENSOR.__iadd__,
          torch.sub, _TENSOR.sub, _TENSOR.__sub__, _TENSOR.__isub__, torch.mul, _TENSOR.mul, _TENSOR.__mul__,

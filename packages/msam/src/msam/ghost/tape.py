@@ -42,17 +42,31 @@ class Call(NamedTuple):
     ndim: int
 
 
-@dataclass
-class Use:
+@dataclass(frozen=True)
+class Path:
+    """A proved way through the model.
+
+    Attributes:
+        calls: Its calls with their layouts.
+        silent: Calls whose gradient was zero in the proof, which then says nothing of them.
+    """
+
+    calls: list[tuple[Call, Layout]]
+    silent: frozenset[int] = frozenset()
+
+
+class Use(NamedTuple):
     """One recorded use: where its gradient is read off, and how that gradient enters the plan.
 
     Attributes:
         target: Edge of the result, or the leaf with one replica of the parameter per micro-batch.
         contribute: Takes the plan and the gradient at the target.
+        call: Position of the call.
     """
 
     target: GradientEdge | Tensor
     contribute: Contribution
+    call: int
 
 
 def _ignore(plan: Plan, gradient: Tensor) -> None:
@@ -70,12 +84,13 @@ class Tape(TorchFunctionMode):
         table: Finds tracked parameters.
         shards: How the batch of this pass is cut.
         phase: `"probe"` only notes the uses, `"capture"` records inputs, `"apply"` perturbs.
-        paths: Proved paths, each a list of calls with layouts (not used by a probe).
+        paths: Proved paths (not used by a probe).
         rules: Rule of every torch function that has one.
         plan: Directions to apply.
+        equal: Whether micro-batches weigh by their examples alone.
         calls: The calls of this pass so far.
         uses: What was recorded.
-        shapes: Shapes of the results, in a probe.
+        results: What the calls returned, without graph, in a probe.
         kept: Products of the batch itself, by call.
         examples: Where the batch lies in the tensors of this pass.
     """
@@ -84,11 +99,12 @@ class Tape(TorchFunctionMode):
     shards: Shards
     phase: Phase
     rules: Mapping[Any, Callable[..., Any]]
-    paths: Sequence[Sequence[tuple[Call, Layout]]] = ()
+    paths: Sequence[Path] = ()
     plan: Plan | None = None
+    equal: bool = True
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
-    shapes: list[torch.Size] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
     kept: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,10 +151,10 @@ class Tape(TorchFunctionMode):
         self.calls.append(call)
         if self.phase == "probe":
             return _FIRST
-        self.paths = [path for path in self.paths if len(path) > position and path[position][0] == call]
+        self.paths = [p for p in self.paths if len(p.calls) > position and p.calls[position][0] == call]
         if not self.paths:
             raise ChangedError(f"call {position} ({kind}) is new")
-        return self.paths[0][position][1]
+        return self.paths[0].calls[position][1]
 
     @property
     def position(self) -> int:
@@ -151,7 +167,8 @@ class Tape(TorchFunctionMode):
         Raises:
             ChangedError: If it ended early.
         """
-        if self.phase != "probe" and not any(len(path) == len(self.calls) for path in self.paths):
+        self.paths = [path for path in self.paths if len(path.calls) == len(self.calls)]
+        if self.phase != "probe" and not self.paths:
             raise ChangedError(f"the forward pass ended after {len(self.calls)} calls")
 
     def note(self, result: Tensor, constant: bool = False) -> Tensor:
@@ -164,9 +181,9 @@ class Tape(TorchFunctionMode):
         Returns:
             The same tensor.
         """
-        self.shapes.append(result.shape)
-        if constant and not result.requires_grad:
-            self.uses.append(Use(torch.zeros((), requires_grad=True), _ignore))  # has no gradient, and keeps the count
+        self.results.append(result.detach())
+        if constant and not result.requires_grad:  # has no gradient; the leaf keeps the count
+            self.uses.append(Use(torch.zeros((), requires_grad=True), _ignore, self.position))
         else:
             self.record(result, _ignore)
         return result
@@ -185,7 +202,7 @@ class Tape(TorchFunctionMode):
         """
         if not result.requires_grad:
             raise UnsupportedError("a perturbed parameter is used without gradients (no_grad inside the loss)")
-        self.uses.append(Use(get_gradient_edge(result), contribute))
+        self.uses.append(Use(get_gradient_edge(result), contribute, self.position))
 
     def replicas(self, index: int, parameter: Tensor) -> Tensor:
         """One replica of a small parameter per micro-batch: leaves in pass 1, perturbed in pass 2.
@@ -202,5 +219,5 @@ class Tape(TorchFunctionMode):
             own = self.plan.perturbed(index, parameter)
             return own if len(own) == self.shards.count else own.expand(self.shards.count, *parameter.shape)
         leaf = parameter.detach().expand(self.shards.count, *parameter.shape).clone().requires_grad_()
-        self.uses.append(Use(leaf, lambda plan, gradient: plan.add_dense(index, gradient)))
+        self.uses.append(Use(leaf, lambda plan, gradient: plan.add_dense(index, gradient), self.position))
         return leaf
