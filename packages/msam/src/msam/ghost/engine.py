@@ -43,10 +43,7 @@ class Ghost:
         self._paths: dict[bool, list[Path]] = {False: [], True: []}
         self._table: Table | None = None
         self._norms = norm_layers(model)
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-            warnings.warn(
-                "msam: ghost mode runs a compiled model uncompiled; mode='sequential' keeps it compiled", stacklevel=4
-            )
+        self._compiled = False
 
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -70,12 +67,6 @@ class Ghost:
         """
         if self._table is None or not self._table.holds(tracked.parameters):  # also after (un)freezing
             self._table, self._paths = Table(self._model, tracked.parameters), {False: [], True: []}
-        with torch.compiler.set_stance("force_eager"):  # compiled code would hide its uses of parameters
-            return self._both_passes(loss_fn, batch, shards, tracked, scale, weight)
-
-    def _both_passes(
-        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None, weight: float
-    ) -> StepRecord:
         generators = Generators(self._devices)
         plan, loss = self._first_pass(loss_fn, batch, shards, tracked, scale, generators)
         plan.finish()
@@ -137,6 +128,7 @@ class Ghost:
             batch, shards = pick(batch, shards.half_index()), shards.halved()
         assert self._table is not None
         with (
+            self._uncompiled(),
             unsynchronised(self._model),
             undone(self._norms, ChangedError, UnsupportedError),
             statistics(self._norms, self._options.bn, first=True),
@@ -153,7 +145,11 @@ class Ghost:
     ) -> Tensor:
         assert self._table is not None
         tape = Tape(self._table, shards, "apply", RULES, self._paths[shards.count > 1], plan)
-        with statistics(self._norms, self._options.bn, first=False), counted(self._norms, shards.count):
+        with (
+            self._uncompiled(),
+            statistics(self._norms, self._options.bn, first=False),
+            counted(self._norms, shards.count),
+        ):
             with tape:
                 loss = loss_fn(batch)
             loss = check_loss(loss, finite=False)
@@ -161,6 +157,14 @@ class Ghost:
             plan.release()
             backward(loss if weight == 1.0 else loss * weight, scale)
         return loss.detach()
+
+    def _uncompiled(self) -> AbstractContextManager[object]:
+        """No compiled code inside the block: it would keep its uses of parameters out of sight.
+
+        Returns:
+            A context.
+        """
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def _prove(self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, finite: bool) -> None:
         if shards.count > 1:
@@ -171,6 +175,11 @@ class Ghost:
             batch, shards = pick(batch, shards.half_index()), shards.halved()
         assert self._table is not None
         path = prove(self._model, loss_fn, batch, shards, tracked, self._table, self._options, finite)
+        if path.compiled and not self._compiled:
+            self._compiled = True
+            warnings.warn(
+                "msam: ghost mode runs compiled code uncompiled; mode='sequential' keeps it compiled", stacklevel=7
+            )
         calls = [call for call, _ in path.calls]
         others = [p for p in self._paths[shards.count > 1] if [call for call, _ in p.calls] != calls]
         self._paths[shards.count > 1] = [*others, path]

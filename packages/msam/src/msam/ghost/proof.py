@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +37,20 @@ _HOOKS = "activation checkpointing or offloading runs parts of the model again, 
 
 
 class Deterministic(TorchFunctionMode):
-    """Switches dropout off and replaces random draws by constants, so that passes can be compared."""
+    """Switches dropout off and replaces random draws by constants, so that passes can be compared.
+
+    Attributes:
+        compiled: Whether a call came from code of `torch.compile`, which the proof runs uncompiled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self.compiled = self.compiled or _called_by_compiled_code()
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if func in _DROPOUTS:
@@ -55,6 +65,15 @@ class Deterministic(TorchFunctionMode):
             return args[0].fill_(1) if name == "bernoulli_" else torch.ones_like(args[0])
         result = func(*args, **kwargs)
         return torch.full_like(result, 0.5) if func in {torch.rand, torch.rand_like} else result
+
+
+def _called_by_compiled_code() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not prove.__code__:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
 
 
 _DROPOUTS = {
@@ -93,11 +112,16 @@ def prove(
     """
     from msam.ghost.engine import capture
 
-    with kept_statistics(norm_layers(model)), unsynchronised(model), Deterministic():
+    with (
+        kept_statistics(norm_layers(model)),
+        unsynchronised(model),
+        torch.compiler.set_stance("force_eager"),
+        Deterministic() as deterministic,
+    ):
         seen = _probe(loss_fn, batch, shards, table, finite)
         silent = frozenset(i for i, use in enumerate(seen) if use.silent)
         if shards.count == 1:
-            path = Path([(use.call, Layout()) for use in seen], silent)
+            path = Path([(use.call, Layout()) for use in seen], silent, deterministic.compiled)
         else:
             seen = [use.slim(shards.total) for use in seen]
             shifted = tree_map(lambda t: t.roll(1, 0) if t.ndim else t, batch)
@@ -105,7 +129,8 @@ def prove(
             if [use.call for use in again] != [use.call for use in seen]:
                 raise UnsupportedError("the model's path depends on the order of the examples")
             found = zip(seen, again, strict=True)
-            path = Path([(use.call, find_layout(use, rolled, shards.total)) for use, rolled in found], silent)
+            calls = [(use.call, find_layout(use, rolled, shards.total)) for use, rolled in found]
+            path = Path(calls, silent, deterministic.compiled)
         plain, equal = Tracked(tracked.parameters, tracked.radii), options.shard_weight is None
         try:
             plan, loss = capture(loss_fn, batch, shards, plain, table, [path], equal=equal)

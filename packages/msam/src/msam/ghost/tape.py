@@ -49,10 +49,12 @@ class Path:
     Attributes:
         calls: Its calls with their layouts.
         silent: Calls whose gradient was zero in the proof, which then says nothing of them.
+        compiled: Whether any of it is code of `torch.compile`, which would keep its calls out of sight.
     """
 
     calls: list[tuple[Call, Layout]]
-    silent: frozenset[int] = frozenset()
+    silent: frozenset[int]
+    compiled: bool
 
 
 class Use(NamedTuple):
