@@ -204,11 +204,12 @@ def _class_loss(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     """
     if tape.touches(args, *kwargs.values()):
         raise UnsupportedError(f"{func.__name__} of a perturbed parameter")
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
-    a = bind(names, args, kwargs, {"ignore_index": -100, "reduction": "mean"})
-    if tape.phase == "capture" and tape.equal and tape.shards.count > 1 and a["reduction"] == "mean":
-        ignored = a["target"] == a["ignore_index"]
-        if ignored.any() and not tape.examples.even(~ignored):
+    if tape.phase == "capture" and tape.equal and tape.shards.count > 1:
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+        a = bind(names, args, kwargs, {"ignore_index": -100, "reduction": "mean"})
+        target, index = a["target"], a["ignore_index"]
+        # One small reduction settles the usual case, in which nothing is ignored.
+        if a["reduction"] == "mean" and (index >= 0 or target.min() < 0) and not tape.examples.even(target == index):
             raise UnsupportedError(
                 "micro-batches with unequal shares of the valid targets; give shard_weight (such as their number)"
             )
