@@ -134,6 +134,7 @@ def _rank_stats(rank, world_size, x):
     return stats.count, stats.mean, stats.scatter
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_reduce_equals_one_process():
     x = torch.randn(20, 4, dtype=torch.float64) + 50

@@ -21,6 +21,7 @@ def test_own_loop(capsys):
     assert "precision, recall" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hacking_raises_the_alarm_for_the_gamed_encoder_only(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "hacking.png"

@@ -266,6 +266,7 @@ def _generator_gradient(rank, world_size):
     return torch.cat([p.grad.flatten() for p in trainer.generator.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_take_the_generator_step_of_one():
     whole = _generator_gradient(0, 1)
@@ -285,6 +286,7 @@ def _interrupted(_rank, _world_size, folder):
     return [_weights(m) for t in (straight, resumed) for m in (t.generator, t.discriminator)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_stay_together_and_resume_bit_exactly(tmp_path):
     first, second = run_ranks(_interrupted, 2, tmp_path)

@@ -342,6 +342,7 @@ def _rank_gradients(rank, world_size, fake, real):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_with_equal_and_unequal_batches_equal_one(samples):
     real, fake = samples(32, 32, 6)

@@ -31,6 +31,7 @@ def _solve_in_groups(rank, world_size):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_one_two_and_four_ranks_agree():
     alone = solve(generate(MARKET), 1e-4)

@@ -98,6 +98,7 @@ def test_formats_of_the_command_are_those_of_the_library():
     assert set(cli.FORMATS) == set(export.FORMATS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outliers", [(), ("--outliers", 0.05)])
 def test_quantize_on_own_samples_and_evaluate_in_another_process(outliers, folder, tmp_path):
     sizes = ("--windows", 4, "--length", 24, "--text", "self", "--algorithm", "quantease-paper", "--bits", 4)
@@ -117,6 +118,7 @@ def test_format_that_cannot_hold_the_model_is_refused_before_any_work(folder, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_quantizes_as_one_process_does(folder, tmp_path):
     sizes = ["--windows", "8", "--length", "32", "--text", str(folder / "text.txt"), "--algorithm", "rtn", "--json"]

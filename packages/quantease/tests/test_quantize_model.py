@@ -50,6 +50,7 @@ def test_layers_see_what_precedes_them(order, tiny_llama, tokens, tmp_path, buil
     assert got.report.calibration_error == pytest.approx(expected.report.calibration_error, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_identical_files(tiny_llama, tokens, tmp_path):
     script = """
 import sys
@@ -155,6 +156,7 @@ def rank_quantizes(rank: int, world_size: int, folder: str, tests: str) -> float
     return streamed_perplexity(run.lm, tokens[:, :64])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_share_the_work(tmp_path):
     tests = str(Path(__file__).parent)

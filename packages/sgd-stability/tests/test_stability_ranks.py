@@ -58,6 +58,7 @@ def _both(rank, size):
     return _reports(True), _checks(True), error
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_equal_one():
     reports, (checks, sharpness) = _reports(False), _checks(False)
