@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from msam import MSAM
+from msam.ghost.proof import prove
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -254,3 +255,27 @@ def test_statistics_move_once_on_a_new_path(double, oracle, micro_batches):
         found.append(list(model.buffers()))
     for ghost, sequential in zip(*found, strict=True):
         torch.testing.assert_close(ghost, sequential, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_take_turns_without_a_gradient_are_proved_twice(double, oracle, monkeypatch):
+    """What one proof says of a layer is not forgotten when another batch leaves that layer without a gradient."""
+
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(20, 5), nn.Linear(20, 5)
+            self.gates = torch.tensor([1.0, 0.0])
+
+        def forward(self, x):
+            return self.gates[0] * self.left(x) + self.gates[1] * self.right(x)
+
+    proofs = []
+    monkeypatch.setattr("msam.ghost.engine.prove", lambda *a, f=prove: proofs.append(1) or f(*a))
+    model, batch = Turns(), (torch.randn(12, 20), torch.randint(5, (12,)))
+    opt = MSAM(model, torch.optim.SGD, lr=0.0, rho=0.3, num_micro_batches=4, mode="ghost")
+    for step in range(6):
+        model.gates = torch.tensor([1.0, 0.0]).roll(step)
+        opt.step(oracle.loss_of(model), batch)
+        truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
+        assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+    assert len(proofs) == 2

@@ -180,9 +180,12 @@ class Ghost:
             warnings.warn(
                 "msam: ghost mode runs compiled code uncompiled; mode='sequential' keeps it compiled", stacklevel=7
             )
-        calls = [call for call, _ in path.calls]
-        others = [p for p in self._paths[shards.count > 1] if [call for call, _ in p.calls] != calls]
-        self._paths[shards.count > 1] = [*others, path]
+        paths = self._paths[shards.count > 1]
+        for place, earlier in enumerate(paths):
+            if path.follows(earlier):
+                paths[place] = path.after(earlier)
+                return
+        paths.append(path)
 
 
 def capture(

@@ -56,6 +56,30 @@ class Path:
     silent: frozenset[int]
     compiled: bool
 
+    def follows(self, other: Path) -> bool:
+        """Whether this is the same way, proved for another batch.
+
+        Args:
+            other: A path.
+
+        Returns:
+            True if the calls are the same.
+        """
+        return [call for call, _ in self.calls] == [call for call, _ in other.calls]
+
+    def after(self, earlier: Path) -> Path:
+        """What both proofs of the same way say together.
+
+        Args:
+            earlier: The path as proved before.
+
+        Returns:
+            A path whose silent calls were so in both proofs.
+        """
+        both = zip(self.calls, earlier.calls, strict=True)
+        calls = [new if i in earlier.silent else old for i, (new, old) in enumerate(both)]
+        return Path(calls, self.silent & earlier.silent, self.compiled)
+
 
 class Use(NamedTuple):
     """One recorded use: where its gradient is read off, and how that gradient enters the plan.
