@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,9 @@ def test_the_table_names_every_package():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_first_command_in_a_clean_clone(tmp_path, monkeypatch):
-    subcommands = subprocess.run(
-        [sys.executable, "-m", "quantease", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    if "demo" not in subcommands:
-        pytest.skip("quantease has no demo yet")
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, clone], check=True)
-    for variable in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT"):
+    for variable in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "OMP_NUM_THREADS"):  # a user has none of the session's
         monkeypatch.delenv(variable, raising=False)
     done = subprocess.run(COMMANDS[0].split(), cwd=clone, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
