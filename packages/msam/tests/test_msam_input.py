@@ -63,6 +63,14 @@ def test_types(model):
         MSAM(model, torch.optim.SGD, [{"params": model.parameters(), "perturb": 1}], lr=0.1, num_micro_batches=2)
 
 
+def test_a_base_optimizer_that_needs_a_closure(model):
+    for made in (torch.optim.LBFGS, torch.optim.LBFGS(model.parameters())):
+        with pytest.raises(ValueError, match=r"optimizer: expected one whose step\(\) needs no closure, .* got LBFGS"):
+            MSAM(model, made, num_micro_batches=2)
+    for base in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor):
+        MSAM(model, base, lr=0.1, num_micro_batches=2)
+
+
 LOSSES = {
     "none": (lambda model, part: None, TypeError, "scalar tensor, got NoneType"),
     "vector": (lambda model, part: model(part[0]).sum(0), ValueError, r"a scalar, got shape \(2,\)"),

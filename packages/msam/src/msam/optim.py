@@ -3,11 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from core_tensor.checks import check_number
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -16,6 +14,7 @@ from msam.batches import Shards, batch_size, cut
 from msam.byhand import ByHand
 from msam.checks import check_closure_loss, check_finite_loss
 from msam.ghost import Ghost, UnsupportedError
+from msam.groups import make_base, take_own
 from msam.options import Options, Rho
 from msam.passes import norm_parameters, world_size
 from msam.perturbation import Tracked
@@ -59,7 +58,8 @@ class MSAM(Optimizer):
         base: Arguments of the base optimizer, such as `lr`.
 
     Raises:
-        ValueError: If an option is out of range, or a sharded (FSDP2) model is to be perturbed in weight space.
+        ValueError: If an option is out of range, a sharded (FSDP2) model is to be perturbed in weight space, or the
+            base optimizer's step needs a closure (LBFGS).
         TypeError: If `model` is no module or `optimizer` makes no optimizer.
 
     Source: arXiv 2302.09693 and 2212.04343.
@@ -92,12 +92,10 @@ class MSAM(Optimizer):
             check_finite,
         )  # fmt: skip
         self.model = model
-        self._own: list[dict[str, Any]] = []
-        self.base = self._make_base(optimizer, params, base)
+        self.base, self._own = make_base(model, optimizer, params, base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._alias()
-        self._sequential = Sequential(model, self.options, self.trainable())
-        self._ghost: Ghost | None = Ghost(model, self.options, self.trainable()) if self._wants_ghost() else None
+        self._make_engines()
         self.record: StepRecord | None = None
         self._steps = 0
         self._ready = False  # a gradient waits for step()
@@ -107,36 +105,13 @@ class MSAM(Optimizer):
 
     # -- set-up -----------------------------------------------------------------------------------------------------
 
-    def _make_base(self, optimizer: Any, params: Any, base: Mapping[str, Any]) -> Optimizer:
-        if isinstance(optimizer, Optimizer):
-            if params is not None or base:
-                raise ValueError("optimizer: an instance brings its own params and arguments; give neither beside it")
-            self._own = [self._take_own(group) for group in optimizer.param_groups]
-            return optimizer
-        groups = list(self.model.parameters() if params is None else params)
-        if not groups:
-            raise ValueError("params: expected at least one parameter, got none")
-        if isinstance(groups[0], dict):
-            groups = [dict(group) for group in groups]
-            self._own = [self._take_own(group) for group in groups]
-        else:
-            self._own = [{"perturb": True, "rho": None}]
-        made = optimizer(groups, **base)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(made).__name__}")
-        return made
-
-    def _take_own(self, group: dict[str, Any]) -> dict[str, Any]:
-        own = {"perturb": group.pop("perturb", True), "rho": group.pop("rho", None)}
-        if not isinstance(own["perturb"], bool):
-            raise TypeError(f"perturb: expected True or False, got {own['perturb']!r}")
-        if own["rho"] is not None:
-            check_number("rho", own["rho"], low=0.0, high=float("inf"), open_high=True)
-        return own
-
     def _alias(self) -> None:
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+
+    def _make_engines(self) -> None:
+        self._sequential = Sequential(self.model, self.options, self.trainable())
+        self._ghost = Ghost(self.model, self.options, self.trainable()) if self._wants_ghost() else None
 
     def _wants_ghost(self) -> bool:
         sharded = isinstance(self.model, FSDPModule)
@@ -158,11 +133,10 @@ class MSAM(Optimizer):
         if not hasattr(self, "_sequential"):  # torch's constructor: the base holds the groups already
             super().add_param_group(param_group)
             return
-        self._own.append(self._take_own(param_group))
+        self._own.append(take_own(param_group))
         self.base.add_param_group(param_group)
         self._alias()
-        self._sequential = Sequential(self.model, self.options, self.trainable())
-        self._ghost = Ghost(self.model, self.options, self.trainable()) if self._wants_ghost() else None
+        self._make_engines()
 
     def trainable(self) -> list[Tensor]:
         """The parameters that get gradients; freezing and unfreezing between steps is allowed.
@@ -183,9 +157,9 @@ class MSAM(Optimizer):
         """
         norms = norm_parameters(self.model) if self.options.ascent == "norm" else None
         pairs = [
-            (p, rho if own["rho"] is None else float(own["rho"]))
+            (p, rho if own.rho is None else own.rho)
             for group, own in zip(self.param_groups, self._own, strict=True)
-            if own["perturb"]
+            if own.perturb
             for p in group["params"]
             if p.requires_grad and (norms is None or id(p) in norms)
         ]
@@ -425,17 +399,6 @@ class MSAM(Optimizer):
             The figures it compared.
         """
         return check(self, loss_fn, batch)
-
-    def with_options(self, **changes: Any) -> Options:
-        """This optimizer's options with some of them changed.
-
-        Args:
-            changes: Fields of `Options`.
-
-        Returns:
-            New options.
-        """
-        return replace(self.options, **changes)
 
 
 def msam_step(optimizer: MSAM, loss_fn: LossFunction, batch: Any) -> Tensor:
