@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from click.testing import CliRunner
-from msam import MSAM, auto_rho, micro_batches
+from msam import MSAM, auto_rho, micro_batches, msam_grad
 from msam.batches import batch_size, cut
 from msam.cli import main
 from msam.data import load
@@ -162,6 +162,32 @@ def test_shard_weights(model):
         opt = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=2, shard_weight=weight, mode="sequential")
         with pytest.raises(ValueError, match="shard_weight"):
             opt.step(lambda part: model(part[0]).sum(), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"params": {}}, "params: expected at least one parameter, got none"),
+        ({"chunk_size": -3, "mode": "vmap"}, "chunk_size: .* got -3"),
+        ({"chunk_size": 0, "mode": "vmap"}, "chunk_size: .* got 0"),
+        ({"rng": "other"}, "rng: .* got 'other'"),
+        ({"rho": -1.0}, "rho: .* got -1"),
+        ({"factor": math.nan}, "loss: expected a finite value, got nan"),
+        ({"root": True}, r"loss: expected a finite gradient, got norms \[inf, inf\]"),
+    ],
+)
+def test_the_functional_form(options, message):
+    options = {"params": {"w": torch.zeros(3, 2)}, "num_micro_batches": 2, "factor": 1.0, "root": False} | options
+    params, factor, root = options.pop("params"), options.pop("factor"), options.pop("root")
+
+    def loss_fn(w, part):
+        y = part[0] @ w["w"]
+        return factor * (y.sum().sqrt() if root else y.square().mean())
+
+    with pytest.raises(ValueError, match=message):
+        msam_grad(loss_fn, params, BATCH, **options)
+    if factor != 1.0:
+        assert math.isnan(msam_grad(loss_fn, params, BATCH, num_micro_batches=2, check_finite=False)[1].loss)
 
 
 def test_commands_refuse_with_one_line_and_code_2():

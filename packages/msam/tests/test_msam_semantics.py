@@ -68,6 +68,15 @@ def test_dropout_masks_of_both_passes(seeded, oracle, mode, rng):
     assert all(torch.equal(a, b) == (rng == "same") for a, b in pairs)
 
 
+@pytest.mark.parametrize("rng", ["same", "independent"])
+def test_dropout_masks_of_both_passes_at_once(seeded, oracle, rng):
+    """vmap draws masks of its own: without a perturbation the two passes differ by them alone."""
+    model = nn.Sequential(nn.Linear(20, 32), nn.Dropout(0.5), nn.Linear(32, 5))
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.0, num_micro_batches=3, mode="vmap", rng=rng)
+    opt.step(oracle.loss_of(model), (torch.randn(12, 20), torch.randint(5, (12,))))
+    assert (opt.record.as_dict()["sharpness_gap"] == 0.0) == (rng == "same")
+
+
 def test_the_proof_leaves_no_trace(seeded, oracle):
     """The first step of ghost mode draws as many random numbers as the second."""
     model, batch = Masked(), (torch.randn(12, 20), torch.randint(5, (12,)))

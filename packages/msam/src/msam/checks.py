@@ -45,6 +45,20 @@ def check_finite_loss(loss: Tensor) -> None:
         raise ValueError(f"loss: expected a finite value, got {value}")
 
 
+def check_finite_norms(norms: Tensor) -> None:
+    """Refuse a NaN or infinite ascent gradient.
+
+    Args:
+        norms: Norm of every micro-batch's gradient, shape (m,).
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    values = norms.tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"loss: expected a finite gradient, got norms {values}")
+
+
 def check_closure_loss(loss: Any, finite: bool) -> Tensor:
     """Refuse what a standard closure may not return.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from msam.batches import batch_size, cut, narrow, tree_map
+from msam.checks import check_finite_loss, check_finite_norms
 from msam.passes import Generators
 from msam.perturbation import norm_of
 
@@ -42,6 +43,8 @@ def msam_grad(
     micro_batch_size: int | None = None,
     mode: Literal["sequential", "vmap"] = "sequential",
     chunk_size: int | None = None,
+    rng: Literal["same", "independent"] = "same",
+    check_finite: bool = True,
 ) -> tuple[dict[str, Tensor], Aux]:
     r"""The gradient $\sum_j \frac{n_j}{n} \nabla L_{S_j}(w + \rho\, g_j/\|g_j\|)$, without touching the parameters.
 
@@ -53,39 +56,51 @@ def msam_grad(
         num_micro_batches: Number m of micro-batches.
         micro_batch_size: Examples per micro-batch (exactly one of the two is given).
         mode: `"sequential"`, or `"vmap"`: all micro-batches at once, holding m copies of the parameters.
-        chunk_size: Micro-batches that one vmap call takes; None for all.
+        chunk_size: Micro-batches that one vmap call takes, >= 1; None for all.
+        rng: `"same"` repeats the dropout masks of pass 1 in pass 2, `"independent"` draws them anew.
+        check_finite: Whether a NaN or infinite loss or ascent gradient raises (reads values: False under transforms).
 
     Returns:
-        Gradients by name, and losses and norms. Dropout masks are the same in both passes.
+        Gradients by name, and losses and norms.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, there are no parameters, or a loss or ascent gradient is not finite.
 
     Source: arXiv 2302.09693, section 3.
     """
     check_number("rho", rho, low=0.0, high=float("inf"), open_high=True)
     check_choice("mode", mode, ("sequential", "vmap"))
+    check_choice("rng", rng, ("same", "independent"))
+    if chunk_size is not None:
+        check_number("chunk_size", chunk_size, low=1, integer=True)
+    if not params:
+        raise ValueError("params: expected at least one parameter, got none")
     shards = cut(batch_size(batch), num_micro_batches, micro_batch_size)
     total = {name: torch.zeros_like(p) for name, p in params.items()}
     loss = perturbed = 0.0 * next(iter(total.values())).sum()
     norms = []
     for first, count, size in shards.runs:
         share = size / shards.total
-        step = count if mode == "vmap" and chunk_size is None else (chunk_size or 1) if mode == "vmap" else 1
+        step = (chunk_size or count) if mode == "vmap" else 1
         for j in range(0, count, step):
             n = min(step, count - j)
             part = narrow(batch, shards.starts[first + j], n * size)
             part = tree_map(lambda t, n=n: t.reshape(n, -1, *t.shape[1:]) if t.ndim else t, part)  # type: ignore[misc]
-            grads, early, late, norm = _shards(loss_fn, params, part, rho, n)
+            grads, early, late, norm = _shards(loss_fn, params, part, rho, n, rng)
             for name, value in grads.items():
                 total[name].add_(value.sum(0), alpha=share)
             loss, perturbed = loss + share * early.sum(), perturbed + share * late.sum()
             norms.append(norm)
-    return total, Aux(loss.detach(), perturbed.detach(), torch.cat(norms))
+    aux = Aux(loss.detach(), perturbed.detach(), torch.cat(norms))
+    if check_finite:
+        check_finite_loss(aux.loss)
+        check_finite_norms(aux.gradient_norms)
+        check_finite_loss(aux.perturbed_loss)
+    return total, aux
 
 
 def _shards(
-    loss_fn: Loss, params: Parameters, stacked: Any, rho: float, count: int
+    loss_fn: Loss, params: Parameters, stacked: Any, rho: float, count: int, rng: str
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Both passes for `count` micro-batches of one size, stacked in front of the examples.
 
@@ -95,19 +110,19 @@ def _shards(
     w = {name: p.detach() for name, p in params.items()}
     differentiate = grad_and_value(loss_fn)
     dims = tree_map(lambda t: 0 if t.ndim else None, stacked)  # type: ignore[arg-type,return-value]
-    generators = Generators({p.device for p in w.values()})
+    rewind = Generators({p.device for p in w.values()}).rewind if rng == "same" else lambda: None
     if count == 1:  # plain calls: vmap of one would only add its overhead and its limits
         part = tree_map(lambda t: t[0] if t.ndim else t, stacked)
         g, early = differentiate(w, part)
         norm = norm_of(list(g.values()))
         c = torch.where(norm > 0, rho / norm, 0.0)
-        generators.rewind()
+        rewind()
         grads, late = differentiate({name: p + c * g[name] for name, p in w.items()}, part)
         return {name: v[None] for name, v in grads.items()}, early[None], late[None], norm[None]
     g, early = vmap(differentiate, in_dims=(None, dims), randomness="different")(w, stacked)
     norm = torch.stack([v.flatten(1).square().sum(1) for v in g.values()]).sum(0).sqrt()  # (count,)
     c = torch.where(norm > 0, rho / norm, 0.0)
     moved = {name: p + c.view(-1, *[1] * p.ndim) * g[name] for name, p in w.items()}
-    generators.rewind()
+    rewind()
     grads, late = vmap(differentiate, in_dims=(0, dims), randomness="different")(moved, stacked)
     return grads, early, late, norm

@@ -73,7 +73,8 @@ def vectorised_gradient(
 
     gradients, aux = msam_grad(
         functional, names, batch, rho=tracked.radii[0], mode="vmap",
-        num_micro_batches=options.num_micro_batches, micro_batch_size=options.micro_batch_size,
+        num_micro_batches=options.num_micro_batches, micro_batch_size=options.micro_batch_size, rng=options.rng,
+        check_finite=options.check_finite and scale is None,
     )  # fmt: skip
     factor = torch.full((), weight) if scale is None else scale(torch.full((), weight, device=aux.loss.device))
     for name, p in names.items():
