@@ -71,6 +71,20 @@ def test_a_base_optimizer_that_needs_a_closure(model):
         MSAM(model, base, lr=0.1, num_micro_batches=2)
 
 
+@pytest.mark.parametrize("mode", ["auto", "sequential", "vmap"])
+def test_nothing_to_perturb(model, mode):
+    opt = MSAM(
+        model, torch.optim.SGD, [{"params": model.parameters(), "perturb": False}], lr=0.1, num_micro_batches=2,
+        mode=mode,
+    )  # fmt: skip
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        with pytest.raises(ValueError, match="params: expected a trainable parameter in a group with perturb=True"):
+            opt.step(lambda part: model(part[0]).square().mean(), BATCH)
+    with pytest.raises(ValueError, match="params: expected a trainable parameter"), opt.ascent():
+        pass
+
+
 LOSSES = {
     "none": (lambda model, part: None, TypeError, "scalar tensor, got NoneType"),
     "vector": (lambda model, part: model(part[0]).sum(0), ValueError, r"a scalar, got shape \(2,\)"),

@@ -1,6 +1,7 @@
 """What users combine mSAM with: batch norm, dropout, AMP, accumulation, clipping, schedules, checkpoints."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -140,6 +141,28 @@ def test_stateful_options_resume_from_one_more_key(seeded, oracle, options):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     with pytest.raises(ValueError, match="'msam'"):
         again.load_state_dict({k: v for k, v in state.items() if k != "msam"})
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"ascent": "chained"}], ids=["full", "every", "chained"])
+def test_a_copy_goes_on_as_the_original(seeded, oracle, way, options):
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batches = make_model(), [make_batch() for _ in range(5)]
+    groups = [{"params": model[0].parameters(), "perturb": False}, {"params": list(model[2:].parameters()), "rho": 0.3}]
+    opt = MSAM(model, torch.optim.SGD, groups, lr=0.05, momentum=0.9, num_micro_batches=3, **options)
+    train(opt, model, oracle, batches[:3])
+    before = [p.clone() for p in model.parameters()]
+    copied = copy.deepcopy((model, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((model, opt)))
+    twin, again = copied
+    assert again.model is twin
+    losses = train(again, twin, oracle, batches[3:])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert train(opt, model, oracle, batches[3:]) == losses
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert again.record.mode == opt.record.mode
+    again.param_groups[0]["lr"] = 7.0
+    assert again.base.param_groups[0]["lr"] == 7.0
+    assert opt.param_groups[0]["lr"] == 0.05
 
 
 @MODES
@@ -283,6 +306,27 @@ def test_chained_ascent_costs_one_pass_and_perturbs(seeded, oracle):
         opt.step(lambda part: calls.append(1) or oracle.loss_of(model)(part), batch)
     assert len(calls) == 6
     assert bool((opt.record.gradient_norms > 0).all())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_chained_ascent_of_some_groups_at_the_same_weights_is_the_full_one(double, oracle, scaled):
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    first, rest = list(model[0].parameters()), list(model[2:].parameters())
+    found = []
+    for ascent, steps in (("full", 1), ("chained", 2)):
+        opt = MSAM(
+            model, torch.optim.SGD, [{"params": first, "perturb": False}, {"params": rest}], lr=0.0, rho=0.3,
+            num_micro_batches=3, ascent=ascent,
+        )  # fmt: skip
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+        for _ in range(steps):
+            opt.step(oracle.loss_of(model), batch, scaler=scaler)
+            if scaler is not None:
+                scaler.update()
+        found.append((oracle.gradients(model), opt.record.gradient_norms))
+    assert oracle.relative_error(found[1][0], found[0][0]) < 1e-12
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-10, atol=0)
 
 
 def test_masked_tokens_weigh_micro_batches(double, oracle):

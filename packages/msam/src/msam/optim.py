@@ -14,7 +14,7 @@ from msam.batches import Shards, batch_size, cut
 from msam.byhand import ByHand
 from msam.checks import check_closure_loss, check_finite_loss
 from msam.ghost import Ghost, UnsupportedError
-from msam.groups import make_base, take_own
+from msam.groups import Own, make_base, take_own
 from msam.options import Options, Rho
 from msam.passes import norm_parameters, world_size
 from msam.perturbation import Tracked
@@ -138,6 +138,12 @@ class MSAM(Optimizer):
         self._alias()
         self._make_engines()
 
+    @property
+    def sequential(self) -> Sequential:
+        """The sequential engine, which also takes plain steps; it knows what is trainable now."""
+        self._sequential.retrain(self.trainable())
+        return self._sequential
+
     def trainable(self) -> list[Tensor]:
         """The parameters that get gradients; freezing and unfreezing between steps is allowed.
 
@@ -164,6 +170,23 @@ class MSAM(Optimizer):
             if p.requires_grad and (norms is None or id(p) in norms)
         ]
         return Tracked(tuple(p for p, _ in pairs), tuple(r for _, r in pairs), self.options.scaling)
+
+    def reach(self, micro_batches: int) -> Tracked:
+        """What the next perturbed step moves, and how far: `tracked` at the radius that the schedule has arrived at.
+
+        Args:
+            micro_batches: Micro-batches of one process, which `rho="auto"` depends on.
+
+        Returns:
+            Parameters, radii and scaling.
+
+        Raises:
+            ValueError: If nothing can be perturbed.
+        """
+        tracked = self.tracked(self.options.radius(self._steps, micro_batches * world_size(self.model)))
+        if not tracked.parameters:
+            raise ValueError("params: expected a trainable parameter in a group with perturb=True, got none")
+        return tracked
 
     # -- one call per batch ---
 
@@ -220,12 +243,11 @@ class MSAM(Optimizer):
             ValueError: If the batch cannot be cut as asked, or the loss is unusable.
         """
         shards = cut(batch_size(batch), self.options.num_micro_batches, self.options.micro_batch_size)
-        rho = self.options.radius(self._steps, shards.count * world_size(self.model))
         scale = scaler.scale if scaler is not None and scaler.is_enabled() else None
         if self._steps % self.options.every:
             self.record = self._plain(loss_fn, batch, shards, scale, weight)
         else:
-            self.record = self._perturbed(loss_fn, batch, shards, self.tracked(rho), scale, weight)
+            self.record = self._perturbed(loss_fn, batch, shards, self.reach(shards.count), scale, weight)
         self._ready = True
         if self.options.check_finite and scale is None:
             check_finite_loss(self.record.perturbed_loss)
@@ -244,14 +266,12 @@ class MSAM(Optimizer):
                     ) from error
                 self._ghost = None
                 warnings.warn(f"msam: sequential mode instead of ghost: {error}", stacklevel=4)
-        self._sequential.retrain(self.trainable())
         if self.options.mode == "vmap":
             return vectorised_gradient(self.model, loss_fn, batch, tracked, self.options, scale=scale, weight=weight)
-        return self._sequential.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
+        return self.sequential.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
 
     def _plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, scale: Any, weight: float) -> StepRecord:
-        self._sequential.retrain(self.trainable())
-        loss = self._sequential.plain(loss_fn, batch, shards, scale=scale, weight=weight)
+        loss = self.sequential.plain(loss_fn, batch, shards, scale=scale, weight=weight)
         return StepRecord("plain", 0.0, loss, loss, torch.empty(0))
 
     def _finish(self, scaler: Any) -> None:
@@ -312,8 +332,7 @@ class MSAM(Optimizer):
             raise ValueError(
                 "ascent: a model sharded by FSDP2 has no whole weights to perturb; use step(loss_fn, batch)"
             )
-        rho = self.options.radius(self._steps, (self.options.num_micro_batches or 1) * world_size(self.model))
-        return self._by_hand.ascent(self.tracked(rho), self.trainable())
+        return self._by_hand.ascent(self.reach(self.options.num_micro_batches or 1), self.trainable())
 
     @contextmanager
     def descent(self, weight: float = 1.0) -> Iterator[None]:
@@ -374,6 +393,17 @@ class MSAM(Optimizer):
             self._steps = int(own["steps"])
             self._sequential.previous = [list(slot) for slot in own["previous"]]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copying and pickling take the model along, which both passes need; copy a model and its optimizer together.
+
+        What one step keeps is left behind: gradients that wait for `step()`, and the record.
+
+        Returns:
+            A function and its arguments, as in Python's copy protocol.
+        """
+        parts = (self.model, self.base, self.options, self._own, self._steps, self._sequential.previous)
+        return _remade, (type(self), *parts)
+
     # -- looking inside ---
 
     def explain(self, loss_fn: LossFunction, batch: Any) -> Explanation:
@@ -399,6 +429,21 @@ class MSAM(Optimizer):
             The figures it compared.
         """
         return check(self, loss_fn, batch)
+
+
+def _remade(
+    kind: type[MSAM], model: nn.Module, base: Optimizer, options: Options, own: list[Own], steps: int, previous: Any
+) -> MSAM:
+    """Put an `MSAM` together from copies of another one's parts, which share their parameters.
+
+    Returns:
+        The copy.
+    """
+    for group, mine in zip(base.param_groups, own, strict=True):
+        group |= mine._asdict()
+    made = kind(model, base, **vars(options))
+    made._steps, made._sequential.previous = steps, previous
+    return made
 
 
 def msam_step(optimizer: MSAM, loss_fn: LossFunction, batch: Any) -> Tensor:

@@ -102,6 +102,21 @@ class Sequential:
         if len(trainable) != len(self.trainable) or not all(map(operator.is_, trainable, self.trainable)):
             self.trainable, self.previous = trainable, []
 
+    def chained(self, tracked: Tracked, slot: int) -> tuple[list[Tensor | None], Tensor]:
+        """The perturbation of a chained ascent.
+
+        Args:
+            tracked: What is perturbed, and how far.
+            slot: The micro-batch j.
+
+        Returns:
+            As `perturbation` of the slot's gradient in the last step; nothing moves before there was one.
+        """
+        if slot >= len(self.previous):
+            return [None] * len(tracked.parameters), torch.zeros(())
+        last = dict(zip(map(id, self.trainable), self.previous[slot], strict=True))
+        return perturbation(tracked, [last[id(p)].clone() for p in tracked.parameters])
+
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
     ) -> StepRecord:
@@ -144,7 +159,8 @@ class Sequential:
         if skipped:
             poison(tracked.parameters)
         own = torch.stack(norms).detach()
-        own = own if scale is None else own / scale(own.new_ones(()))
+        if scale is not None and self._options.ascent != "chained":  # kept gradients are without scale already
+            own = own / scale(own.new_ones(()))
         return StepRecord("sequential", tracked.radii[0], sum_of(losses), sum_of(perturbed), own, skipped)
 
     def plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, *, scale: Scale | None, weight: float) -> Tensor:
@@ -173,10 +189,7 @@ class Sequential:
         self, loss_fn: LossFunction, part: Any, size: int, tracked: Tracked, scale: Scale | None, slot: int
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
         if self._options.ascent == "chained":
-            if slot >= len(self.previous):
-                return [None] * len(tracked.parameters), torch.zeros(()), None
-            steps, norm = perturbation(tracked, [g.clone() for g in self.previous[slot]])
-            return steps, norm, None
+            return *self.chained(tracked, slot), None
         if self._options.ascent == "half":
             part = narrow(part, 0, -(-size // 2))
         drawer = GradientDrawer(self.trainable)
@@ -205,16 +218,17 @@ class Sequential:
             loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
             backward(loss * share, scale)
         if drawer is not None:
-            self._keep(slot)
+            self._keep(slot, share if scale is None else scale(loss.new_full((), share)))
             own = [p.grad for p in self.trainable]
             drawer.close()
             for p, g in zip(self.trainable, own, strict=True):
                 p.grad = g if p.grad is None else p.grad if g is None else p.grad + g
         return loss.detach()
 
-    def _keep(self, slot: int) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self.trainable]
-        if all(bool(torch.isfinite(n)) for n in (norm_of(gradients),)):
+    def _keep(self, slot: int, factor: float | Tensor) -> None:
+        """Note the slot's own gradient for the next step, without the factor that its loss was multiplied with."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() / factor for p in self.trainable]
+        if bool(torch.isfinite(norm_of(gradients))):
             self.previous[slot : slot + 1] = [gradients]
 
 
