@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,99 @@ def test_check_finds_a_perturbation_that_does_nothing(double):
     opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="sequential")
     with pytest.raises(RuntimeError, match="changes nothing"):
         opt.check(lambda part: model(part[0]).mean(), (torch.ones(12, 20), torch.ones(12)))
+
+
+@pytest.mark.parametrize("mode", ["ghost", "sequential", "vmap"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_check_finds_a_perturbation_lost_in_rounding(seeded, mode, drop):
+    model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(drop), nn.Tanh(), nn.Linear(64, 5))
+    batch = (torch.randn(12, 20), torch.randint(5, (12,)))
+
+    def check(rho):
+        opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=rho, num_micro_batches=4, mode=mode)
+        return opt.check(lambda part: F.cross_entropy(model(part[0]), part[1]), batch)
+
+    with pytest.raises(RuntimeError, match="changes nothing"):
+        check(1e-12)
+    found = check(0.05)
+    assert found.gradient_change > 1e-3
+    assert (found.engine_error is None) == (drop > 0)
+
+
+def test_check_finds_a_wrong_engine(setting, oracle, monkeypatch):
+    model, batch = setting
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="sequential")
+    right = type(opt.engines.sequential(opt.trainable)).accumulate
+    opt.check(oracle.loss_of(model), batch)
+
+    def wrong(self, loss_fn, batch, shards, tracked, **rest):
+        return right(self, loss_fn, batch, shards, replace(tracked, radii=(*tracked.radii[:-1], 0.2)), **rest)
+
+    monkeypatch.setattr("msam.sequential.Sequential.accumulate", wrong)
+    with pytest.raises(RuntimeError, match="gradient of the sequential engine is off by"):
+        opt.check(oracle.loss_of(model), batch)
+
+
+def test_check_allows_the_rounding_of_autocast(seeded, oracle):
+    make_model, make_batch = oracle.CASES["transformer"]
+    model, batch = make_model(), make_batch()
+
+    def loss_fn(part):
+        with torch.autocast("cpu", torch.bfloat16):
+            return oracle.loss_of(model)(part)
+
+    found = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=3, mode="ghost").check(loss_fn, batch)
+    assert 1e-4 < found.engine_error < 0.09
+
+
+def test_chained_ascent_is_told_as_it_is(setting, oracle):
+    model, batch = setting
+    loss_fn = oracle.loss_of(model)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, ascent="chained")
+    first = opt.check(loss_fn, batch)  # no step has been taken that it could follow
+    assert first.perturbation_norm == first.sharpness_gap == 0.0
+    assert first.gradient_change < 1e-12
+    opt.step(loss_fn, batch)
+    told, found = opt.explain(loss_fn, batch), opt.check(loss_fn, batch)
+    assert told.perturbation_norms == pytest.approx([0.3] * 4)
+    assert found.engine_error < 1e-12
+    assert found.gradient_change > 0.01
+    opt.step(loss_fn, batch)
+    record = opt.record.as_dict()
+    assert sum(told.perturbed_loss) / 4 == pytest.approx(record["perturbed_loss"], rel=1e-10)
+    assert sum(told.gradient_norms) / 4 == pytest.approx(record["gradient_norm"], rel=1e-10)
+
+
+def test_telling_follows_the_schedule(setting, oracle):
+    model, batch = setting
+    opt = MSAM(model, torch.optim.SGD, lr=0.01, rho=lambda step: 0.1 * step, num_micro_batches=4)
+    for step in range(3):
+        assert opt.explain(oracle.loss_of(model), batch).perturbation_norms == pytest.approx([0.1 * step] * 4)
+        assert opt.check(oracle.loss_of(model), batch).perturbation_norm == pytest.approx(0.1 * step)
+        opt.step(oracle.loss_of(model), batch)
+        assert opt.record.rho == pytest.approx(0.1 * step)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "sequential"])
+@pytest.mark.parametrize("kind", ["element", "filter", "layer", "radii", "one radius"])
+def test_the_recorded_perturbation_is_the_one_applied(setting, oracle, mode, kind):
+    """Ghost mode never forms scaled perturbations or those of several radii, and says that it does not know."""
+    if (mode, kind) == ("ghost", "element"):
+        mode = "auto"  # sequential stands in
+    model, batch = setting
+    first = {"params": list(model[0].parameters())} | ({"rho": 0.05} if kind == "radii" else {})
+    opt = MSAM(
+        model, torch.optim.SGD, [first, {"params": list(model[2:].parameters())}], lr=0.0, rho=0.3, num_micro_batches=4,
+        mode=mode, adaptive=kind if kind in {"element", "filter", "layer"} else False,
+    )  # fmt: skip
+    told = opt.explain(oracle.loss_of(model), batch).perturbation_norms
+    opt.step(oracle.loss_of(model), batch)
+    found = opt.record.as_dict()["perturbation_norm"]
+    if mode == "ghost" and kind != "one radius":
+        assert found is None
+    else:
+        assert found == pytest.approx(sum(told) / 4, rel=1e-10)
+        assert (found == pytest.approx(0.3)) == (kind == "one radius")
 
 
 def test_flatness_of_a_quadratic():

@@ -1,6 +1,5 @@
 """`MSAM`: any torch optimizer, fed with mSAM's gradient."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -10,18 +9,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from msam.batches import Shards, batch_size, cut
+from msam.batches import batch_size, cut
 from msam.byhand import ByHand
 from msam.checks import check_closure_loss, check_finite_loss
-from msam.ghost import Ghost, UnsupportedError
+from msam.engines import Engines
 from msam.groups import Own, make_base, take_own
 from msam.options import Options, Rho
 from msam.passes import norm_parameters, world_size
 from msam.perturbation import Tracked
 from msam.record import StepRecord
-from msam.sequential import LossFunction, Sequential
+from msam.sequential import LossFunction
 from msam.telemetry import Check, Explanation, check, explain
-from msam.vectorised import vectorised_gradient
 
 _MISSING: Any = object()
 
@@ -95,7 +93,7 @@ class MSAM(Optimizer):
         self.base, self._own = make_base(model, optimizer, params, base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._alias()
-        self._make_engines()
+        self.engines = Engines(self.model, self.options, self.trainable())
         self.record: StepRecord | None = None
         self._steps = 0
         self._ready = False  # a gradient waits for step()
@@ -109,40 +107,19 @@ class MSAM(Optimizer):
         self.param_groups = self.base.param_groups
         self.state = self.base.state
 
-    def _make_engines(self) -> None:
-        self._sequential = Sequential(self.model, self.options, self.trainable())
-        self._ghost = Ghost(self.model, self.options, self.trainable()) if self._wants_ghost() else None
-
-    def _wants_ghost(self) -> bool:
-        sharded = isinstance(self.model, FSDPModule)
-        possible = self.options.ascent != "chained" and self.options.scaling != "element"
-        if sharded and (self.options.mode in {"sequential", "vmap"} or not possible):
-            raise ValueError(
-                "mode: a model sharded by FSDP2 has no whole weights to perturb; expected mode='ghost' with an "
-                f"ascent and scaling it supports, got mode={self.options.mode!r}, ascent={self.options.ascent!r}, "
-                f"adaptive={self.options.adaptive!r}"
-            )
-        return self.options.mode in {"auto", "ghost"} and possible
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, which may hold `perturb` and `rho`.
 
         Args:
             param_group: As in any torch optimizer.
         """
-        if not hasattr(self, "_sequential"):  # torch's constructor: the base holds the groups already
+        if not hasattr(self, "engines"):  # torch's constructor: the base holds the groups already
             super().add_param_group(param_group)
             return
         self._own.append(take_own(param_group))
         self.base.add_param_group(param_group)
         self._alias()
-        self._make_engines()
-
-    @property
-    def sequential(self) -> Sequential:
-        """The sequential engine, which also takes plain steps; it knows what is trainable now."""
-        self._sequential.retrain(self.trainable())
-        return self._sequential
+        self.engines = Engines(self.model, self.options, self.trainable())
 
     def trainable(self) -> list[Tensor]:
         """The parameters that get gradients; freezing and unfreezing between steps is allowed.
@@ -170,6 +147,11 @@ class MSAM(Optimizer):
             if p.requires_grad and (norms is None or id(p) in norms)
         ]
         return Tracked(tuple(p for p, _ in pairs), tuple(r for _, r in pairs), self.options.scaling)
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the next step perturbs, or is one of the plain ones between that `every` asks for."""
+        return self._steps % self.options.every == 0
 
     def reach(self, micro_batches: int) -> Tracked:
         """What the next perturbed step moves, and how far: `tracked` at the radius that the schedule has arrived at.
@@ -244,35 +226,16 @@ class MSAM(Optimizer):
         """
         shards = cut(batch_size(batch), self.options.num_micro_batches, self.options.micro_batch_size)
         scale = scaler.scale if scaler is not None and scaler.is_enabled() else None
-        if self._steps % self.options.every:
-            self.record = self._plain(loss_fn, batch, shards, scale, weight)
+        if self.perturbs:
+            self.record = self.engines.perturbed(
+                loss_fn, batch, shards, self.reach(shards.count), self.trainable, scale=scale, weight=weight
+            )
         else:
-            self.record = self._perturbed(loss_fn, batch, shards, self.reach(shards.count), scale, weight)
+            self.record = self.engines.plain(loss_fn, batch, shards, self.trainable, scale=scale, weight=weight)
         self._ready = True
         if self.options.check_finite and scale is None:
             check_finite_loss(self.record.perturbed_loss)
         return self.record.loss
-
-    def _perturbed(
-        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Any, weight: float
-    ) -> StepRecord:
-        if self._ghost is not None:
-            try:
-                return self._ghost.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
-            except UnsupportedError as error:
-                if isinstance(self.model, FSDPModule):
-                    raise ValueError(
-                        f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {error}"
-                    ) from error
-                self._ghost = None
-                warnings.warn(f"msam: sequential mode instead of ghost: {error}", stacklevel=4)
-        if self.options.mode == "vmap":
-            return vectorised_gradient(self.model, loss_fn, batch, tracked, self.options, scale=scale, weight=weight)
-        return self.sequential.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
-
-    def _plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, scale: Any, weight: float) -> StepRecord:
-        loss = self.sequential.plain(loss_fn, batch, shards, scale=scale, weight=weight)
-        return StepRecord("plain", 0.0, loss, loss, torch.empty(0))
 
     def _finish(self, scaler: Any) -> None:
         if scaler is not None:
@@ -369,7 +332,7 @@ class MSAM(Optimizer):
         """
         state = self.base.state_dict()
         if self.options.stateful:
-            state["msam"] = {"steps": self._steps, "previous": self._sequential.previous}
+            state["msam"] = {"steps": self._steps, "previous": self.engines.previous}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -391,7 +354,7 @@ class MSAM(Optimizer):
         self._alias()
         if own is not None:
             self._steps = int(own["steps"])
-            self._sequential.previous = [list(slot) for slot in own["previous"]]
+            self.engines.previous = own["previous"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copying and pickling take the model along, which both passes need; copy a model and its optimizer together.
@@ -401,7 +364,7 @@ class MSAM(Optimizer):
         Returns:
             A function and its arguments, as in Python's copy protocol.
         """
-        parts = (self.model, self.base, self.options, self._own, self._steps, self._sequential.previous)
+        parts = (self.model, self.base, self.options, self._own, self._steps, self.engines.previous)
         return _remade, (type(self), *parts)
 
     # -- looking inside ---
@@ -442,7 +405,7 @@ def _remade(
     for group, mine in zip(base.param_groups, own, strict=True):
         group |= mine._asdict()
     made = kind(model, base, **vars(options))
-    made._steps, made._sequential.previous = steps, previous
+    made._steps, made.engines.previous = steps, previous
     return made
 
 

@@ -1,7 +1,8 @@
 r"""The perturbation itself, $\epsilon_j = \rho\, T^2 g_j / \|T g_j\|$ with T = 1 outside ASAM, and undoing it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ class Tracked:
     parameters: tuple[Tensor, ...]
     radii: tuple[float, ...]
     scaling: str = "none"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every perturbation has the norm rho: one radius, and no scaling."""
+        return self.scaling == "none" and self.radii.count(self.radii[0]) == len(self.radii)
+
+    def shrunk(self) -> "Tracked":
+        """The same with radii below all rounding, which takes an engine the very way that its perturbations take.
+
+        Returns:
+            A copy.
+        """
+        return replace(self, radii=tuple(1e-20 * r for r in self.radii))
 
 
 def scale_of(parameter: Tensor, scaling: str) -> Tensor:
@@ -88,6 +102,19 @@ def perturbation(tracked: Tracked, gradients: Sequence[Tensor | None]) -> tuple[
     return steps, norm
 
 
+def size_of(steps: Sequence[Tensor | None]) -> Tensor:
+    """The norm of a perturbation.
+
+    Args:
+        steps: One per parameter, or None.
+
+    Returns:
+        ||eps||, scalar tensor.
+    """
+    there = [step for step in steps if step is not None]
+    return norm_of(there) if there else torch.zeros(())
+
+
 class Moved:
     """Weights that can be moved by a perturbation and are put back bit for bit.
 
@@ -120,3 +147,22 @@ class Moved:
         if self.moved and self._saved is not None:
             torch._foreach_copy_(self._parameters, self._saved)
         self.moved = False
+
+
+@contextmanager
+def moved(parameters: Sequence[Tensor], steps: Sequence[Tensor | None]) -> Iterator[None]:
+    """Weights at w + eps inside a block.
+
+    Args:
+        parameters: The weights w.
+        steps: One perturbation per parameter, or None.
+
+    Yields:
+        Nothing.
+    """
+    weights = Moved(parameters)
+    try:
+        weights.move(steps)
+        yield
+    finally:
+        weights.restore()

@@ -20,7 +20,7 @@ from msam.batches import Shards, narrow
 from msam.checks import check_loss
 from msam.options import Options
 from msam.passes import Generators, norm_layers, statistics, unsynchronised
-from msam.perturbation import Moved, Tracked, norm_of, perturbation
+from msam.perturbation import Moved, Tracked, norm_of, perturbation, size_of
 from msam.record import StepRecord
 
 LossFunction = Callable[[Any], Tensor]
@@ -135,11 +135,13 @@ class Sequential:
         """
         parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
         shares = shard_shares(parts, shards, self._options)
-        weights, norms = Moved(tracked.parameters), []
+        weights, norms, sizes = Moved(tracked.parameters), [], []
         losses, perturbed, skipped = [], [], False
         for j, (part, share) in enumerate(zip(parts, shares, strict=True)):
             generators = Generators(self._devices)
             steps, norm, loss = self._ascend(loss_fn, part, shards.sizes[j], tracked, scale, j)
+            if not tracked.uniform:
+                sizes.append(size_of(steps))
             skipped = skipped or (scale is not None and not bool(torch.isfinite(norm)))
             if skipped:
                 losses.append(share * loss if loss is not None else torch.zeros(()))
@@ -161,7 +163,10 @@ class Sequential:
         own = torch.stack(norms).detach()
         if scale is not None and self._options.ascent != "chained":  # kept gradients are without scale already
             own = own / scale(own.new_ones(()))
-        return StepRecord("sequential", tracked.radii[0], sum_of(losses), sum_of(perturbed), own, skipped)
+        return StepRecord(
+            "sequential", tracked.radii[0], sum_of(losses), sum_of(perturbed), own, skipped,
+            torch.stack(sizes) if sizes else None,
+        )  # fmt: skip
 
     def plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, *, scale: Scale | None, weight: float) -> Tensor:
         """Add the weighted plain gradient of a batch to `.grad`, one micro-batch at a time.
@@ -179,7 +184,10 @@ class Sequential:
         parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
         losses = []
         for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, self._options), strict=True)):
-            with unsynchronised(self._model) if j < shards.count - 1 else nullcontext():
+            with (
+                unsynchronised(self._model) if j < shards.count - 1 else nullcontext(),
+                statistics(self._norms, self._options.bn, first=True),
+            ):
                 loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
                 backward(loss * (share * weight), scale)
             losses.append(share * loss.detach())
