@@ -298,6 +298,16 @@ def test_every_really_skips_the_first_pass(seeded, oracle):
     assert len(calls) == 2 * 6 + 6 * 3
 
 
+def test_plain_steps_keep_frozen_statistics(seeded, oracle):
+    make_model, make_batch = oracle.CASES["batch norm"]
+    model, moved = make_model(), []
+    opt = MSAM(model, torch.optim.SGD, lr=0.01, num_micro_batches=3, every=2, bn="frozen")
+    for _ in range(2):
+        opt.step(oracle.loss_of(model), make_batch())
+        moved.append(int(model[1].num_batches_tracked))
+    assert moved == [0, 0]
+
+
 def test_chained_ascent_costs_one_pass_and_perturbs(seeded, oracle):
     make_model, make_batch = oracle.CASES["mlp"]
     model, batch, calls = make_model(), make_batch(), []

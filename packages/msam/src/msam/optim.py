@@ -1,7 +1,8 @@
 """`MSAM`: any torch optimizer, fed with mSAM's gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -189,7 +190,8 @@ class MSAM(Optimizer):
             The mean loss at the weights before the update, scalar tensor; None from `step()`.
 
         Raises:
-            ValueError: If there is neither a closure nor a gathered gradient, or the loss is unusable.
+            ValueError: If there is neither a closure nor a gathered gradient, the loss is unusable, a gradient by hand
+                is not finite, or a closure meets an `ascent` that needs to see the batch.
         """
         if closure is None:
             if not self._ready:
@@ -255,6 +257,7 @@ class MSAM(Optimizer):
             What the closure returned.
         """
         value = None if closure is None else closure()
+        self._by_hand.check(self.trainable())
         self.base.step()
         self._steps += 1
         self._restart()
@@ -272,25 +275,36 @@ class MSAM(Optimizer):
             )
         with torch.enable_grad():
             first = None
-            if self._steps % self.options.every == 0:
+            if self.perturbs:
                 with self.ascent():
                     first = check_closure_loss(closure(), self.options.check_finite)
-            with self.descent() if first is not None else nullcontext():
+            with self.descent():
                 loss = check_closure_loss(closure(), self.options.check_finite)
+        first = loss if first is None else first
+        self.record = replace(self._by_hand.record, loss=first, perturbed_loss=loss)
         self._finish(None)
-        return loss if first is None else first
+        return first
 
     # -- the two passes by hand ---
 
     def ascent(self) -> AbstractContextManager[None]:
         """Pass 1 of one micro-batch: run forward and `loss.backward()` inside; the gradient gives the perturbation.
 
+        With `every` a loop asks `perturbs`: a plain step has no pass 1, and only the `descent()` of each micro-batch.
+        A gradient that is not finite makes `.grad` infinite: a GradScaler then skips the update, `step()` raises.
+
         Returns:
             A context, which raises ValueError if the block left no gradient.
 
         Raises:
-            ValueError: If a sharded model has no weights to perturb.
+            ValueError: If the step is a plain one, `ascent="half"` or `"chained"` needs to see the batch, or a sharded
+                model has no weights to perturb.
         """
+        if not self.perturbs:
+            raise ValueError(
+                f"ascent: every={self.options.every} makes this a plain step, which has no pass 1; enter ascent() only "
+                "if `perturbs`, and descent() always"
+            )
         if isinstance(self.model, FSDPModule):
             raise ValueError(
                 "ascent: a model sharded by FSDP2 has no whole weights to perturb; use step(loss_fn, batch)"
@@ -302,6 +316,8 @@ class MSAM(Optimizer):
         """Pass 2 of the same micro-batch, at the perturbed weights: run forward and `loss.backward()` inside.
 
         `.grad` is the weighted mean over the micro-batches so far at any time; the weights are put back at the end.
+        In a plain step (see `perturbs`) it is the only pass, at the weights themselves. `record` then holds what is
+        known of the micro-batches so far: their ascent norms and perturbations, not the losses.
 
         Args:
             weight: Weight of this micro-batch in the mean, such as its number of examples.
@@ -309,9 +325,9 @@ class MSAM(Optimizer):
         Yields:
             Nothing.
         """
-        with self._by_hand.descent(self.trainable(), weight):
+        with self._by_hand.descent(self.trainable(), weight, self.perturbs):
             yield
-        self._ready = True
+        self._ready, self.record = True, self._by_hand.record
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what `ascent`/`descent` and `backward` have gathered.
