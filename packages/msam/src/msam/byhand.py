@@ -1,7 +1,7 @@
 """The two passes of one micro-batch by hand, for loops that compute and accumulate their losses themselves."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -150,21 +150,21 @@ class ByHand:
         mode = "by hand" if self._norms else "plain"
         return StepRecord(mode, self._rho, unknown, unknown, norms, not self._finite, sizes)
 
-    def check(self, trainable: Sequence[Tensor]) -> None:
+    def check(self, trainable: Callable[[], Sequence[Tensor]]) -> None:
         """Refuse to update with a gradient that is not finite, where `check_finite` asks for it.
 
         The ascent cannot tell whether the caller scaled the loss. It makes `.grad` infinite instead, so that a
         GradScaler skips the update; an update that comes nevertheless is one without a scaler.
 
         Args:
-            trainable: All parameters with gradients.
+            trainable: Gives all parameters with gradients.
 
         Raises:
             ValueError: If the ascent gradient of a micro-batch, or the mean of the descents', is not finite.
         """
         if not (self._weight and self._options.check_finite):
             return
-        norm = float(norm_of([p.grad for p in trainable if p.grad is not None]))
+        norm = float(norm_of([p.grad for p in trainable() if p.grad is not None]))
         if not (self._finite and math.isfinite(norm)):
             raise ValueError(
                 f"loss: expected finite gradients, got norms {[float(n) for n in self._norms]} of the ascents and "

@@ -257,7 +257,7 @@ class MSAM(Optimizer):
             What the closure returned.
         """
         value = None if closure is None else closure()
-        self._by_hand.check(self.trainable())
+        self._by_hand.check(self.trainable)
         self.base.step()
         self._steps += 1
         self._restart()
