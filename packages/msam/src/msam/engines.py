@@ -89,7 +89,7 @@ class Engines:
                         f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {error}"
                     ) from error
                 self._ghost = None
-                warnings.warn(f"msam: sequential mode instead of ghost: {error}", stacklevel=4)
+                warnings.warn(f"msam: sequential mode instead of ghost: {error}", stacklevel=5)
             else:
                 if tracked.uniform:
                     return record

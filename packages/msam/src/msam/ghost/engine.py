@@ -178,7 +178,7 @@ class Ghost:
         if path.compiled and not self._compiled:
             self._compiled = True
             warnings.warn(
-                "msam: ghost mode runs compiled code uncompiled; mode='sequential' keeps it compiled", stacklevel=7
+                "msam: ghost mode runs compiled code uncompiled; mode='sequential' keeps it compiled", stacklevel=8
             )
         paths = self._paths[shards.count > 1]
         for place, earlier in enumerate(paths):
