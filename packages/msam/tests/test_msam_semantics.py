@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from msam import MSAM, micro_batches
+from msam import MSAM, micro_batches, msam_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -137,6 +137,7 @@ def test_stateful_options_resume_from_one_more_key(seeded, oracle, options):
     twin = copy.deepcopy(model)
     again = MSAM(twin, torch.optim.SGD, lr=0.05, num_micro_batches=3, **options)
     again.load_state_dict(state)
+    again.follow(nn.Sequential(twin))  # a wrapper put on later
     assert train(opt, model, oracle, batches[3:]) == train(again, twin, oracle, batches[3:])
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     with pytest.raises(ValueError, match="'msam'"):
@@ -192,6 +193,15 @@ def test_passes_by_hand_equal_one_call(double, oracle):
             oracle.loss_of(twin)(part).backward()
     opt.step()
     assert oracle.relative_error(list(twin.parameters()), list(model.parameters())) < 1e-14
+
+
+def test_msam_step_is_the_optimizers_step(double, oracle):
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    twin = copy.deepcopy(model)
+    opt, other = (MSAM(m, torch.optim.SGD, lr=0.1, num_micro_batches=3) for m in (model, twin))
+    assert float(msam_step(opt, oracle.loss_of(model), batch)) == float(other.step(oracle.loss_of(twin), batch))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_standard_closure_is_sam(double, oracle):

@@ -1,10 +1,12 @@
 """mSAM in the Hugging Face Trainer: `MSAMTrainer` is a Trainer whose training step runs both passes.
 
 Needs the extra `msam[hf]`. Accumulation, clipping, schedules, logging and checkpoints stay the Trainer's: only the
-gradient of a batch is another one. With plain accelerate no class is needed:
+gradient of a batch is another one. With plain accelerate no class is needed; the model is prepared first, so that
+MSAM sees the wrapper of several processes:
 
+    model = accelerator.prepare(model)
     opt = MSAM(model, torch.optim.AdamW, lr=1e-4, num_micro_batches=8)
-    model, opt, loader = accelerator.prepare(model, opt, loader)
+    opt, loader = accelerator.prepare(opt, loader)
     for batch in loader:
         opt.optimizer.backward(lambda part: model(**part).loss, batch, scaler=accelerator.scaler)
         opt.step(); opt.zero_grad()
@@ -23,15 +25,29 @@ _trainer: Any = require("transformers", "msam[hf]").Trainer
 
 
 def valid_tokens(batch: Any) -> float:
-    """Number of labels that are not -100: the `shard_weight` of masked and causal language models.
+    """Number of labels that are not -100: the `shard_weight` of masked language models.
 
     Args:
-        batch: Mapping with `labels`.
+        batch: Mapping with `labels`, shape (B, T).
 
     Returns:
         The count.
     """
     return float((batch["labels"] != -100).sum())
+
+
+def causal_tokens(batch: Any) -> float:
+    """Number of labels after the first position that are not -100: the `shard_weight` of causal language models.
+
+    These predict every token from those before it, so the first label of a row has no part in their loss.
+
+    Args:
+        batch: Mapping with `labels`, shape (B, T).
+
+    Returns:
+        The count.
+    """
+    return valid_tokens({"labels": batch["labels"][..., 1:]})
 
 
 class MSAMTrainer(_trainer):  # type: ignore[misc]
@@ -93,6 +109,8 @@ class MSAMTrainer(_trainer):  # type: ignore[misc]
         batch = self._prepare_inputs(inputs)
         optimizer: Any = self.__dict__["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if optimizer.model is not model:  # the Trainer wraps the model after it has made the optimizer
+            optimizer.follow(model)
 
         def loss_fn(part: Any) -> Tensor:
             with self.compute_loss_context_manager():

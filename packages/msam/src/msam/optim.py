@@ -122,6 +122,16 @@ class MSAM(Optimizer):
         self._alias()
         self.engines = Engines(self.model, self.options, self.trainable())
 
+    def follow(self, model: nn.Module) -> None:
+        """Work on the same model in another wrapper, such as DDP, which some frameworks put on after the optimizer.
+
+        Args:
+            model: The model that the loss function calls from now on, with the same parameters.
+        """
+        engines = Engines(model, self.options, self.trainable())
+        engines.previous = self.engines.previous
+        self.model, self.engines, self._by_hand = model, engines, ByHand(model, self.options)
+
     def trainable(self) -> list[Tensor]:
         """The parameters that get gradients; freezing and unfreezing between steps is allowed.
 
