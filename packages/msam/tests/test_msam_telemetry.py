@@ -8,7 +8,7 @@ import pytest
 import torch
 from msam import MSAM
 from msam.flatness import flatness, loss_slice, sharpness
-from msam.training import mean_loss
+from msam.training import evaluate, mean_loss
 from torch import nn
 from torch.nn import functional as F
 
@@ -187,6 +187,22 @@ def test_flatness_of_attention_leaves_the_mode_alone(seeded, oracle):
     assert model.training
     assert math.isfinite(found.lambda_max)
     assert found.examples == 12
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, data: flatness(model, mean_loss, data, probes=1),
+        lambda model, data: loss_slice(model, mean_loss, data, points=2),
+        evaluate,
+    ],
+    ids=["flatness", "loss_slice", "evaluate"],
+)
+def test_measuring_leaves_frozen_modules_frozen(seeded, measure):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).train()
+    model[1].eval()
+    measure(model, (torch.randn(9, 4), torch.randint(2, (9,))))
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
 
 
 def test_loss_slice_is_centred_on_the_weights(setting):

@@ -1,6 +1,7 @@
 r"""How flat a minimum is: top Hessian eigenvalue, trace, and m-sharpness."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +50,25 @@ class Flatness:
         return asdict(self)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; then every module gets its own mode back, frozen ones too.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def flatness(
     model: nn.Module,
     loss_fn: Loss,
@@ -64,7 +84,7 @@ def flatness(
     """Report the flatness of a model's loss, in evaluation mode (no dropout, running statistics).
 
     Args:
-        model: The model; its mode is put back, nothing else changes.
+        model: The model; the modes of its modules are put back, nothing else changes.
         loss_fn: `loss_fn(model, batch)`, the mean loss of a batch.
         data: Tree of tensors, examples first.
         rho: Radius of the sharpness, >= 0.
@@ -85,9 +105,7 @@ def flatness(
     data = narrow(data, 0, min(examples, batch_size(data)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
             operator = hessian_operator(lambda: loss_fn(model, data), parameters)
             pairs = lanczos(operator, tolerance=tolerance, generator=generator)
@@ -96,8 +114,6 @@ def flatness(
         sharp = sharpness(model, loss_fn, data, rho=rho, micro_batch_size=micro_batch_size or batch_size(data))
         with torch.no_grad():
             loss = float(loss_fn(model, data))
-    finally:
-        model.train(training)
     return Flatness(
         loss, float(pairs.values[0]), float(pairs.residuals[0]), pairs.converged, trace.value, trace.standard_error,
         sharp, batch_size(data),
@@ -166,10 +182,9 @@ def loss_slice(
         return made
 
     a, b, axis = direction(), direction(), torch.linspace(-radius, radius, points)
-    losses, moved, training = torch.empty(points, points), Moved(parameters), model.training
-    model.eval()
+    losses, moved = torch.empty(points, points), Moved(parameters)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for i, u in enumerate(axis.tolist()):
                 for j, v in enumerate(axis.tolist()):
                     moved.move([u * x + v * y for x, y in zip(a, b, strict=True)])
@@ -177,5 +192,4 @@ def loss_slice(
                     moved.restore()
     finally:
         moved.restore()
-        model.train(training)
     return axis, losses

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from msam.data import Task
-from msam.flatness import flatness
+from msam.flatness import evaluating, flatness
 from msam.optim import MSAM
+from msam.sequential import LossFunction
 
 METHODS = ("sgd", "sam", "asam", "msam", "msam-sequential", "half", "chained")
 """sgd, SAM (one micro-batch), ASAM (element-wise), mSAM by ghost and sequentially, and two cheaper surrogates."""
@@ -101,19 +102,15 @@ def evaluate(model: nn.Module, part: tuple[Tensor, Tensor], batch: int = 1000) -
     """Accuracy and mean loss in evaluation mode.
 
     Args:
-        model: The model; its mode is put back.
+        model: The model; the modes of its modules are put back.
         part: Inputs and labels.
         batch: Examples at a time.
 
     Returns:
         Accuracy in percent, mean loss.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = torch.cat([model(x) for x in part[0].split(batch)])
-    finally:
-        model.train(training)
     return 100.0 * float((logits.argmax(1) == part[1]).float().mean()), float(F.cross_entropy(logits, part[1]))
 
 
@@ -150,36 +147,9 @@ def train(
     torch.manual_seed(seed)
     model = task.model()
     optimizer = make_optimizer(
-        method, model, lr=task.lr, rho=rho, num_micro_batches=num_micro_batches,
-        base=task.optimizer,
-    )  # fmt: skip
-
-    def loss_fn(part: tuple[Tensor, Tensor]) -> Tensor:
-        return mean_loss(model, part)
-
-    x, y = task.train
-    epochs = task.epochs if epochs is None else epochs
-    batches = len(x) // task.batch
-    schedule = CosineAnnealingLR(optimizer, epochs * batches)
-    order = torch.Generator().manual_seed(seed)
-    history, seconds = [], []
-    for _ in range(epochs):
-        for step, index in enumerate(torch.randperm(len(x), generator=order)[: batches * task.batch].split(task.batch)):
-            batch = (x[index], y[index])
-            looking = step == 0 and isinstance(optimizer, MSAM)
-            told = optimizer.explain(loss_fn, batch) if explain and looking else None  # type: ignore[attr-defined]
-            start = time.process_time()
-            if isinstance(optimizer, MSAM):
-                optimizer.step(loss_fn, batch)
-            else:
-                optimizer.zero_grad()
-                loss_fn(batch).backward()
-                optimizer.step()
-            seconds.append(time.process_time() - start)
-            schedule.step()
-            if looking:
-                figures = optimizer.record.as_dict()  # type: ignore[attr-defined]
-                history.append(figures if told is None else figures | {"cosines": list(told.cosines)})
+        method, model, lr=task.lr, rho=rho, num_micro_batches=num_micro_batches, base=task.optimizer
+    )
+    history, seconds = _fit(model, optimizer, task, task.epochs if epochs is None else epochs, seed, explain)
     model.eval()
     curvature = flatness(model, mean_loss, task.train, examples=examples, seed=seed) if sharpness else None
     if keep is not None:
@@ -192,3 +162,49 @@ def train(
         None if curvature is None else curvature.lambda_max, None if curvature is None else curvature.trace,
         tuple(history),
     )  # fmt: skip
+
+
+def _fit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, epochs: int, seed: int, explain: bool
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Run all epochs.
+
+    Returns:
+        Figures of the first step of every epoch, CPU seconds of every step.
+    """
+
+    def loss_fn(part: tuple[Tensor, Tensor]) -> Tensor:
+        return mean_loss(model, part)
+
+    batches = len(task.train[0]) // task.batch
+    schedule = CosineAnnealingLR(optimizer, epochs * batches)
+    order = torch.Generator().manual_seed(seed)
+    history, seconds = [], []
+    for _ in range(epochs):
+        index = torch.randperm(len(task.train[0]), generator=order)[: batches * task.batch]
+        for step, chosen in enumerate(index.split(task.batch)):
+            batch = (task.train[0][chosen], task.train[1][chosen])
+            told = None
+            if explain and step == 0 and isinstance(optimizer, MSAM):
+                told = optimizer.explain(loss_fn, batch)
+            seconds.append(_timed_step(optimizer, loss_fn, batch))
+            schedule.step()
+            if step == 0 and isinstance(optimizer, MSAM) and optimizer.record is not None:
+                history.append(optimizer.record.as_dict() | ({} if told is None else {"cosines": list(told.cosines)}))
+    return history, seconds
+
+
+def _timed_step(optimizer: torch.optim.Optimizer, loss_fn: LossFunction, batch: tuple[Tensor, Tensor]) -> float:
+    """One step.
+
+    Returns:
+        CPU seconds.
+    """
+    start = time.process_time()
+    if isinstance(optimizer, MSAM):
+        optimizer.step(loss_fn, batch)
+    else:
+        optimizer.zero_grad()
+        loss_fn(batch).backward()
+        optimizer.step()
+    return time.process_time() - start
