@@ -62,6 +62,60 @@ def test_lightning(tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def rates(folder, make_schedule, metric=None, epochs=3):
+    """The learning rate after each of 4 batches per epoch, from a rate of 1; a loss named `fixed` never falls."""
+    lightning = pytest.importorskip("lightning")
+    from msam.lightning import MSAMMixin
+
+    seen = []
+
+    class Classifier(MSAMMixin, lightning.LightningModule):
+        plateau_metric = metric
+
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+
+        def msam_loss(self, batch):
+            self.log("fixed", 1.0)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            opt = MSAM(self, torch.optim.SGD, lr=1.0, num_micro_batches=3)
+            return {"optimizer": opt, "lr_scheduler": make_schedule(opt)}
+
+        def on_train_batch_end(self, *unused):
+            seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(Classifier(), DataLoader(TensorDataset(*data()), batch_size=12))
+    return seen
+
+
+def test_lightning_honours_the_frequency_of_schedulers(tmp_path):
+    def halving(interval):
+        return lambda opt: {
+            "scheduler": torch.optim.lr_scheduler.StepLR(opt, 1, 0.5), "interval": interval, "frequency": 2,
+        }  # fmt: skip
+
+    assert rates(tmp_path, halving("step"), epochs=1) == [1.0, 0.5, 0.5, 0.25]
+    assert rates(tmp_path, halving("epoch")) == [1.0] * 8 + [0.5] * 4
+
+
+def test_lightning_tells_a_plateau_its_metric(tmp_path):
+    def plateau(opt):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=0)
+
+    assert rates(tmp_path, plateau, "fixed") == [1.0] * 8 + [0.5] * 4
+    with pytest.raises(ValueError, match="plateau_metric: expected the name"):
+        rates(tmp_path, plateau)
+    with pytest.raises(ValueError, match=r"plateau_metric: expected one of .*'sharpness_gap'.* got 'missing'"):
+        rates(tmp_path, plateau, "missing")
+
+
 class Bag(nn.Module):
     """The least model that the Trainer takes."""
 
