@@ -1,14 +1,16 @@
 """The commands, from end to end on few epochs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from core_tensor.testing import shared_data
-from msam import compare
+from msam import compare, plots
 from msam.cli import draw_portrait, main
 from msam.data import digits, load, noisy
+from msam.training import Run
 
 
 @pytest.mark.slow
@@ -60,6 +62,36 @@ def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
     other = CliRunner().invoke(main, [*arguments, "--epochs", "2"])
     assert other.exit_code == 2
     assert "out: expected a file with runs of" in other.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["compare", "--plot"], ["sweep", "--plot"], ["cost", "--plot"], ["demo", "--out"], ["demo", "--portrait"]],
+    ids=" ".join,
+)
+def test_a_picture_of_no_known_kind_is_refused_before_any_work(tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr("msam.compare.train", None)
+    monkeypatch.setattr("msam.cli.ratios", None)
+    result = CliRunner().invoke(main, [*arguments, str(tmp_path / "picture.foo")])
+    assert result.exit_code == 2
+    name = arguments[-1].removeprefix("--")
+    assert result.stderr.startswith(f"Error: {name}: expected a file ending in .")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_comparison_without_sgd_is_drawn(tmp_path):
+    run = Run("sam", 0.1, 1, 0, validation=90.0, test=91.0, train_loss=0.1, step_ms=2.0, lambda_max=3.0, trace=4.0)
+    path = tmp_path / "picture.png"
+    plots.comparison(compare.summarise([run, replace(run, method="msam")]), {}, path, "two methods")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar", "polarity"])
+def test_a_folder_without_the_files_is_named(tmp_path, name):
+    result = CliRunner().invoke(main, ["compare", "--data", name, "--folder", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: folder: expected the files of {name} there (--folder), got no {tmp_path}")
+    assert result.stderr.count("\n") == 1
 
 
 def test_cost_reports_every_engine(tmp_path):

@@ -16,6 +16,14 @@ from msam.data import TASKS, Task, digits, load, noisy
 from msam.flatness import loss_slice
 from msam.training import METHODS, Run, mean_loss, train
 
+
+def _picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    del context
+    if path is not None:
+        plots.check_picture(str(parameter.name), path)
+    return path
+
+
 COLUMNS = ("method", "rho", "m", "seeds", "test", "test_se", "lambda_max", "trace", "step_ms", "step_ratio")
 
 data_option = click.option("--data", default="digits", type=click.Choice(TASKS), help="What to train on.")
@@ -27,7 +35,7 @@ epochs_option = click.option("--epochs", type=click.IntRange(1), help="Passes ov
 out_option = click.option(
     "--out", type=click.Path(path_type=Path), help="JSON file with every run; a killed command goes on from it."
 )
-plot_option = click.option("--plot", type=click.Path(path_type=Path), help="Picture to write.")
+plot_option = click.option("--plot", type=click.Path(path_type=Path), callback=_picture, help="Picture to write.")
 
 
 @command_line("msam")
@@ -40,8 +48,13 @@ def main() -> None:
 @click.option("--epochs", default=30, type=click.IntRange(1), help="Passes over the training digits.")
 @click.option("--rho", default=0.1, type=float, help="Radius of the perturbation.")
 @click.option("--micro-batches", default=8, type=click.IntRange(1), help="Micro-batches m per mini-batch of 128.")
-@click.option("--out", default="msam-demo.png", type=click.Path(path_type=Path), help="Picture to write.")
-@click.option("--portrait", type=click.Path(path_type=Path), help="Second picture: cosines, sharpness gap, landscape.")
+@click.option(
+    "--out", default="msam-demo.png", type=click.Path(path_type=Path), callback=_picture, help="Picture to write."
+)
+@click.option(
+    "--portrait", type=click.Path(path_type=Path), callback=_picture,
+    help="Second picture: cosines, sharpness gap, landscape.",
+)  # fmt: skip
 @json_option
 def demo(
     seeds: int, epochs: int, rho: float, micro_batches: int, out: Path, portrait: Path | None, as_json: bool

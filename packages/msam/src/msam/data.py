@@ -186,6 +186,13 @@ def _folder(folder: str | Path | None, name: str) -> Path:
     return Path(folder)
 
 
+def _file(folder: str | Path | None, name: str, *parts: str) -> Path:
+    path = _folder(folder, name).joinpath(*parts)
+    if not path.is_file():
+        raise ValueError(f"folder: expected the files of {name} there (--folder), got no {path}")
+    return path
+
+
 def mnist(folder: str | Path, train: int = 10_000, seed: int = 0) -> Task:
     """MNIST from its IDX files.
 
@@ -197,14 +204,16 @@ def mnist(folder: str | Path, train: int = 10_000, seed: int = 0) -> Task:
     Returns:
         The task.
     """
-    base = _folder(folder, "mnist") / "mnist"
+
+    def read(name: str) -> bytes:
+        return gzip.decompress(_file(folder, "mnist", "mnist", f"{name}-ubyte.gz").read_bytes())
 
     def images(part: str) -> Tensor:
-        raw = gzip.decompress((base / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
+        raw = read(f"{part}-images-idx3")[16:]
         return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, 784).astype(np.float32)) / 255.0
 
     def labels(part: str) -> Tensor:
-        raw = gzip.decompress((base / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
+        raw = read(f"{part}-labels-idx1")[8:]
         return torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
 
     x, y = images("train"), labels("train")
@@ -225,7 +234,7 @@ def cifar(folder: str | Path, train: int = 5000, seed: int = 0) -> Task:
         The task.
     """
     image = require("PIL.Image", "msam[evidence]")
-    with np.load(_folder(folder, "cifar") / "cifar10_subset" / "cifar10_subset_jpeg.npz") as packed:
+    with np.load(_file(folder, "cifar", "cifar10_subset", "cifar10_subset_jpeg.npz")) as packed:
 
         def part(name: str, count: int) -> tuple[Tensor, Tensor]:
             jpeg, offsets = packed[f"{name}_jpeg"], packed[f"{name}_offsets"]
@@ -253,7 +262,7 @@ def polarity(folder: str | Path, train: int = 5000, length: int = 24, vocabulary
     Returns:
         The task.
     """
-    archive = zipfile.ZipFile(_folder(folder, "polarity") / "nlp_classification" / "sentence_polarity.zip")
+    archive = zipfile.ZipFile(_file(folder, "polarity", "nlp_classification", "sentence_polarity.zip"))
     sentences, labels = [], []
     for label, part in enumerate(("neg", "pos")):
         lines = archive.read(f"sentence_polarity/rt-polarity.{part}").decode("latin1").splitlines()
@@ -316,7 +325,7 @@ def load(name: str, folder: str | Path | None = None, seed: int = 0) -> Task:
         The task.
 
     Raises:
-        ValueError: If the name is unknown or the folder is needed and not given.
+        ValueError: If the name is unknown, or the folder is needed and not given or lacks the files.
     """
     check_choice("data", name, TASKS)
     if name == "digits":

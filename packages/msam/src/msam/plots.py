@@ -1,10 +1,11 @@
 """The pictures of the demo and the evidence."""
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core_tensor.extras import pyplot
+from core_tensor.extras import pyplot, require
 from core_tensor.files import atomic_path
 
 COLOURS = {
@@ -16,6 +17,21 @@ COLOURS = {
     "half": "#2ca02c",
     "chained": "#bcbd22",
 }
+
+
+def check_picture(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a picture of a kind that matplotlib does not write, before the work that it is to show.
+
+    Args:
+        name: What the user calls it.
+        path: The picture.
+
+    Raises:
+        ValueError: If the suffix is not that of a picture.
+    """
+    kinds = require("matplotlib.backend_bases", "msam[plot]").FigureCanvasBase.get_supported_filetypes()
+    if pathlib.Path(path).suffix[1:].lower() not in kinds:
+        raise ValueError(f"{name}: expected a file ending in .{', .'.join(sorted(kinds))}, got {os.fspath(path)!r}")
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
@@ -95,10 +111,13 @@ def comparison(
     axes[0].set_ylim(min(values) - 1.5 * spread, max(values) + spread)
     bars(axes[1], rows, "lambda_max", r"largest Hessian eigenvalue $\lambda_{max}$")
     bars(axes[2], rows, "trace", "trace of the Hessian")
-    bars(axes[3], rows, "step_ratio", "CPU time per step / SGD")
-    axes[3].axhline(2.0, color="black", lw=0.8, ls="--")
-    axes[3].axhline(5 / 3, color="black", lw=0.8, ls=":")
-    axes[3].set_xlabel("dashed: 2 (SAM), dotted: 5/3 (ghost's floor)", fontsize=8)
+    if all(row["step_ratio"] is not None for row in rows):
+        bars(axes[3], rows, "step_ratio", "CPU time per step / SGD")
+        axes[3].axhline(2.0, color="black", lw=0.8, ls="--")
+        axes[3].axhline(5 / 3, color="black", lw=0.8, ls=":")
+        axes[3].set_xlabel("dashed: 2 (SAM), dotted: 5/3 (ghost's floor)", fontsize=8)
+    else:  # without SGD there is nothing to divide by
+        bars(axes[3], rows, "step_ms", "CPU milliseconds per step")
     if gaps:
         gap_curves(axes[4], gaps)
     figure.suptitle(title, fontsize=11)
