@@ -28,7 +28,9 @@ class Options:
             normalization layers only (arXiv 2306.04226); `"chained"` takes each slot's gradient of the last step.
         adaptive: False, or the scaling T of ASAM (arXiv 2102.11600): `"element"` (also True), `"filter"`, `"layer"`.
         every: Perturb on each `every`-th step only; the steps between are plain, with a single pass.
-        bn: Running statistics of batch norms move in the `"first"` pass only, in `"both"`, or are `"frozen"`.
+        bn: Running statistics of batch norms move in the `"first"` pass only, in `"both"`, or are `"frozen"`. With
+            `"both"` and several micro-batches the order of the updates, and so the running averages, depends on the
+            mode: sequential does both passes of a micro-batch before the next one, ghost pass 1 of all, then pass 2.
         rng: `"same"` repeats the dropout masks of pass 1 in pass 2, `"independent"` draws them anew.
         clip_norm: Largest norm of the averaged gradient in `step(loss_fn, batch)`, or None.
         shard_weight: Weight of a micro-batch, such as its number of valid tokens; None counts its examples.
