@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from core_tensor.files import read_json, write_json
 from msam import plots
-from msam.cost import MODELS, ratios
+from msam.cost import MODELS, MODES, ratios
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (2, 4, 8, 16, 32)
@@ -27,13 +27,14 @@ def main() -> None:
     torch.set_num_threads(1)
     path, asked = RESULTS / "cost.json", options.models.split(",")
     rows = [row for row in read_json(path)["rows"] if row["model"] not in asked] if path.exists() else []
-    rows += [row for name in asked for row in ratios(name, COUNTS, ("ghost", "sequential"), options.repeats)]
+    rows += [row for name in asked for row in ratios(name, COUNTS, MODES, options.repeats)]
     rows.sort(key=lambda row: MODELS.index(row["model"]))
     by_pair = {(row["model"], row["mode"], row["m"]): row["ratio"] for row in rows}
     table = [
         {"model": name, "mode": mode} | {f"m{m}": by_pair[name, mode, m] for m in COUNTS}
         for name in dict.fromkeys(row["model"] for row in rows)
-        for mode in ("ghost", "sequential")
+        for mode in MODES
+        if (name, mode, COUNTS[0]) in by_pair
     ]
     write_json(path, {"rows": rows, "table": table})
     plots.cost(rows, RESULTS / "cost.png", "CPU time of a step against the number of micro-batches, one thread")

@@ -46,7 +46,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
     pyplot("msam[plot]").close(figure)
 
 
-def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
+def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str, form: str = ".3g") -> None:
     """One bar per method, with the standard error over seeds.
 
     Args:
@@ -54,6 +54,7 @@ def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> 
         rows: Summaries, each with `method`, `key` and `key + "_se"`.
         key: What is shown.
         title: Title of the axis.
+        form: Format of the figures above the bars.
     """
     names = [row["method"] for row in rows]
     values = [row[key] for row in rows]
@@ -61,7 +62,7 @@ def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str) -> 
     axis.bar(range(len(rows)), values, yerr=errors, capsize=3, color=[COLOURS.get(n, "#1f77b4") for n in names])
     for i, value in enumerate(values):
         axis.annotate(
-            f"{value:.3g}",
+            f"{value:{form}}",
             (i, value + errors[i]),
             xytext=(0, 5),
             textcoords="offset points",
@@ -105,7 +106,7 @@ def comparison(
     figure, axes = pyplot("msam[plot]").subplots(
         1, 4 + bool(gaps), figsize=(18 if gaps else 14.5, 3.8), layout="constrained"
     )
-    bars(axes[0], rows, "test", "test accuracy (%)")
+    bars(axes[0], rows, "test", "test accuracy (%)", ".2f")
     values = [row["test"] for row in rows]
     spread = max(max(values) - min(values), 0.5)
     axes[0].set_ylim(min(values) - 1.5 * spread, max(values) + spread)
@@ -184,7 +185,7 @@ def cost(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xticks(counts, [str(m) for m in counts])
-        ticks = [t for t in (1, 2, 4, 8, 16, 32) if t <= 1.3 * max(row["ratio"] for row in own)]
+        ticks = [t for t in (1, 2, 4, 8, 16, 32, 64) if t <= 1.3 * max(row["ratio"] for row in own)]
         axis.set_yticks(ticks, [str(t) for t in ticks])
         axis.set_xlabel("micro-batches m")
         axis.set_title(model, fontsize=10)
