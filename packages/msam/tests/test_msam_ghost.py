@@ -147,6 +147,7 @@ def test_compiled_models_run_uncompiled(double, oracle, what):
     else:
         loss_fn = torch.compile(loss_fn, backend="eager")
     opt = MSAM(called, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    assert opt.model is model  # behind the wrapper, where DDP and FSDP2 are found as well
     with pytest.warns(UserWarning, match="uncompiled"):
         opt.backward(loss_fn, batch)
     for _ in range(2):

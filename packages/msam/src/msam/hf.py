@@ -109,8 +109,7 @@ class MSAMTrainer(_trainer):  # type: ignore[misc]
         batch = self._prepare_inputs(inputs)
         optimizer: Any = self.__dict__["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if optimizer.model is not model:  # the Trainer wraps the model after it has made the optimizer
-            optimizer.follow(model)
+        optimizer.follow(model)  # the Trainer wraps the model after it has made the optimizer
 
         def loss_fn(part: Any) -> Tensor:
             with self.compute_loss_context_manager():

@@ -16,7 +16,7 @@ from msam.checks import check_closure_loss, check_finite_loss
 from msam.engines import Engines
 from msam.groups import Own, make_base, take_own
 from msam.options import Options, Rho
-from msam.passes import norm_parameters, world_size
+from msam.passes import norm_parameters, uncompiled, world_size
 from msam.perturbation import Tracked
 from msam.record import StepRecord
 from msam.sequential import LossFunction
@@ -90,7 +90,7 @@ class MSAM(Optimizer):
             rho, num_micro_batches, micro_batch_size, mode, ascent, adaptive, every, bn, rng, clip_norm, shard_weight,
             check_finite,
         )  # fmt: skip
-        self.model = model
+        self.model = uncompiled(model)
         self.base, self._own = make_base(model, optimizer, params, base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._alias()
@@ -98,7 +98,7 @@ class MSAM(Optimizer):
         self.record: StepRecord | None = None
         self._steps = 0
         self._ready = False  # a gradient waits for step()
-        self._by_hand = ByHand(model, self.options)
+        self._by_hand = ByHand(self.model, self.options)
         if ascent == "norm" and not self.tracked(0.0).parameters:
             raise ValueError("ascent: 'norm' expects a model with trainable normalization layers, got none")
 
@@ -128,6 +128,9 @@ class MSAM(Optimizer):
         Args:
             model: The model that the loss function calls from now on, with the same parameters.
         """
+        model = uncompiled(model)
+        if model is self.model:
+            return
         engines = Engines(model, self.options, self.trainable())
         engines.previous = self.engines.previous
         self.model, self.engines, self._by_hand = model, engines, ByHand(model, self.options)

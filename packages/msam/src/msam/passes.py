@@ -139,6 +139,19 @@ def _unsynchronised(model: FSDPModule) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s wrapper, behind which DDP and FSDP2 would not be seen.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Returns:
+        The module that was compiled, or the model itself.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def world_size(model: Any) -> int:
     """Processes that share the mini-batch of one step.
 
