@@ -67,7 +67,7 @@ class Shards:
 
     sizes: tuple[int, ...]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number m of micro-batches."""
         return len(self.sizes)

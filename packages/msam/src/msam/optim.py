@@ -153,14 +153,14 @@ class MSAM(Optimizer):
             Parameters, radii and scaling.
         """
         norms = norm_parameters(self.model) if self.options.ascent == "norm" else None
-        pairs = [
-            (p, rho if own.rho is None else own.rho)
-            for group, own in zip(self.param_groups, self._own, strict=True)
-            if own.perturb
-            for p in group["params"]
-            if p.requires_grad and (norms is None or id(p) in norms)
-        ]
-        return Tracked(tuple(p for p, _ in pairs), tuple(r for _, r in pairs), self.options.scaling)
+        parameters: list[Tensor] = []
+        radii: list[float] = []
+        for group, own in zip(self.param_groups, self._own, strict=True):
+            if own.perturb:
+                found = [p for p in group["params"] if p.requires_grad and (norms is None or id(p) in norms)]
+                parameters += found
+                radii += [rho if own.rho is None else own.rho] * len(found)
+        return Tracked(tuple(parameters), tuple(radii), self.options.scaling)
 
     @property
     def perturbs(self) -> bool:

@@ -16,6 +16,8 @@ from core_tensor._operator import operator
 from core_tensor.checks import check_tensor
 from core_tensor.low_rank_add import cpu, reference
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def _fake(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficient: Tensor, bias: float) -> None:
     del y, x, inner, outer, coefficient, bias
@@ -47,16 +49,25 @@ def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficien
         ValueError: If shapes do not fit.
         TypeError: If dtypes differ, or that of y is not floating.
     """
-    check_tensor("y", y, ndim=2, dtype=(torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    try:  # checks that name the argument take as long as a small product, so they run only if something is wrong
+        (rows, out_width), (n, r, width) = y.shape, inner.shape
+        fits = n > 0 and rows % n == 0 and y.dtype in _FLOATING and coefficient.shape == (n,)
+        fits = fits and x.shape == (rows, width) and outer.shape == (n, r, out_width)
+        fits = fits and x.dtype is inner.dtype is outer.dtype is coefficient.dtype is y.dtype
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        _check(y, x, inner, outer, coefficient)
+    _low_rank_add(y, x, inner, outer, coefficient, bias)
+    return y
+
+
+def _check(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficient: Tensor) -> None:
+    check_tensor("y", y, ndim=2, dtype=_FLOATING)
     check_tensor("inner", inner, ndim=3, dtype=y.dtype)
     (rows, out_width), (n, r, width) = y.shape, inner.shape
     if n == 0 or rows % n:
         raise ValueError(f"y: expected rows of {n} micro-batches of one size, as inner has it, got {rows}")
-    for name, tensor, shape in (
-        ("x", x, (rows, width)), ("outer", outer, (n, r, out_width)), ("coefficient", coefficient, (n,))
-    ):  # fmt: skip
-        # a check of its own takes as long as a small product
-        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype is not y.dtype:
-            check_tensor(name, tensor, shape=shape, dtype=y.dtype)
-    _low_rank_add(y, x, inner, outer, coefficient, bias)
-    return y
+    check_tensor("x", x, shape=(rows, width), dtype=y.dtype)
+    check_tensor("outer", outer, shape=(n, r, out_width), dtype=y.dtype)
+    check_tensor("coefficient", coefficient, shape=(n,), dtype=y.dtype)

@@ -25,4 +25,5 @@ def low_rank_add_(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, coefficien
         return
     inputs = [t.contiguous() for t in (x, inner, outer, coefficient)]
     n, rank, width = inner.shape
-    kernel(y, *inputs, n, len(y) // n, rank, width, y.shape[1], bias)
+    rows, out_width = y.shape
+    kernel(y, *inputs, n, rows // n, rank, width, out_width, bias)

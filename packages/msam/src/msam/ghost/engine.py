@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 from msam.batches import Shards, narrow, pick
 from msam.checks import check_loss
@@ -127,13 +129,7 @@ class Ghost:
         if self._options.ascent == "half":
             batch, shards = pick(batch, shards.half_index()), shards.halved()
         assert self._table is not None
-        with (
-            self._uncompiled(),
-            unsynchronised(self._model),
-            undone(self._norms, ChangedError, UnsupportedError),
-            statistics(self._norms, self._options.bn, first=True),
-            counted(self._norms, shards.count),
-        ):
+        with self._around(shards, first=True):
             return capture(
                 loss_fn, batch, shards, tracked, self._table, self._paths[shards.count > 1],
                 scale=scale, finite=self._options.check_finite and scale is None,
@@ -145,11 +141,7 @@ class Ghost:
     ) -> Tensor:
         assert self._table is not None
         tape = Tape(self._table, shards, "apply", RULES, self._paths[shards.count > 1], plan)
-        with (
-            self._uncompiled(),
-            statistics(self._norms, self._options.bn, first=False),
-            counted(self._norms, shards.count),
-        ):
+        with self._around(shards, first=False):
             with tape:
                 loss = loss_fn(batch)
             loss = check_loss(loss, finite=False)
@@ -158,13 +150,24 @@ class Ghost:
             backward(loss if weight == 1.0 else loss * weight, scale)
         return loss.detach()
 
-    def _uncompiled(self) -> AbstractContextManager[object]:
-        """No compiled code inside the block: it would keep its uses of parameters out of sight.
+    def _around(self, shards: Shards, first: bool) -> AbstractContextManager[object]:
+        """What must hold around a pass. Compiled code in it would keep its uses of parameters out of sight.
 
         Returns:
             A context.
         """
-        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        parallel = isinstance(self._model, DistributedDataParallel | FSDPModule)
+        if not (self._norms or parallel or self._compiled):
+            return nullcontext()
+        with ExitStack() as stack:
+            if self._compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if first:
+                stack.enter_context(unsynchronised(self._model))
+                stack.enter_context(undone(self._norms, ChangedError, UnsupportedError))
+            stack.enter_context(statistics(self._norms, self._options.bn, first=first))
+            stack.enter_context(counted(self._norms, shards.count))
+            return stack.pop_all()
 
     def _prove(self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, finite: bool) -> None:
         if shards.count > 1:

@@ -23,7 +23,7 @@ def matrix(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
     Returns:
         Shape (rows, d), a view.
     """
-    if stop is not None and stop - start != len(x):
+    if stop is not None and stop - start != x.shape[0]:
         x = x[start:stop]
     return x if x.ndim == 2 else x.view(-1, x.shape[-1])
 

@@ -48,12 +48,11 @@ class Table:
         Returns:
             True if so.
         """
+        index, sharded = self._index, self.sharded
         for value in values:
-            kind = value.__class__
-            if kind is tuple or kind is list:
-                if self.among(value):
-                    return True
-            elif self.find(value) is not None:
+            if id(value) in index or (sharded and self.find(value) is not None):
+                return True
+            if value.__class__ in {tuple, list} and self.among(value):
                 return True
         return False
 

@@ -56,6 +56,18 @@ class Path:
     silent: frozenset[int]
     compiled: bool
 
+    def passes(self, call: Call, position: int) -> bool:
+        """Whether a call belongs to the path.
+
+        Args:
+            call: The call.
+            position: Its number in the forward pass.
+
+        Returns:
+            True if so.
+        """
+        return position < len(self.calls) and self.calls[position][0] == call
+
     def follows(self, other: Path) -> bool:
         """Whether this is the same way, proved for another batch.
 
@@ -177,7 +189,8 @@ class Tape(TorchFunctionMode):
         self.calls.append(call)
         if self.phase == "probe":
             return _FIRST
-        self.paths = [p for p in self.paths if len(p.calls) > position and p.calls[position][0] == call]
+        if not self.paths[0].passes(call, position):  # nor do others that part from it here or have done before
+            self.paths = [p for p in self.paths if all(map(p.passes, self.calls, range(position + 1)))]
         if not self.paths:
             raise ChangedError(f"call {position} ({kind}) is new")
         return self.paths[0].calls[position][1]
@@ -193,8 +206,11 @@ class Tape(TorchFunctionMode):
         Raises:
             ChangedError: If it ended early.
         """
-        self.paths = [path for path in self.paths if len(path.calls) == len(self.calls)]
-        if self.phase != "probe" and not self.paths:
+        if self.phase == "probe":
+            return
+        if len(self.paths[0].calls) != len(self.calls):
+            self.paths = [p for p in self.paths if [call for call, _ in p.calls] == self.calls]
+        if not self.paths:
             raise ChangedError(f"the forward pass ended after {len(self.calls)} calls")
 
     def note(self, result: Tensor, constant: bool = False) -> Tensor:
