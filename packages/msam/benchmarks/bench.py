@@ -63,9 +63,12 @@ def paired(
 
 
 def perceptrons(quick: bool) -> dict[str, Any]:
-    """Ghost against SGD and SAM on both MLPs, in many short turns: the machine's speed changes between long ones."""
+    """Ghost against SGD and SAM on both MLPs, in turns that are short, since the machine's speed changes between them.
+
+    Twenty small steps make a turn, so that few of them run on what the other side left in the caches, as in training.
+    """
     results: dict[str, Any] = {}
-    for size, repeats, pairs in (("small", 5, 100), ("large", 1, 50)):
+    for size, repeats, pairs in (("small", 20, 50), ("large", 2, 50)):
         pairs = pairs if quick else 3 * pairs
         for micro_batches in (8, 32):
             found = paired(model_and_batch(MLPS[size]), (micro_batches, "ghost"), (0, "plain"), repeats, pairs)
