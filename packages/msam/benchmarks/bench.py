@@ -197,7 +197,7 @@ def peer_sam(quick: bool) -> dict[str, Any]:
                 F.cross_entropy(twin(batch[0]), batch[1]).backward()
                 peer.second_step(zero_grad=True)
 
-        results.append(compare(stepper(model, batch, 1, "sequential", repeats), theirs, pairs=9 if quick else 25))
+        results.append(compare(stepper(model, batch, 1, "sequential", repeats), theirs, pairs=25 if quick else 50))
     worst = max(results, key=lambda found: found.ratio)
     return {"sam_vs_pytorch_optimizer": round(worst.ratio, 3), "sam_vs_pytorch_optimizer_detail": worst.spread()}
 
