@@ -83,5 +83,11 @@ def test_rows_that_micro_batches_do_not_divide(n, rows):
         core_tensor.low_rank_add_(y, x, *many)
 
 
+def test_micro_batches_without_rows():
+    arguments = _arguments(2, 0, 3, 4, 5)
+    assert core_tensor.low_rank_add_(*arguments).shape == (0, 5)
+    reference.low_rank_add_(*arguments, 0.0)
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.core_tensor.low_rank_add_.default, (*_arguments(2, 3, 2, 4, 5), 1.0))

@@ -1,9 +1,9 @@
 """What a step costs over a plain one, by engine and number of micro-batches: `results/cost.json` and its picture.
 
-    python packages/msam/reproduce/cost.py [--models mlp,cnn] [--repeats 7]
+    python packages/msam/reproduce/cost.py [--models mlp,cnn] [--repeats 5]
 
-Models that are not asked for keep the figures they have. CPU time of one thread; all engines take their steps in turn,
-so that a drift of the machine hits all of them.
+Models that are not asked for keep the figures they have. CPU time of one thread; all engines run in turn, so that a
+drift of the machine hits all of them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     """Time every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     path, asked = RESULTS / "cost.json", options.models.split(",")

@@ -164,7 +164,7 @@ def sweep(
 @click.option("--models", default=",".join(MODELS), help="Comma-separated, out of: " + ", ".join(MODELS) + ".")
 @click.option("--micro-batches", "counts", default="2,4,8,16", help="Numbers of micro-batches.")
 @click.option("--modes", default="ghost,sequential", help="Comma-separated, out of: " + ", ".join(MODES) + ".")
-@click.option("--repeats", default=9, type=click.IntRange(1), help="Rounds; every engine takes one step in each.")
+@click.option("--repeats", default=5, type=click.IntRange(1), help="Rounds; every engine takes a turn in each.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch; its own choice if absent.")
 @plot_option
 @json_option

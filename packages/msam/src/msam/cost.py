@@ -16,6 +16,8 @@ from msam.training import mean_loss
 
 MODELS = ("mlp", "large-mlp", "transformer", "cnn")
 MODES = ("ghost", "sequential", "vmap")
+TURN = 0.1
+"""Seconds of plain steps that an engine's turn is made of; single small steps would run on other engines' caches."""
 
 
 def model_and_batch(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -70,14 +72,14 @@ def stepper(model: nn.Module, batch: tuple[Tensor, Tensor], mode: str, num_micro
     return step
 
 
-def ratios(name: str, counts: Sequence[int], modes: Iterable[str] = MODES, repeats: int = 9) -> list[dict[str, Any]]:
+def ratios(name: str, counts: Sequence[int], modes: Iterable[str] = MODES, repeats: int = 5) -> list[dict[str, Any]]:
     """CPU time of mSAM steps over that of plain ones; all of them run in turn, round by round.
 
     Args:
         name: One of `MODELS`.
         counts: Numbers m of micro-batches.
         modes: Engines.
-        repeats: Rounds.
+        repeats: Rounds; in each every engine takes one uncounted step, then as many as plain ones fill `TURN`.
 
     Returns:
         Rows with model, mode, m and ratio (the median over the rounds).
@@ -90,11 +92,15 @@ def ratios(name: str, counts: Sequence[int], modes: Iterable[str] = MODES, repea
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
     for step in steps.values():  # ghost proves the model at its first step
         step()
+    start = time.process_time()
+    steps["plain", 0]()
+    turn = max(1, round(TURN / (time.process_time() - start)))
     for _ in range(repeats):
         for key, step in steps.items():
             step()  # not counted: it finds in the caches what another engine has left there
             start = time.process_time()
-            step()
+            for _ in range(turn):
+                step()
             seconds[key].append(time.process_time() - start)
     rows = []
     for (mode, m), own in seconds.items():

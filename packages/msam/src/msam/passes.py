@@ -1,6 +1,6 @@
 """What must hold around the two passes: batch norm statistics, dropout masks, gradient synchronisation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -47,25 +47,32 @@ def kept_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    buffers = [b for m in norms for b in m.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
+    restore = _remembered(norms)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        restore()
+
+
+def _remembered(norms: Sequence[_NormBase]) -> Callable[[], None]:
+    buffers = [b for m in norms for b in m.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+    return restore
 
 
 @contextmanager
 def _undone(norms: Sequence[_NormBase], errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    buffers = [b for m in norms for b in m.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
+    restore = _remembered(norms)
     try:
         yield
     except errors:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        restore()
         raise
 
 

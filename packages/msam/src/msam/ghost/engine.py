@@ -1,6 +1,5 @@
 """The ghost engine: prove a model's path once, then run both passes over whole batches."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from msam.batches import Shards, narrow, pick
-from msam.checks import check_loss
+from msam.checks import check_finite_norms, check_loss
 from msam.ghost.directions import Plan
 from msam.ghost.errors import ChangedError, UnsupportedError
 from msam.ghost.proof import prove
@@ -73,13 +72,11 @@ class Ghost:
         plan, loss = self._first_pass(loss_fn, batch, shards, tracked, scale, generators)
         plan.finish()
         norms = self._own_norms(plan.norms, batch, shards, scale)
-        checked = self._options.check_finite or scale is not None
-        finite = not checked or all(map(math.isfinite, norms.tolist()))
-        if scale is not None and not finite:
+        if scale is not None and not bool(norms.isfinite().all()):
             poison(tracked.parameters)
             return StepRecord("ghost", tracked.radii[0], loss, loss, norms, skipped=True)
-        if not finite:
-            raise ValueError(f"loss: expected a finite gradient, got norms {norms.tolist()}")
+        if scale is None and self._options.check_finite:
+            check_finite_norms(norms)
         if self._options.rng == "same":
             generators.rewind()
         late = self._descend(loss_fn, batch, shards, plan, scale, weight)

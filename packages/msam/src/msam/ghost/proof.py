@@ -215,18 +215,18 @@ def find_layout(use: Seen, rolled: Seen, examples: int) -> Layout:
     Raises:
         UnsupportedError: If no dimension fits: the model mixes examples.
     """
-    errors: dict[Layout, float] = {}
+    errors: dict[Layout, float] = {}  # over what rounding explains
+    shape: tuple[int, ...] = ()
     for x, y in ((use.gradient, rolled.gradient), (use.result, rolled.result)):
-        size = 0.0 if x is None or y is None else float(torch.linalg.vector_norm(x))
-        if x is None or y is None or size == 0.0:
+        if x is None or y is None or not x.any():
             continue
+        shape, allowed = tuple(x.shape), max(TOLERANCES.get(x.dtype, 0.0), 1e-6) * float(torch.linalg.vector_norm(x))
         moved = {Layout(d): x.roll(x.shape[d] // examples, d) for d in _dimensions(x, examples)}
         for layout, expected in (moved | {Layout(0, shared=True): x}).items():
-            error = float(torch.linalg.vector_norm(y - expected)) / size
-            errors[layout] = max(errors.get(layout, 0.0), error / max(TOLERANCES.get(x.dtype, 0.0), 1e-6))
+            error = float(torch.linalg.vector_norm(y - expected)) / allowed
+            errors[layout] = max(errors.get(layout, 0.0), error)
     best = min(errors, key=lambda layout: errors[layout], default=Layout())
     if not errors.get(best, 0.0) < 1:
-        shape = tuple((use.gradient if use.result is None else use.result).shape)  # type: ignore[union-attr]
         raise UnsupportedError(f"a layer's gradients of shape {shape} do not follow the examples' order")
     return best
 
