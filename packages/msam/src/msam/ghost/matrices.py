@@ -17,6 +17,8 @@ from msam.ghost.layout import Layout
 from msam.ghost.linear import LowRankStep, OwnWeights, PerturbedProduct
 from msam.ghost.tape import Contribution, Tape
 
+_NOTHING = nullcontext()
+
 
 def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, flipped: bool = False) -> Tensor:
     """`x @ weight.T + bias` (`x @ weight + bias` if flipped).
@@ -34,10 +36,10 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     Raises:
         UnsupportedError: If it is not a matrix applied to rows.
     """
-    w, b = tape.table.find(weight), tape.table.find(bias)
+    w, b, left = tape.table.owners(weight, bias, x)
     if w is None and b is None:
         return _multiply(x, weight, bias, flipped)
-    if x.ndim < 2 or weight.ndim != 2 or tape.table.find(x) is not None:
+    if x.ndim < 2 or weight.ndim != 2 or left is not None:
         raise UnsupportedError(f"a product of shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     layout = tape.enter("product", (w, b), x.ndim)
     x = tape.examples.spread(x, layout)
@@ -105,7 +107,7 @@ def plain_precision(device: str) -> AbstractContextManager[object]:
     Returns:
         A context.
     """
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def _perturbed(

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+_CONTAINERS = frozenset({tuple, list})
+
 
 class Table:
     """Finds a parameter's index among the tracked ones.
@@ -48,13 +50,27 @@ class Table:
         Returns:
             True if so.
         """
-        index, sharded = self._index, self.sharded
-        for value in values:
-            if id(value) in index or (sharded and self.find(value) is not None):
-                return True
-            if value.__class__ in {tuple, list} and self.among(value):
-                return True
-        return False
+        values = tuple(values)
+        if self.sharded:
+            found = any(self.find(value) is not None for value in values)
+        else:  # the same for a whole call at once: most calls have no parameter, and this is what they pay
+            found = not self._index.keys().isdisjoint(map(id, values))
+        if found or _CONTAINERS.isdisjoint(map(type, values)):
+            return found
+        return any(self.among(value) for value in values if type(value) in _CONTAINERS)
+
+    def owners(self, *values: Any) -> list[int | None]:
+        """Indices of several arguments.
+
+        Args:
+            values: Arguments of a torch function.
+
+        Returns:
+            `find` of each.
+        """
+        if self.sharded:
+            return [self.find(value) for value in values]
+        return list(map(self._index.get, map(id, values)))
 
     def find(self, value: Any) -> int | None:
         """Index of a tracked parameter.
