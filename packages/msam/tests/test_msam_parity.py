@@ -221,6 +221,30 @@ def test_the_first_product_is_taken_over_only_while_it_is_intact(double, oracle,
     assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
 
 
+@pytest.mark.parametrize("length", [3, 12])
+def test_the_first_product_of_sequences_that_come_first(double, oracle, monkeypatch, length):
+    """It is taken over in the order of the examples, also where as many steps as examples hide a wrong one."""
+    taken = []
+    serves = Kept.serves
+    monkeypatch.setattr(Kept, "serves", lambda self, x: taken.append(serves(self, x)) or taken[-1])
+
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(20, 64), nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x.transpose(0, 1)))).logsumexp(0)
+
+    model, batch = SequenceFirst(), (torch.randn(12, length, 20), torch.randint(5, (12,)))
+    truth = oracle.brute_force(model, batch, [2] * 6, rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode="ghost")
+    opt.backward(oracle.loss_of(model), batch)
+    assert opt.record.mode == "ghost"
+    assert taken == [True]
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
 def test_float32_is_close(oracle):
     make_model, make_batch = oracle.CASES["mlp"]
     torch.manual_seed(0)

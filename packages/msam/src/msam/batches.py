@@ -93,7 +93,6 @@ class Shards:
                 found.append((j, 1, size))
         return tuple(found)
 
-    @lru_cache(maxsize=64)  # noqa: B019  # shards are few and live in the cache of `cut` anyway
     def stretches(self, each: int) -> tuple[tuple[int, int, int, int], ...]:
         """The runs as rows of a dimension that counts examples.
 

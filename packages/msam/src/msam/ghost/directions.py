@@ -3,6 +3,7 @@ r"""From recorded factors to the ascent direction of every micro-batch: norms, l
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -132,8 +133,8 @@ class Plan:
 
     def finish(self) -> None:
         """Choose a form for every direction and compute the norms."""
-        costly = [(index, uses) for index, uses in self._factors.items() if not self._pays(index, uses)]
-        for index, uses in costly:
+        users = Counter(bias for uses in self._factors.values() for bias in {use.bias for use in uses})
+        for index, uses in [(i, uses) for i, uses in self._factors.items() if not self._pays(i, uses, users)]:
             self._materialise(index, uses)
         for index in [i for i in self._tokens if i in self._dense or i in self._factors]:
             self._tokens_to_rest(index)
@@ -152,8 +153,8 @@ class Plan:
     def _coefficient(self, index: int) -> Tensor:
         return self._coefficients[self.tracked.radii[index]]
 
-    def _pays(self, index: int, uses: list[Factors]) -> bool:
-        """Whether low rank is cheaper, and the matrix and its bias are used together and nowhere else.
+    def _pays(self, index: int, uses: list[Factors], users: Counter[int | None]) -> bool:
+        """Whether low rank is cheaper, and the matrix and its bias, by the number of its users, serve only each other.
 
         Returns:
             True if the direction keeps its factors.
@@ -164,12 +165,11 @@ class Plan:
         products = work * rows * self.shards.count
         if (work >= KAPPA * first * second and products > FEW) or index in self._dense:
             return False
-        biases = {use.bias for use in uses}
-        if biases == {None}:
-            return True
-        elsewhere = {use.bias for other, group in self._factors.items() if other != index for use in group}
-        alone = len(biases) == 1 and not biases & (elsewhere | set(self._dense))
-        return alone and index not in self._tokens and self.tracked.radii[index] > 0
+        bias = uses[0].bias
+        if any(use.bias != bias for use in uses):
+            return False
+        alone = users[bias] == 1 and bias not in self._dense and index not in self._tokens
+        return bias is None or (alone and self.tracked.radii[index] > 0)
 
     def _materialise(self, index: int, uses: list[Factors]) -> None:
         for use in uses:

@@ -1,6 +1,6 @@
 """Where the examples of a batch lie in a tensor, and how the micro-batches cut them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Examples:
     """
 
     shards: Shards
+    _stretches: dict[int, tuple[tuple[int, int, int, int], ...]] = field(default_factory=dict, init=False)
 
     def rows_each(self, size: int) -> int:
         """Consecutive rows that each example owns in a dimension.
@@ -93,7 +94,12 @@ class Examples:
         Returns:
             First and last row, first micro-batch and number of micro-batches of each.
         """
-        return ((0, length, 0, 1),) if self.shards.count == 1 else self.shards.stretches(self.rows_each(length))
+        found = self._stretches.get(length)
+        if found is None:  # once per pass: every layer asks
+            one = self.shards.count == 1
+            found = ((0, length, 0, 1),) if one else self.shards.stretches(self.rows_each(length))
+            self._stretches[length] = found
+        return found
 
     def even(self, mask: Tensor) -> bool:
         """Whether every micro-batch has its share of the true elements.

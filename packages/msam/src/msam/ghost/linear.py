@@ -9,38 +9,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Stretch = tuple[int, int, int, int]
-"""First and last leading row, first micro-batch and number n of micro-batches of a stretch of equal ones."""
+"""First and last row, first micro-batch and number n of micro-batches of a stretch of equal ones."""
 
 
-def matrix(x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """The rows of a stretch, or all, as one matrix.
+def part(x: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows.
 
     Args:
-        x: Shape (rows, ..., d), contiguous.
-        start: First leading row.
-        stop: Last leading row, exclusive; None for all.
+        x: Shape (rows, d).
+        start: First row.
+        stop: Last row, exclusive.
 
     Returns:
-        Shape (rows, d), a view.
+        x itself if these are all, which saves the usual case a call.
     """
-    if stop is not None and stop - start != x.shape[0]:
-        x = x[start:stop]
-    return x if x.ndim == 2 else x.view(-1, x.shape[-1])
+    return x if stop - start == x.shape[0] else x[start:stop]
 
 
 def by_micro_batch(x: Tensor, start: int, stop: int, n: int) -> Tensor:
     """The rows of a stretch by micro-batch.
 
     Args:
-        x: Shape (rows, ..., d), contiguous.
-        start: First leading row.
-        stop: Last leading row, exclusive.
+        x: Shape (rows, d), contiguous.
+        start: First row.
+        stop: Last row, exclusive.
         n: Micro-batches of the stretch.
 
     Returns:
         Shape (n, rows of each, d), a view.
     """
-    return matrix(x, start, stop).view(n, -1, x.shape[-1])
+    return part(x, start, stop).view(n, -1, x.shape[-1])
 
 
 class Step(Protocol):
@@ -50,12 +48,12 @@ class Step(Protocol):
         """Multiply by the perturbed weights.
 
         Args:
-            x: Input, shape (rows, ..., d_in), contiguous.
+            x: Input, shape (rows, d_in), contiguous.
             weight: W, shape (d_out, d_in).
             bias: b, shape (d_out,), or None.
 
         Returns:
-            y, shape (rows, ..., d_out).
+            y, shape (rows, d_out).
         """
         ...
 
@@ -67,7 +65,7 @@ class Step(Protocol):
             weight: W.
 
         Returns:
-            dx, shape (rows, ..., d_in).
+            dx, shape (rows, d_in).
         """
         ...
 
@@ -82,7 +80,7 @@ class LowRankStep:
         outer: O by stretch, on the result's side, (n, r, d_out).
         coefficient: c by stretch, (n,).
         bias: beta, 0 if the bias does not move along.
-        product: `x W' + b` if pass 1 computed it already for the same x.
+        product: `x W' + b` if pass 1 computed it already for the same x, in the same order of rows.
     """
 
     stretches: tuple[Stretch, ...]
@@ -119,14 +117,14 @@ class LowRankStep:
         Returns:
             dx.
         """
-        dx = matrix(dy).mm(weight).view(*dy.shape[:-1], -1)
+        dx = dy.mm(weight)
         self._add(dx, dy, self.outer, self.inner, 0.0)
         return dx
 
     def _add(self, y: Tensor, x: Tensor, inner: list[Tensor], outer: list[Tensor], bias: float) -> None:
         terms = zip(self.stretches, inner, outer, self.coefficient, strict=True)
         for (start, stop, _, _), inner_part, outer_part, c in terms:
-            low_rank_add_(matrix(y, start, stop), matrix(x, start, stop), inner_part, outer_part, c, bias)
+            low_rank_add_(part(y, start, stop), part(x, start, stop), inner_part, outer_part, c, bias)
 
 
 @dataclass
@@ -155,7 +153,7 @@ class OwnWeights:
             y.
         """
         del bias
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        y = x.new_empty(x.shape[0], weight.shape[0])
         for start, stop, first, n in self.stretches:
             own = self.weights[first : first + n].mT  # (n, d_in, d_out)
             rows, result = by_micro_batch(x, start, stop, n), by_micro_batch(y, start, stop, n)
@@ -176,7 +174,7 @@ class OwnWeights:
         Returns:
             dx.
         """
-        dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
+        dx = dy.new_empty(dy.shape[0], weight.shape[1])
         for start, stop, first, n in self.stretches:
             rows, result = by_micro_batch(dy, start, stop, n), by_micro_batch(dx, start, stop, n)
             torch.bmm(rows, self.weights[first : first + n], out=result)
@@ -192,13 +190,13 @@ class PerturbedProduct(torch.autograd.Function):
 
         Args:
             ctx: Autograd's context.
-            x: Input, shape (rows, ..., d_in), contiguous.
+            x: Input, shape (rows, d_in), contiguous.
             weight: W, shape (d_out, d_in).
             bias: b, shape (d_out,), or None.
             step: The perturbation, a constant.
 
         Returns:
-            y, shape (rows, ..., d_out).
+            y, shape (rows, d_out).
         """
         ctx.save_for_backward(x, weight)
         ctx.step = step
@@ -219,6 +217,5 @@ class PerturbedProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         step, ctx.step = ctx.step, None  # frees the perturbation layer by layer
         dx = step.backward(dy, weight) if ctx.needs_input_grad[0] else None
-        dy = matrix(dy)
-        dw = dy.t().mm(matrix(x)) if ctx.needs_input_grad[1] else None
+        dw = dy.t().mm(x) if ctx.needs_input_grad[1] else None
         return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None, None

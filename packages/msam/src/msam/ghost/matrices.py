@@ -85,29 +85,21 @@ def _factor_contribution(
     return contribute
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Type that a matrix product of x runs in.
+def precision(x: Tensor) -> tuple[torch.dtype, AbstractContextManager[object]]:
+    """The type that a product with x runs in, and a context without autocast.
+
+    The rules cast by hand, because backward passes run outside of autocast.
 
     Args:
         x: Its input.
 
     Returns:
-        Autocast's type where that is on, otherwise x's.
+        Autocast's type where that is on, otherwise x's; the context.
     """
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def plain_precision(device: str) -> AbstractContextManager[object]:
-    """No autocast inside the block: the rules cast by hand, because backward passes run outside of autocast.
-
-    Args:
-        device: Device type.
-
-    Returns:
-        A context.
-    """
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+    if not torch.is_autocast_enabled(device):
+        return x.dtype, _NOTHING
+    return torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
 
 
 def _perturbed(
@@ -128,27 +120,41 @@ def _perturbed(
     found = None if w is None else plan.low_rank.get(w)
     if found is None and not plan.is_dense(w):  # the matrix itself does not move
         return add_constant(tape, _multiply(x, weight, bias, flipped), plan.shift(b, bias), layout)
-    moved, dtype = layout.dim != 0 and tape.shards.count > 1, working_dtype(x)
-    rows = cast(x.movedim(layout.dim, 0) if moved else x, dtype).contiguous()
+    dtype, without_autocast = precision(x)
+    dim = layout.dim if tape.shards.count > 1 else 0
+    rows = _rows(cast(x, dtype), dim)
     stretches = tape.examples.stretches(rows.shape[0])
     step: LowRankStep | OwnWeights
     if found is not None:
         kept = plan.kept.pop(tape.position, None)
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
-        known = kept.y if kept is not None and kept.serves(x) else None
+        known = _rows(kept.y, dim) if kept is not None and kept.serves(x) else None
         step = LowRankStep(stretches, inner, outer, found.coefficient, found.bias, known)
     else:
         assert w is not None
         own = cast(plan.own(w, weight), dtype)
         shift = None if bias is None else cast(plan.perturbed(b, bias).detach(), dtype)
         step = OwnWeights(stretches, own.mT if flipped else own, shift)
-    with plain_precision(x.device.type):
+    with without_autocast:
         y: Tensor = PerturbedProduct.apply(
             rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
         )
     if found is not None and plan.is_dense(b):  # ASAM scales the bias by other factors than the matrix
         y = add_constant(tape, y, plan.shift(b, bias), Layout())
-    return y.movedim(0, layout.dim).contiguous() if moved else y
+    if x.ndim > 2:
+        y = y.view(x.shape[dim], *(n for d, n in enumerate(x.shape[:-1]) if d != dim), -1)
+    return y.movedim(0, dim).contiguous() if dim else y
+
+
+def _rows(x: Tensor, dim: int) -> Tensor:
+    """All vectors of the last dimension, in the order of the examples.
+
+    Returns:
+        Shape (product of the other dimensions, d), contiguous.
+    """
+    if dim:
+        x = x.movedim(dim, 0)
+    return (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
 def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
@@ -264,8 +270,8 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
         rows = _perturbed(tape, patches, (weight.flatten(1), bias), (w, b), layout, flipped=False)
         return rows.mT.reshape(x.shape[0], weight.shape[0], *geometry.positions(x.shape[2:], weight.shape[2:]))
     if w is not None and plan.is_dense(w):
-        dtype = working_dtype(x)
-        with plain_precision(x.device.type):
+        dtype, without_autocast = precision(x)
+        with without_autocast:
             y = ShardedConvolution.apply(x.to(dtype), weight.to(dtype), plan.own(w, weight).to(dtype), bounds, geometry)
         y = y if bias is None or plan.is_dense(b) else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
     else:

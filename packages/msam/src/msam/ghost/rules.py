@@ -202,14 +202,15 @@ def _class_loss(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     Raises:
         UnsupportedError: If micro-batches have unequal shares of the valid targets and no weights that say so.
     """
-    if tape.touches(args, *kwargs.values()):
+    if tape.touches(*args, *kwargs.values()):
         raise UnsupportedError(f"{func.__name__} of a perturbed parameter")
     if tape.phase == "capture" and tape.equal and tape.shards.count > 1:
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
         a = bind(names, args, kwargs, {"ignore_index": -100, "reduction": "mean"})
         target, index = a["target"], a["ignore_index"]
         # One small reduction settles the usual case, in which nothing is ignored.
-        if a["reduction"] == "mean" and (index >= 0 or target.min() < 0) and not tape.examples.even(target == index):
+        ignored = a["reduction"] == "mean" and (index >= 0 or target.min().item() < 0)
+        if ignored and not tape.examples.even(target == index):
             raise UnsupportedError(
                 "micro-batches with unequal shares of the valid targets; give shard_weight (such as their number)"
             )

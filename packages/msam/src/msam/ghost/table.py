@@ -1,7 +1,7 @@
 """Which torch functions see a tracked parameter, and which of them read its values."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Table:
         """
         return len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
 
-    def among(self, values: Iterable[Any]) -> bool:
+    def among(self, values: Sequence[Any]) -> bool:
         """Whether arguments are, or hold, a tracked parameter.
 
         Args:
@@ -50,7 +50,6 @@ class Table:
         Returns:
             True if so.
         """
-        values = tuple(values)
         if self.sharded:
             found = any(self.find(value) is not None for value in values)
         else:  # the same for a whole call at once: most calls have no parameter, and this is what they pay

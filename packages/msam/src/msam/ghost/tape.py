@@ -27,19 +27,9 @@ Contribution = Callable[["Plan", Tensor], None]
 
 _FIRST = Layout()
 
-
-class Call(NamedTuple):
-    """What identifies one use of parameters in a forward pass.
-
-    Attributes:
-        kind: Name of the rule.
-        owners: Indices of the tracked parameters, None where one is absent or not tracked.
-        ndim: Dimensions of the result.
-    """
-
-    kind: str
-    owners: tuple[int | None, ...]
-    ndim: int
+Call = tuple[str, tuple[int | None, ...], int]
+"""One use of parameters in a forward pass: the rule's name, the indices of the tracked parameters (None where one is
+absent or not tracked), the result's number of dimensions."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,7 @@ class Tape(TorchFunctionMode):
         rule = self.rules.get(func)
         if rule is not None:
             return rule(self, func, args, kwargs)
-        if (self.table.among(args) or (kwargs and self.table.among(kwargs.values()))) and not harmless(func):
+        if self.table.among((*args, *kwargs.values())) and not harmless(func):
             raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)} of a perturbed parameter")
         return func(*args, **kwargs)
 
@@ -185,7 +175,7 @@ class Tape(TorchFunctionMode):
         Raises:
             ChangedError: If no proved path goes this way.
         """
-        call, position = Call(kind, owners, ndim), len(self.calls)
+        call, position = (kind, owners, ndim), len(self.calls)
         self.calls.append(call)
         if self.phase == "probe":
             return _FIRST
