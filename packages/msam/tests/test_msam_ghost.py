@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from msam import MSAM
+from msam.ghost.linear import LowRankStep
 from msam.ghost.proof import prove
 from torch import nn
 from torch.nn import functional as F
@@ -100,6 +101,20 @@ def test_freezing_and_unfreezing_between_steps(double, oracle, mode):
     opt.step(oracle.loss_of(model), batch)
     truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
     assert opt.record.mode == mode
+    assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
+
+
+@pytest.mark.parametrize("fault", ["forward", "backward"])
+def test_the_proof_runs_pass_2_too(double, oracle, monkeypatch, fault):
+    """Rows in a wrong order there would pass by every comparison of pass 1."""
+    right = getattr(LowRankStep, fault)
+    monkeypatch.setattr(LowRankStep, fault, lambda *a: right(*a).flip(0))
+    model, batch = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 5)), oracle.CASES["mlp"][1]()
+    truth = oracle.brute_force(copy.deepcopy(model), batch, [3] * 4, rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    with pytest.warns(UserWarning, match="own weights for every micro-batch"):
+        opt.backward(oracle.loss_of(model), batch)
+    assert opt.record.mode == "sequential"
     assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +92,7 @@ def prove(
     options: Options,
     finite: bool,
 ) -> Path:
-    """Find the layout of every use, and check loss and gradients against micro-batches that run alone.
+    """Find the layout of every use, and check both passes' loss and gradients against micro-batches that run alone.
 
     Args:
         model: The model; its statistics and wrappers are left as they are.
@@ -131,15 +132,12 @@ def prove(
             found = zip(seen, again, strict=True)
             calls = [(use.call, find_layout(use, rolled, shards.total)) for use, rolled in found]
             path = Path(calls, silent, deterministic.compiled)
-        plain, equal = Tracked(tracked.parameters, tracked.radii), options.shard_weight is None
-        try:
+        plain, equal = Tracked(tracked.parameters, tracked.radii).shrunk(), options.shard_weight is None
+        with _replicas():
             plan, loss = capture(loss_fn, batch, shards, plain, table, [path], equal=equal)
-        except UnsupportedError:
-            raise
-        except (RuntimeError, IndexError) as error:
-            raise UnsupportedError(f"the model cannot run with one replica per micro-batch: {error}") from error
         sharded = any(isinstance(m, FSDPModule) for m in model.modules())
-        _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
+        mean = _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
+        _compare_second(loss_fn, batch, Tape(table, shards, "apply", RULES, [path], plan), loss, mean)
     return path
 
 
@@ -233,19 +231,23 @@ def find_layout(use: Seen, rolled: Seen, examples: int) -> Layout:
 
 def _compare(
     loss_fn: LossFunction, batch: Any, shards: Shards, options: Options, whole: Tensor, plan: Plan, *, sharded: bool
-) -> None:
+) -> list[Tensor]:
     """Compare the loss, every parameter's recorded gradient and the norms with micro-batches that run alone.
 
     The recorded gradients are those of the whole loss, so a micro-batch's carries its share as a factor. Under FSDP2
     whole gradients do not exist, and only the loss is compared.
 
+    Returns:
+        The gradient of the whole loss, one tensor per parameter; empty under FSDP2.
+
     Raises:
         UnsupportedError: If they differ by more than rounding.
     """
     parameters = plan.tracked.parameters
-    tolerance = max(TOLERANCES.get(dtype, 2e-3) for dtype in plan.dtypes() | {whole.dtype})
+    tolerance = _tolerance(plan, whole)
     parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
     total, norms, reached = 0.0, [], set[int]()
+    mean = [] if sharded else [torch.zeros_like(p) for p in parameters]
     for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, options), strict=True)):
         loss = check_loss(loss_fn(part), finite=False)
         total += share * float(loss.detach())
@@ -253,20 +255,72 @@ def _compare(
             gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
             norms.append(_compare_gradients(plan, j, share, gradients, tolerance))
             reached |= {i for i, g in enumerate(gradients) if g is not None}
+            mean = [m if g is None else m + share * g for m, g in zip(mean, gradients, strict=True)]
     if not abs(total - float(whole)) <= tolerance * (1 + abs(float(whole))):
         raise UnsupportedError(
             f"the loss of the batch ({float(whole):.6g}) is not the weighted mean over its micro-batches "
             f"({total:.6g}); give shard_weight (such as the number of valid tokens) if the loss is masked"
         )
-    if sharded:
-        return
     hidden = reached - plan.indices()
     if hidden:
         raise UnsupportedError(f"parameter {min(hidden)} has a gradient, but is used out of sight")
     plan.finish()
+    if sharded:
+        return mean
     got = plan.norms.double().cpu()
     if not torch.allclose(got, got.new_tensor(norms), rtol=max(tolerance, 1e-6), atol=tolerance * max(norms)):
         raise UnsupportedError(f"the micro-batches' gradients have norms {norms}, but {got.tolist()} as measured")
+    return mean
+
+
+def _compare_second(loss_fn: LossFunction, batch: Any, tape: Tape, whole: Tensor, mean: Sequence[Tensor]) -> None:
+    """Compare pass 2, at radii below all rounding, with the loss and the gradient at the weights themselves.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding, or the pass cannot run.
+    """
+    plan = tape.plan
+    assert plan is not None
+    with _replicas():
+        with tape:
+            loss = check_loss(loss_fn(batch), finite=False)
+        tape.finish()
+    off, size, error, tolerance = abs(float(loss.detach()) - float(whole)), 0.0, 0.0, _tolerance(plan, whole)
+    if mean:
+        gradients = torch.autograd.grad(loss, list(plan.tracked.parameters), allow_unused=True)
+        errors = (g if gradient is None else g - gradient for g, gradient in zip(mean, gradients, strict=True))
+        size, error = _norm(mean), _norm(errors)
+    if not (off <= tolerance * (1 + abs(float(whole))) and error <= tolerance * size):
+        raise UnsupportedError(
+            f"with its own weights for every micro-batch the model's loss is off by {off:.6g}, and its gradient by "
+            f"{error:.6g} of {size:.6g}"
+        )
+
+
+@contextmanager
+def _replicas() -> Iterator[None]:
+    """What a model raises when its parameters come once for every micro-batch makes it unsupported.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedError: In place of those errors.
+    """
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise UnsupportedError(f"the model cannot run with one replica per micro-batch: {error}") from error
+
+
+def _tolerance(plan: Plan, loss: Tensor) -> float:
+    return max(TOLERANCES.get(dtype, 2e-3) for dtype in plan.dtypes() | {loss.dtype})
+
+
+def _norm(tensors: Iterable[Tensor | None]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors if t is not None))
 
 
 def _compare_gradients(
@@ -280,7 +334,7 @@ def _compare_gradients(
     Raises:
         UnsupportedError: If a parameter's gradient differs by more than rounding.
     """
-    norm = share * math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients if g is not None))
+    norm = share * _norm(gradients)
     for i, (p, gradient) in enumerate(zip(plan.tracked.parameters, gradients, strict=True)):
         truth = torch.zeros_like(p) if gradient is None else share * gradient
         size = float(torch.linalg.vector_norm(truth))
