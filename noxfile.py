@@ -2,7 +2,7 @@
 
 The gates share one environment, `.nox/workspace`, which `uv sync` keeps equal to the lock: making one per session would
 install torch a dozen times to learn nothing new. What needs an environment of its own makes it: `matrix` one per
-Python, `bench` one per package with its peers, `wheels` a throw-away one per wheel outside the tree.
+Python, `bench` one per package with its peers, `wheels` a throw-away one outside the tree.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Every wheel and sdist; each wheel alone in a fresh environment: `-- [--affected REF] [pytest arguments]`."""
+    """Every wheel and sdist; each wheel alone outside the tree: `-- [--affected REF] [pytest arguments]`."""
     options = parse(session, affected=True)
     commands = workspace(session)
     run(session, commands / "python", "tools/version_windows.py")
@@ -211,36 +211,39 @@ def wheels(session: nox.Session) -> None:
     run(session, commands / "check-wheel-contents", *(path for path in built if path.endswith(".whl")))
     run(session, commands / "twine", "check", "--strict", *built)
     chosen = affected_packages(options.affected) if options.affected else PACKAGES
-    run_all(session, chosen, lambda package: test_wheel(session, package, options.rest))
+    with tempfile.TemporaryDirectory(prefix="wheels-") as name:
+        outside = Path(name)
+        session.run(*EXPORT, "--no-hashes", "--output-file", str(outside / "pins.txt"), external=True)
+        session.run(UV, "venv", "--quiet", "--python", python_of_workspace(), str(outside / "venv"), external=True)
+        shutil.copy(ROOT / "pyproject.toml", outside)  # pytest's configuration
+        run_all(session, chosen, lambda package: test_wheel(session, package, outside, options.rest))
 
 
-def test_wheel(session: nox.Session, package: str, arguments: list[str]) -> None:
-    """Install one wheel outside the tree, first bare (it must import and answer `--help`), then with its extras."""
+def test_wheel(session: nox.Session, package: str, outside: Path, arguments: list[str]) -> None:
+    """Test one wheel outside the tree, first bare (it must import and answer `--help`), then with its extras.
+
+    `--exact` removes whatever the wheel before it left behind, so that only torch, which all need, is made once.
+    """
     wheel, core = (next((ROOT / "dist").glob(f"{import_name(name)}-*.whl")) for name in (package, "core-tensor"))
     extras = ",".join(project(package).get("optional-dependencies", {}))
     tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
-    with tempfile.TemporaryDirectory(prefix="wheel-") as name:
-        outside = Path(name)
-        pins = outside / "pins.txt"
-        session.run(*EXPORT, "--no-hashes", "--output-file", str(pins), external=True)
-        commands = outside / "venv" / "bin"
-        install = (UV, "pip", "install", "--quiet", "--python", str(commands / "python"), "--constraint", str(pins))
-        # The wheels go in by path: an index could hold a stranger under the same name.
-        core_requirement = [] if package == "core-tensor" else [f"core-tensor @ {core.as_uri()}"]
-        session.run(UV, "venv", "--quiet", "--python", python_of_workspace(), str(outside / "venv"), external=True)
-        session.run(*install, f"{package} @ {wheel.as_uri()}", *core_requirement, external=True)
-        with session.chdir(outside):
-            run(session, commands / "python", "-c", f"import {import_name(package)}")
-            for command in project(package).get("scripts", {}):
-                run(session, commands / command, "--help", silent=True)
-        session.run(*install, f"{package}[{extras}] @ {wheel.as_uri()}", *core_requirement, *tests, external=True)
-        shutil.copy(ROOT / "pyproject.toml", outside)  # pytest's configuration
-        folder = outside / "packages" / package
-        without_sources = shutil.ignore_patterns("src", "csrc", "__pycache__")
-        shutil.copytree(ROOT / "packages" / package, folder, ignore=without_sources)
-        with session.chdir(outside):
-            fast = (*PYTEST, "-m", "not slow", str(folder / "tests"))
-            run(session, commands / "python", *fast, *arguments, env=shared_data() | ONE_THREAD)
+    commands = outside / "venv" / "bin"
+    install = (UV, "pip", "install", "--quiet", "--python", str(commands / "python"), "--exact")
+    install = (*install, "--constraint", str(outside / "pins.txt"))
+    # The wheels go in by path: an index could hold a stranger under the same name.
+    core_requirement = [] if package == "core-tensor" else [f"core-tensor @ {core.as_uri()}"]
+    session.run(*install, f"{package} @ {wheel.as_uri()}", *core_requirement, external=True)
+    with session.chdir(outside):
+        run(session, commands / "python", "-c", f"import {import_name(package)}")
+        for command in project(package).get("scripts", {}):
+            run(session, commands / command, "--help", silent=True)
+    session.run(*install, f"{package}[{extras}] @ {wheel.as_uri()}", *core_requirement, *tests, external=True)
+    folder = outside / "packages" / package
+    without_sources = shutil.ignore_patterns("src", "csrc", "__pycache__")
+    shutil.copytree(ROOT / "packages" / package, folder, ignore=without_sources)
+    with session.chdir(outside):
+        fast = (*PYTEST, "-m", "not slow", str(folder / "tests"))
+        run(session, commands / "python", *fast, *arguments, env=shared_data() | ONE_THREAD)
 
 
 def python_of_workspace() -> str:
