@@ -124,7 +124,8 @@ def test_activations_that_a_hook_kept_are_not_overwritten(double, oracle):
     model, batch, kept = make_model(), make_batch(), []
     model[1] = nn.ReLU()
     opt = MSAM(model, torch.optim.SGD, lr=0.0, rho=0.3, num_micro_batches=4, mode="ghost")
-    opt.step(oracle.loss_of(model), batch)
+    for _ in range(2):  # with a proof each
+        opt.step(oracle.loss_of(model), batch)
     model[0].register_forward_hook(lambda module, inputs, result: kept.append((result, result.detach().clone())))
     opt.step(oracle.loss_of(model), batch)
     assert len(kept) == 2
@@ -273,7 +274,7 @@ def test_statistics_move_once_on_a_new_path(double, oracle, micro_batches):
         torch.testing.assert_close(ghost, sequential, rtol=1e-12, atol=1e-12)
 
 
-def test_layers_that_take_turns_without_a_gradient_are_proved_twice(double, oracle, monkeypatch):
+def test_layers_that_take_turns_without_a_gradient_are_proved_together(double, oracle, monkeypatch):
     """What one proof says of a layer is not forgotten when another batch leaves that layer without a gradient."""
 
     class Turns(nn.Module):
@@ -294,4 +295,4 @@ def test_layers_that_take_turns_without_a_gradient_are_proved_twice(double, orac
         opt.step(oracle.loss_of(model), batch)
         truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
         assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
-    assert len(proofs) == 2
+    assert len(proofs) == 3  # with the 1st, 2nd and 4th batch, as always

@@ -1,5 +1,6 @@
 """Batches as trees of tensors whose first dimension counts examples, and how they are cut into micro-batches."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -63,9 +64,11 @@ class Shards:
 
     Attributes:
         sizes: Examples of each micro-batch.
+        counts: Micro-batches of each stretch, where stretches are cut finer than the sizes ask.
     """
 
     sizes: tuple[int, ...]
+    counts: tuple[int, ...] | None = None
 
     @cached_property
     def count(self) -> int:
@@ -86,6 +89,9 @@ class Shards:
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Stretches of equal micro-batches, each as (first micro-batch, number of them, size)."""
         found: list[tuple[int, int, int]] = []
+        if self.counts is not None:
+            firsts = itertools.accumulate(self.counts, initial=0)
+            return tuple((first, n, self.sizes[first]) for first, n in zip(firsts, self.counts, strict=False))
         for j, size in enumerate(self.sizes):
             if found and found[-1][2] == size:
                 found[-1] = (found[-1][0], found[-1][1] + 1, size)
@@ -111,9 +117,9 @@ class Shards:
         """The first half (rounded up) of each micro-batch.
 
         Returns:
-            Sizes of the halves.
+            The halves, in the same stretches, although 3 and 4 examples have halves of one size.
         """
-        return Shards(tuple(-(-size // 2) for size in self.sizes))
+        return Shards(tuple(-(-size // 2) for size in self.sizes), tuple(count for _, count, _ in self.runs))
 
     def half_index(self, device: torch.device | None = None) -> Tensor:
         """Indices of the examples that `halved` keeps.

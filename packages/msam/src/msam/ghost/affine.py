@@ -41,7 +41,7 @@ def elementwise(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     assert index is not None
     if x.ndim < parameter.ndim:
         raise UnsupportedError(f"{func.__name__} of a perturbed parameter with a smaller tensor")
-    layout = tape.enter("elementwise", (index,), x.ndim)
+    layout = tape.enter("elementwise", (index,), x.shape)
     if tape.phase == "probe":
         return tape.note(func(*args, **kwargs))
     x = tape.examples.spread(x, layout)
@@ -72,21 +72,35 @@ def broadcast(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
             raise UnsupportedError(f"{func.__name__} by a perturbed parameter")
         return func(*args, **kwargs)
     plain = func(*args, **kwargs)
-    tape.enter("broadcast", (index,), plain.ndim)
+    tape.enter("broadcast", (index,), plain.shape)
     if tape.phase == "probe":
         return tape.note(plain)
     replicas = tape.replicas(index, args[0])
     if tape.shards.count == 1:
         return func(replicas[0], *args[1:], **kwargs)
+    before, after = args[0].shape, plain.shape
+    # A slice whose length is that of the batch, or 1, by chance counts no examples.
+    picks = func is not torch.Tensor.__getitem__ or _picks(args[1])
+    counts = picks and after[:1] == (tape.shards.total,) and before[:1] != after[:1]
+    leading = after[:1] == (1,) and (len(after) > len(before) or before[:1] == (1,))
     parts = []
     for j, (start, size) in enumerate(zip(tape.shards.starts, tape.shards.sizes, strict=True)):
         own = func(replicas[j], *args[1:], **kwargs)
-        if own.ndim and own.shape[0] == tape.shards.total and args[0].shape[:1] != own.shape[:1]:
+        if counts:
             parts.append(own[start : start + size])
         else:
-            own = own if own.ndim and own.shape[0] == 1 else own[None]
+            own = own if leading else own[None]
             parts.append(own.expand(size, *own.shape[1:]))
     return torch.cat(parts)
+
+
+def _picks(index: Any) -> bool:
+    """Whether an index holds numbers of rows, which may be the examples' own, beside slices.
+
+    Returns:
+        True if so.
+    """
+    return any(isinstance(i, Tensor | list) for i in (index if isinstance(index, tuple) else (index,)))
 
 
 def normalized(
@@ -121,7 +135,7 @@ def normalized(
     owners, parameter = (tape.table.find(weight), tape.table.find(bias)), bias if weight is None else weight
     if owners == (None, None) and not (coupled and tape.shards.count > 1):
         return plain()
-    layout = tape.enter("normalized", owners, x.ndim)
+    layout = tape.enter("normalized", owners, x.shape)
     if tape.phase == "probe":
         return tape.note(plain(), constant=owners == (None, None))
     if coupled and (layout.dim or layout.shared or (tape.shards.count > 1 and x.shape[0] != tape.shards.total)):

@@ -11,6 +11,7 @@ from core_tensor import ghost_norms
 from torch import Tensor
 
 from msam.batches import Shards
+from msam.ghost.errors import UnsupportedError
 from msam.ghost.factors import Factors, Kept, LowRank, Tokens, cast, high, joined
 from msam.perturbation import Tracked, scale_of
 
@@ -35,6 +36,7 @@ class Plan:
         low_rank: Directions in factors, by parameter.
         tokens: Directions of embeddings, by parameter.
         kept: Products of the batch itself, by call; pass 2 takes them over.
+        biases: Biases that move along with a direction in factors.
     """
 
     tracked: Tracked
@@ -43,6 +45,7 @@ class Plan:
     kept: dict[int, Kept] = field(default_factory=dict)
     low_rank: dict[int, LowRank] = field(default_factory=dict)
     tokens: dict[int, Tokens] = field(default_factory=dict)
+    biases: set[int] = field(default_factory=set)
     _shapes: dict[int, torch.Size] = field(default_factory=dict)
     _factors: dict[int, list[Factors]] = field(default_factory=dict)
     _tokens: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -131,8 +134,12 @@ class Plan:
 
     # -- deciding and measuring ---
 
-    def finish(self) -> None:
-        """Choose a form for every direction and compute the norms."""
+    def finish(self, reach: float = 1.0) -> None:
+        """Choose a form for every direction and compute the norms.
+
+        Args:
+            reach: Factor of all radii; at 0 pass 2 runs at the weights themselves, in the same forms.
+        """
         users = Counter(bias for uses in self._factors.values() for bias in {use.bias for use in uses})
         for index, uses in [(i, uses) for i, uses in self._factors.items() if not self._pays(i, uses, users)]:
             self._materialise(index, uses)
@@ -144,7 +151,7 @@ class Plan:
         total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.shards.count)]).sum(0)
         self.norms = cast(total.sqrt(), high(self.tracked.parameters[0]).dtype)
         inverse = self.norms.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)  # a zero gradient has no direction
-        self._coefficients = {radius: inverse * radius for radius in set(self.tracked.radii)}
+        self._coefficients = {radius: inverse * (radius * reach) for radius in set(self.tracked.radii)}
         for index, direction in self.low_rank.items():
             direction.coefficient = self._by_run(self._coefficient(index), direction.left)
         for index, found in self.tokens.items():
@@ -222,7 +229,9 @@ class Plan:
             left, moved, right, bias = self._factors_of(index, uses)
             biases.append(0.0 if bias is None else 1.0)  # a bias is one more input that is always 1
             ratio = 0.0 if bias is None else self.tracked.radii[bias] / self.tracked.radii[index]
-            self.low_rank[index] = LowRank(moved, right, ratio)
+            self.low_rank[index] = LowRank(moved, right, ratio, bias)
+            if bias is not None:
+                self.biases.add(bias)
             pairs = zip(right, left, strict=True) if uses[0].flipped else zip(left, right, strict=True)
             sides.append([(high(outer), high(inner)) for outer, inner in pairs])
         squares = [
@@ -303,9 +312,14 @@ class Plan:
 
         Returns:
             w + eps_j, shape (m, *shape); w alone, shape (1, *shape), if it does not move.
+
+        Raises:
+            UnsupportedError: If it moves in another form, which a use without gradient did not ask for.
         """
         if index in self._own:
             return parameter + (self._own[index] - parameter).detach()
+        if index in self.biases or index in self.low_rank or index in self.tokens:
+            raise UnsupportedError("a parameter that is used in a second way, without gradient")
         if index is None or index not in self._dense:
             return parameter[None]
         gradient, scale = self._dense[index], self._scale(index)

@@ -45,6 +45,7 @@ class Ghost:
         self._table: Table | None = None
         self._norms = norm_layers(model)
         self._compiled = False
+        self._passes = 0
 
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -67,7 +68,15 @@ class Ghost:
             ValueError: If a gradient is not finite and no GradScaler would notice.
         """
         if self._table is None or not self._table.holds(tracked.parameters):  # also after (un)freezing
-            self._table, self._paths = Table(self._model, tracked.parameters), {False: [], True: []}
+            table = Table(self._model, tracked.parameters, exact=self._options.ascent != "half")
+            self._table, self._paths = table, {False: [], True: []}
+        self._passes += 1
+        with undone(self._norms, UnsupportedError):
+            return self._both_passes(loss_fn, batch, shards, tracked, scale, weight)
+
+    def _both_passes(
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None, weight: float
+    ) -> StepRecord:
         generators = Generators(self._devices)
         plan, loss = self._first_pass(loss_fn, batch, shards, tracked, scale, generators)
         plan.finish()
@@ -79,7 +88,10 @@ class Ghost:
             check_finite_norms(norms)
         if self._options.rng == "same":
             generators.rewind()
-        late = self._descend(loss_fn, batch, shards, plan, scale, weight)
+        try:
+            late = self._descend(loss_fn, batch, shards, plan, scale, weight)
+        except ChangedError as error:
+            raise UnsupportedError(f"the model takes another path in pass 2: {error}") from error
         return StepRecord("ghost", tracked.radii[0], loss, late, norms)
 
     def _own_norms(self, norms: Tensor, batch: Any, shards: Shards, scale: Scale | None) -> Tensor:
@@ -92,6 +104,7 @@ class Ghost:
             norms = norms / scale(norms.new_ones(()))
         if self._options.shard_weight is None and len(shards.runs) == 1:
             return norms * shards.count
+        batch, shards = self._ascent_part(batch, shards)
         parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
         shares = shard_shares(parts, shards, self._options)
         return norms / norms.new_tensor(shares).clamp_min(1e-30)
@@ -108,7 +121,7 @@ class Ghost:
         Raises:
             UnsupportedError: If the path is new again right after its proof, or cannot be proved.
         """
-        if self._paths[shards.count > 1]:
+        if self._paths[shards.count > 1] and not self._proof_is_due(shards):
             try:
                 return self._ascend(loss_fn, batch, shards, tracked, scale)
             except ChangedError:
@@ -120,11 +133,32 @@ class Ghost:
         except ChangedError as error:
             raise UnsupportedError(f"the model takes another path at every call: {error}") from error
 
+    def _proof_is_due(self, shards: Shards) -> bool:
+        """Whether to prove known paths once more.
+
+        With the 2nd, 4th, 8th, ... batch, because a loss may show only then that it is no mean over micro-batches (a
+        mask that was full at first), and at once where the first batches left a layout open.
+
+        Returns:
+            True if so.
+        """
+        doubled = self._passes & (self._passes - 1) == 0
+        return doubled or (self._passes < 32 and any(path.unsure for path in self._paths[shards.count > 1]))
+
+    def _ascent_part(self, batch: Any, shards: Shards) -> tuple[Any, Shards]:
+        """What the ascent sees of a batch.
+
+        Returns:
+            The batch and its cuts, or those of the halves.
+        """
+        if self._options.ascent != "half":
+            return batch, shards
+        return pick(batch, shards.half_index()), shards.halved()
+
     def _ascend(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None
     ) -> tuple[Plan, Tensor]:
-        if self._options.ascent == "half":
-            batch, shards = pick(batch, shards.half_index()), shards.halved()
+        batch, shards = self._ascent_part(batch, shards)
         assert self._table is not None
         with self._around(shards, first=True):
             return capture(
@@ -137,7 +171,8 @@ class Ghost:
         self, loss_fn: LossFunction, batch: Any, shards: Shards, plan: Plan, scale: Scale | None, weight: float
     ) -> Tensor:
         assert self._table is not None
-        tape = Tape(self._table, shards, "apply", RULES, self._paths[shards.count > 1], plan)
+        equal = self._options.shard_weight is None and self._options.ascent == "half"  # pass 1 saw halves only
+        tape = Tape(self._table, shards, "apply", RULES, self._paths[shards.count > 1], plan, equal=equal)
         with self._around(shards, first=False):
             with tape:
                 loss = loss_fn(batch)
@@ -171,8 +206,7 @@ class Ghost:
             for module in self._norms:
                 if module.training and module.momentum is None:
                     raise UnsupportedError("batch norm with a cumulative average (momentum=None)")
-        if self._options.ascent == "half":
-            batch, shards = pick(batch, shards.half_index()), shards.halved()
+        batch, shards = self._ascent_part(batch, shards)
         assert self._table is not None
         path = prove(self._model, loss_fn, batch, shards, tracked, self._table, self._options, finite)
         if path.compiled and not self._compiled:

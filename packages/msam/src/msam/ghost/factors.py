@@ -33,11 +33,13 @@ class LowRank:
         right: Factors by stretch, (n, r, d_1).
         coefficient: c_j by stretch, (n,); set once the norms are known.
         bias: Radius of the bias that moves along over the matrix's own; 0 if there is none.
+        owner: Index of that bias, or None.
     """
 
     left: list[Tensor]
     right: list[Tensor]
     bias: float
+    owner: int | None
     coefficient: list[Tensor] = field(default_factory=list)
 
 

@@ -1,5 +1,6 @@
 """Where the examples of a batch lie in a tensor, and how the micro-batches cut them."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -101,18 +102,18 @@ class Examples:
             self._stretches[length] = found
         return found
 
-    def even(self, mask: Tensor) -> bool:
-        """Whether every micro-batch has its share of the true elements.
+    def even(self, weights: Tensor) -> bool:
+        """Whether every micro-batch has its share of a sum.
 
         Args:
-            mask: Boolean, examples first.
+            weights: Terms, or true where 1 is to be counted; examples first.
 
         Returns:
-            True if the numbers are to each other as those of the examples.
+            True if the sums are to each other as the numbers of examples, to rounding.
         """
-        counts = [int(mask[start:stop].sum()) for start, stop in self.bounds(mask.shape[0])]
-        pairs = zip(counts, self.shards.sizes, strict=True)
-        return all(count * self.shards.total == sum(counts) * size for count, size in pairs)
+        sums = [float(weights[start:stop].sum()) for start, stop in self.bounds(weights.shape[0])]
+        pairs = zip(sums, self.shards.sizes, strict=True)
+        return all(math.isclose(s * self.shards.total, sum(sums) * n, rel_tol=1e-12) for s, n in pairs)
 
     def bounds(self, length: int) -> list[tuple[int, int]]:
         """Rows of every micro-batch in a dimension that counts examples.

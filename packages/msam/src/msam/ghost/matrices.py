@@ -39,9 +39,9 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     w, b, left = tape.table.owners(weight, bias, x)
     if w is None and b is None:
         return _multiply(x, weight, bias, flipped)
-    if x.ndim < 2 or weight.ndim != 2 or left is not None:
+    if x.ndim < 2 or weight.ndim != 2 or left is not None or (bias is not None and bias.ndim != 1):
         raise UnsupportedError(f"a product of shapes {tuple(x.shape)} and {tuple(weight.shape)}")
-    layout = tape.enter("product", (w, b), x.ndim)
+    layout = tape.enter("product", (w, b), x.shape)
     x = tape.examples.spread(x, layout)
     if tape.phase == "apply":
         return _perturbed(tape, x, (weight, bias), (w, b), layout, flipped)
@@ -114,10 +114,15 @@ def _perturbed(
 
     Returns:
         Shape (..., d_out).
+
+    Raises:
+        UnsupportedError: If the bias moves along with another matrix.
     """
     (weight, bias), (w, b), plan = parameters, owners, tape.plan
     assert plan is not None
     found = None if w is None else plan.low_rank.get(w)
+    if b in plan.biases and (found is None or found.owner != b):
+        raise UnsupportedError("a matrix that is used with the bias of another one")
     if found is None and not plan.is_dense(w):  # the matrix itself does not move
         return add_constant(tape, _multiply(x, weight, bias, flipped), plan.shift(b, bias), layout)
     dtype, without_autocast = precision(x)
@@ -129,7 +134,8 @@ def _perturbed(
         kept = plan.kept.pop(tape.position, None)
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
         known = _rows(kept.y, dim) if kept is not None and kept.serves(x) else None
-        step = LowRankStep(stretches, inner, outer, found.coefficient, found.bias, known)
+        ratio = found.bias if b == found.owner else 0.0  # another use of the matrix may have no bias
+        step = LowRankStep(stretches, inner, outer, found.coefficient, ratio, known)
     else:
         assert w is not None
         own = cast(plan.own(w, weight), dtype)
@@ -171,7 +177,7 @@ def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> T
     """
     index = tape.table.find(weight)
     assert index is not None
-    layout = tape.enter("embedding", (index,), ids.ndim + 1)
+    layout = tape.enter("embedding", (index,), ids.shape)
     ids = tape.examples.spread(ids, layout)
     y = F.embedding(ids, weight, padding)
     if tape.phase == "probe":
@@ -253,7 +259,7 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
         UnsupportedError: If N does not count the examples of the batch.
     """
     w, b = tape.table.find(weight), tape.table.find(bias)
-    layout = tape.enter("convolution", (w, b), x.ndim)
+    layout = tape.enter("convolution", (w, b), x.shape)
     if tape.phase == "probe":
         return tape.note(geometry.run(x, weight, bias))
     if layout.dim or layout.shared:

@@ -122,23 +122,25 @@ def prove(
         seen = _probe(loss_fn, batch, shards, table, finite)
         silent = frozenset(i for i, use in enumerate(seen) if use.silent)
         if shards.count == 1:
-            path = Path([(use.call, Layout()) for use in seen], silent, deterministic.compiled)
+            found = [(Layout(), True)] * len(seen)
         else:
             seen = [use.slim(shards.total) for use in seen]
             shifted = tree_map(lambda t: t.roll(1, 0) if t.ndim else t, batch)
             again = _probe(loss_fn, shifted, shards, table, finite)
             if [use.call for use in again] != [use.call for use in seen]:
                 raise UnsupportedError("the model's path depends on the order of the examples")
-            found = zip(seen, again, strict=True)
-            calls = [(use.call, find_layout(use, rolled, shards.total)) for use, rolled in found]
-            path = Path(calls, silent, deterministic.compiled)
-        plain, equal = Tracked(tracked.parameters, tracked.radii).shrunk(), options.shard_weight is None
+            found = [find_layout(use, rolled, shards.total) for use, rolled in zip(seen, again, strict=True)]
+        calls = [(use.call, layout) for use, (layout, _) in zip(seen, found, strict=True)]
+        unsure = frozenset(i for i, (_, sure) in enumerate(found) if not sure)
+        path = Path(calls, silent, unsure, masked=True, compiled=deterministic.compiled)
+        plain, equal = Tracked(tracked.parameters, tracked.radii), options.shard_weight is None
         with _replicas():
             plan, loss = capture(loss_fn, batch, shards, plain, table, [path], equal=equal)
         sharded = any(isinstance(m, FSDPModule) for m in model.modules())
         mean = _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
-        _compare_second(loss_fn, batch, Tape(table, shards, "apply", RULES, [path], plan), loss, mean)
-    return path
+        second = Tape(table, shards, "apply", RULES, [path], plan, equal=equal)
+        _compare_second(loss_fn, batch, second, loss, mean)
+    return replace(path, masked=second.masked)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _probe(loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, fini
     return list(map(Seen, tape.calls, gradients, tape.results))
 
 
-def find_layout(use: Seen, rolled: Seen, examples: int) -> Layout:
+def find_layout(use: Seen, rolled: Seen, examples: int) -> tuple[Layout, bool]:
     """The dimension along which rolling the batch by one example rolls a call's gradient, and its result.
 
     Args:
@@ -208,7 +210,7 @@ def find_layout(use: Seen, rolled: Seen, examples: int) -> Layout:
         examples: Number B of examples.
 
     Returns:
-        The layout; a call that no example influences gets the first dimension.
+        The layout, the first dimension for a call that no example influences; and whether no other one would do.
 
     Raises:
         UnsupportedError: If no dimension fits: the model mixes examples.
@@ -226,7 +228,7 @@ def find_layout(use: Seen, rolled: Seen, examples: int) -> Layout:
     best = min(errors, key=lambda layout: errors[layout], default=Layout())
     if not errors.get(best, 0.0) < 1:
         raise UnsupportedError(f"a layer's gradients of shape {shape} do not follow the examples' order")
-    return best
+    return best, sum(error < 1 for error in errors.values()) < 2
 
 
 def _compare(
@@ -264,7 +266,7 @@ def _compare(
     hidden = reached - plan.indices()
     if hidden:
         raise UnsupportedError(f"parameter {min(hidden)} has a gradient, but is used out of sight")
-    plan.finish()
+    plan.finish(reach=0.0)
     if sharded:
         return mean
     got = plan.norms.double().cpu()
@@ -274,7 +276,7 @@ def _compare(
 
 
 def _compare_second(loss_fn: LossFunction, batch: Any, tape: Tape, whole: Tensor, mean: Sequence[Tensor]) -> None:
-    """Compare pass 2, at radii below all rounding, with the loss and the gradient at the weights themselves.
+    """Compare pass 2, at radii of zero, with the loss and the gradient at the weights themselves.
 
     Raises:
         UnsupportedError: If they differ by more than rounding, or the pass cannot run.

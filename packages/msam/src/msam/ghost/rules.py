@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from msam.ghost import attention as attention_module
 from msam.ghost.affine import broadcast, elementwise, normalized
 from msam.ghost.conv import Geometry
-from msam.ghost.errors import UnsupportedError
+from msam.ghost.errors import ChangedError, UnsupportedError
 from msam.ghost.matrices import convolution, embedding, product
 from msam.ghost.tape import Tape
 
@@ -204,16 +204,43 @@ def _class_loss(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     """
     if tape.touches(*args, *kwargs.values()):
         raise UnsupportedError(f"{func.__name__} of a perturbed parameter")
-    if tape.phase == "capture" and tape.equal and tape.shards.count > 1:
+    if tape.phase != "probe" and tape.equal and tape.shards.count > 1:
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
-        a = bind(names, args, kwargs, {"ignore_index": -100, "reduction": "mean"})
+        a = bind(names, args, kwargs, {"weight": None, "ignore_index": -100, "reduction": "mean"})
         target, index = a["target"], a["ignore_index"]
         # One small reduction settles the usual case, in which nothing is ignored.
-        ignored = a["reduction"] == "mean" and (index >= 0 or target.min().item() < 0)
-        if ignored and not tape.examples.even(target == index):
-            raise UnsupportedError(
-                "micro-batches with unequal shares of the valid targets; give shard_weight (such as their number)"
-            )
+        if not target.is_floating_point() and (a["weight"] is not None or index >= 0 or target.min().item() < 0):
+            _check_targets(tape, target, target != index, a["weight"], a["reduction"])
+    return func(*args, **kwargs)
+
+
+def _check_targets(tape: Tape, target: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> None:
+    if not bool(valid.all()):
+        tape.masked = True
+    if weight is None and not tape.masked:
+        return
+    weights = valid if weight is None else weight[target.where(valid, 0)].double() * valid
+    if reduction == "mean" and not tape.examples.even(weights):
+        raise UnsupportedError(
+            "micro-batches with unequal shares of the valid targets; give shard_weight (such as their number)"
+        )
+    if tape.phase == "capture" and tape.masked and not tape.paths[0].masked:
+        raise ChangedError("targets are ignored, as in no proof before")  # whose order may not be the examples'
+
+
+def _gradient(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A penalty on a gradient needs second derivatives, which the perturbed products do not have.
+
+    Returns:
+        The gradients.
+
+    Raises:
+        UnsupportedError: If they are to be differentiated.
+    """
+    del tape
+    a = bind(("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph"), args, kwargs, {})
+    if a.get("create_graph"):
+        raise UnsupportedError("a gradient inside the loss that is differentiated once more")
     return func(*args, **kwargs)
 
 
@@ -230,6 +257,7 @@ RULES: dict[Any, Rule] = {
     F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
     F.multi_head_attention_forward: _attention,
     F.cross_entropy: _class_loss, F.nll_loss: _class_loss,
+    torch.autograd.grad: _gradient,
     **dict.fromkeys(
         (torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__, _TENSOR.add_, _TENSOR.__iadd__,
          torch.sub, _TENSOR.sub, _TENSOR.__sub__, _TENSOR.__isub__, torch.mul, _TENSOR.mul, _TENSOR.__mul__,

@@ -18,13 +18,16 @@ class Table:
     Args:
         model: The model.
         parameters: Tracked parameters.
+        exact: Whether calls whose dimensions come to be 1, or as long as the batch, are other calls. Not under FSDP2,
+            where all processes have to prove together.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], exact: bool = True) -> None:
         self._index: dict[int, int] = {id(p): i for i, p in enumerate(parameters)}
         self._parameters = tuple(parameters)  # keeps the ids alive, as does the next one
         self._held: list[Tensor] = []
         self.sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+        self.exact = exact and not self.sharded
         self._model = model
         self._names: dict[str, int] = {}
         if self.sharded:

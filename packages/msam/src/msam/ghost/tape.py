@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -27,9 +28,19 @@ Contribution = Callable[["Plan", Tensor], None]
 
 _FIRST = Layout()
 
-Call = tuple[str, tuple[int | None, ...], int]
+Call = tuple[str, tuple[int | None, ...], tuple[int, ...]]
 """One use of parameters in a forward pass: the rule's name, the indices of the tracked parameters (None where one is
-absent or not tracked), the result's number of dimensions."""
+absent or not tracked), and the form of the shape, by which a layout may be told."""
+
+
+@lru_cache(maxsize=4096)
+def _form(shape: torch.Size, examples: int, exact: bool) -> tuple[int, ...]:
+    """Which dimensions have the length 1 (1), or that of the batch (2).
+
+    Returns:
+        One number per dimension.
+    """
+    return tuple((1 if n == 1 else 2 if n == examples else 0) if exact else 0 for n in shape)
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,15 @@ class Path:
     Attributes:
         calls: Its calls with their layouts.
         silent: Calls whose gradient was zero in the proof, which then says nothing of them.
+        unsure: Calls whose results fit several layouts, as those of a constant batch do.
+        masked: Whether a loss ignored targets.
         compiled: Whether any of it is code of `torch.compile`, which would keep its calls out of sight.
     """
 
     calls: list[tuple[Call, Layout]]
     silent: frozenset[int]
+    unsure: frozenset[int]
+    masked: bool
     compiled: bool
 
     def passes(self, call: Call, position: int) -> bool:
@@ -76,11 +91,22 @@ class Path:
             earlier: The path as proved before.
 
         Returns:
-            A path whose silent calls were so in both proofs.
+            A path whose silent calls were so in both proofs, and whose unsure ones too.
+
+        Raises:
+            UnsupportedError: If they say different things, so that the calls do not tell one way from the other.
         """
-        both = zip(self.calls, earlier.calls, strict=True)
-        calls = [new if i in earlier.silent else old for i, (new, old) in enumerate(both)]
-        return Path(calls, self.silent & earlier.silent, self.compiled)
+        silent, unsure = self.silent & earlier.silent, self.unsure & earlier.unsure
+        both = enumerate(zip(self.calls, earlier.calls, strict=True))
+        calls = [new if i in earlier.open else old for i, (new, old) in both]
+        if any(calls[i] != new for i, new in enumerate(self.calls) if i not in self.open):
+            raise UnsupportedError("the same calls lay out the examples of two batches in two ways")
+        return Path(calls, silent, unsure, self.masked or earlier.masked, self.compiled)
+
+    @property
+    def open(self) -> frozenset[int]:
+        """Calls that the proof has not placed for good."""
+        return self.silent | self.unsure
 
 
 class Use(NamedTuple):
@@ -115,7 +141,8 @@ class Tape(TorchFunctionMode):
         paths: Proved paths (not used by a probe).
         rules: Rule of every torch function that has one.
         plan: Directions to apply.
-        equal: Whether micro-batches weigh by their examples alone.
+        equal: Whether micro-batches weigh by their examples alone, so that ignored targets matter.
+        masked: Whether a loss of this pass ignored targets.
         calls: The calls of this pass so far.
         uses: What was recorded.
         results: What the calls returned, without graph, in a probe.
@@ -130,6 +157,7 @@ class Tape(TorchFunctionMode):
     paths: Sequence[Path] = ()
     plan: Plan | None = None
     equal: bool = True
+    masked: bool = False
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
@@ -161,13 +189,13 @@ class Tape(TorchFunctionMode):
         """
         return self.table.among(values)
 
-    def enter(self, kind: str, owners: tuple[int | None, ...], ndim: int) -> Layout:
+    def enter(self, kind: str, owners: tuple[int | None, ...], shape: torch.Size) -> Layout:
         """Note a use and look up its layout.
 
         Args:
             kind: Name of the rule.
             owners: Indices of the parameters.
-            ndim: Dimensions of the result.
+            shape: Shape of the input.
 
         Returns:
             Its layout; a placeholder in a probe.
@@ -175,12 +203,14 @@ class Tape(TorchFunctionMode):
         Raises:
             ChangedError: If no proved path goes this way.
         """
-        call, position = (kind, owners, ndim), len(self.calls)
+        call = (kind, owners, _form(shape, self.shards.total, self.table.exact))
+        position = len(self.calls)
         self.calls.append(call)
         if self.phase == "probe":
             return _FIRST
-        if not self.paths[0].passes(call, position):  # nor do others that part from it here or have done before
-            self.paths = [p for p in self.paths if all(map(p.passes, self.calls, range(position + 1)))]
+        if not self.paths[0].passes(call, position):  # go on along one that came the same way, layouts included
+            walked = self.paths[0].calls[:position]
+            self.paths = [p for p in self.paths if p.passes(call, position) and p.calls[:position] == walked]
         if not self.paths:
             raise ChangedError(f"call {position} ({kind}) is new")
         return self.paths[0].calls[position][1]
@@ -198,8 +228,9 @@ class Tape(TorchFunctionMode):
         """
         if self.phase == "probe":
             return
-        if len(self.paths[0].calls) != len(self.calls):
-            self.paths = [p for p in self.paths if [call for call, _ in p.calls] == self.calls]
+        walked = self.paths[0].calls[: len(self.calls)]
+        if len(self.paths[0].calls) != len(walked):
+            self.paths = [p for p in self.paths if p.calls == walked]
         if not self.paths:
             raise ChangedError(f"the forward pass ended after {len(self.calls)} calls")
 
