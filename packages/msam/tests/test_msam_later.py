@@ -243,3 +243,38 @@ def test_a_path_that_changes_between_the_passes(double, oracle):
     )
     torch.testing.assert_close(model.norm.running_mean, twin.norm.running_mean, rtol=1e-12, atol=1e-12)
     assert oracle.relative_error(oracle.gradients(model), oracle.gradients(twin)) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_ends_no_ghost(double, oracle, bad):
+    """The second batch is due for a proof, which it cannot give; GradScaler skips the step, and the third goes on."""
+    model, scaler = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)), torch.amp.GradScaler("cpu")
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=3, mode="ghost")
+    for step in range(3):
+        x = torch.randn(12, 20)
+        x[4] = bad if step == 1 else x[4]
+        opt.step(oracle.loss_of(model), (x, torch.randint(5, (12,))), scaler=scaler)
+        scaler.update()
+        assert opt.record.mode == "ghost"
+        assert opt.record.skipped == (step == 1)
+
+
+@pytest.mark.filterwarnings("ignore:msam. sequential mode instead")
+def test_what_stands_in_draws_the_same_numbers(double):
+    """A later batch shows that the loss is masked: the sequential step has the dropout masks of sequential mode."""
+    model = Parts()
+
+    def loss(m, part, step):
+        errors = (m.head(F.dropout(torch.tanh(m.inner(part[0])), 0.5))[:, 0] - part[1]).square()
+        return (errors * part[2]).sum() / part[2].sum()
+
+    batches, found = [(*vectors(9), torch.ones(9)), (*vectors(9), torch.arange(9.0))], []
+    for mode in ("ghost", "sequential"):
+        opt = MSAM(copy.deepcopy(model), torch.optim.SGD, lr=0.0, rho=0.5, mode=mode, num_micro_batches=3)
+        for batch in batches:
+            torch.manual_seed(3)
+            opt.zero_grad()
+            opt.backward(lambda part, opt=opt: loss(opt.model, part, 0), batch)
+        assert opt.record.mode == "sequential"
+        found.append(torch.cat([p.grad.flatten() for p in opt.model.parameters() if p.grad is not None]))
+    assert torch.equal(*found)

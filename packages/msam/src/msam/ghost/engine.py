@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from msam.batches import Shards, narrow, pick
 from msam.checks import check_finite_norms, check_loss
 from msam.ghost.directions import Plan
-from msam.ghost.errors import ChangedError, UnsupportedError
+from msam.ghost.errors import ChangedError, NotFiniteError, UnsupportedError
 from msam.ghost.proof import prove
 from msam.ghost.rules import RULES
 from msam.ghost.table import Table
@@ -71,13 +71,18 @@ class Ghost:
             table = Table(self._model, tracked.parameters, exact=self._options.ascent != "half")
             self._table, self._paths = table, {False: [], True: []}
         self._passes += 1
-        with undone(self._norms, UnsupportedError):
-            return self._both_passes(loss_fn, batch, shards, tracked, scale, weight)
+        generators = Generators(self._devices)
+        try:
+            with undone(self._norms, UnsupportedError):
+                return self._both_passes(loss_fn, batch, shards, tracked, scale, weight, generators)
+        except UnsupportedError:
+            generators.rewind()  # whatever stands in draws the same numbers
+            raise
 
     def _both_passes(
-        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None, weight: float
-    ) -> StepRecord:
-        generators = Generators(self._devices)
+        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None, weight: float,
+        generators: Generators,
+    ) -> StepRecord:  # fmt: skip
         plan, loss = self._first_pass(loss_fn, batch, shards, tracked, scale, generators)
         plan.finish()
         norms = self._own_norms(plan.norms, batch, shards, scale)
@@ -120,13 +125,19 @@ class Ghost:
 
         Raises:
             UnsupportedError: If the path is new again right after its proof, or cannot be proved.
+            NotFiniteError: If it cannot because the first batch's loss or gradient is not finite.
         """
-        if self._paths[shards.count > 1] and not self._proof_is_due(shards):
+        known = bool(self._paths[shards.count > 1])
+        if known and not self._proof_is_due(shards):
             try:
                 return self._ascend(loss_fn, batch, shards, tracked, scale)
             except ChangedError:
                 generators.rewind()
-        self._prove(loss_fn, batch, shards, tracked, self._options.check_finite and scale is None)
+        try:
+            self._prove(loss_fn, batch, shards, tracked, self._options.check_finite and scale is None)
+        except NotFiniteError:
+            if not known:
+                raise
         generators.rewind()
         try:
             return self._ascend(loss_fn, batch, shards, tracked, scale)
@@ -196,7 +207,7 @@ class Ghost:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if first:
                 stack.enter_context(unsynchronised(self._model))
-                stack.enter_context(undone(self._norms, ChangedError, UnsupportedError))
+                stack.enter_context(undone(self._norms, ChangedError))
             stack.enter_context(statistics(self._norms, self._options.bn, first=first))
             stack.enter_context(counted(self._norms, shards.count))
             return stack.pop_all()

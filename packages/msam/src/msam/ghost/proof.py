@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from msam.batches import Shards, narrow, tree_map
 from msam.checks import check_loss
 from msam.ghost.directions import Plan
-from msam.ghost.errors import UnsupportedError
+from msam.ghost.errors import NotFiniteError, UnsupportedError
 from msam.ghost.layout import Layout
 from msam.ghost.rules import RULES
 from msam.ghost.table import Table
@@ -198,6 +198,8 @@ def _probe(loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, fini
         raise UnsupportedError("the loss uses no perturbed parameter that ghost mode can see")
     targets: Any = [use.target for use in tape.uses]
     gradients = torch.autograd.grad(loss, targets, allow_unused=True)
+    if not all(bool(t.isfinite().all()) for t in (loss.detach(), *gradients) if t is not None):
+        raise NotFiniteError("the first batch gives a loss or a gradient that is not finite")
     return list(map(Seen, tape.calls, gradients, tape.results))
 
 

@@ -35,7 +35,7 @@ absent or not tracked), and the form of the shape, by which a layout may be told
 
 @lru_cache(maxsize=4096)
 def _form(shape: torch.Size, examples: int, exact: bool) -> tuple[int, ...]:
-    """Which dimensions have the length 1 (1), or that of the batch (2).
+    """Which dimensions have the length 1 (1), or that of the batch (2); unless `exact`, only how many there are.
 
     Returns:
         One number per dimension.
