@@ -147,14 +147,15 @@ class Ghost:
     def _proof_is_due(self, shards: Shards) -> bool:
         """Whether to prove known paths once more.
 
-        With the 2nd, 4th, 8th, ... batch, because a loss may show only then that it is no mean over micro-batches (a
+        With the 2nd, 8th, 32nd, ... batch, because a loss may show only then that it is no mean over micro-batches (a
         mask that was full at first), and at once where the first batches left a layout open.
 
         Returns:
             True if so.
         """
-        doubled = self._passes & (self._passes - 1) == 0
-        return doubled or (self._passes < 32 and any(path.unsure for path in self._paths[shards.count > 1]))
+        n = self._passes
+        again = n & (n - 1) == 0 and n.bit_length() % 2 == 0
+        return again or (n < 32 and any(path.unsure for path in self._paths[shards.count > 1]))
 
     def _ascent_part(self, batch: Any, shards: Shards) -> tuple[Any, Shards]:
         """What the ascent sees of a batch.

@@ -215,16 +215,16 @@ def _class_loss(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _check_targets(tape: Tape, target: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> None:
-    if not bool(valid.all()):
-        tape.masked = True
-    if weight is None and not tape.masked:
+    ignored = not bool(valid.all())
+    tape.masked |= ignored
+    if weight is None and not ignored:
         return
     weights = valid if weight is None else weight[target.where(valid, 0)].double() * valid
     if reduction == "mean" and not tape.examples.even(weights):
         raise UnsupportedError(
             "micro-batches with unequal shares of the valid targets; give shard_weight (such as their number)"
         )
-    if tape.phase == "capture" and tape.masked and not tape.paths[0].masked:
+    if tape.phase == "capture" and ignored and not tape.paths[0].masked:
         raise ChangedError("targets are ignored, as in no proof before")  # whose order may not be the examples'
 
 
