@@ -36,7 +36,8 @@ def main() -> None:
         for mode in MODES
         if (name, mode, COUNTS[0]) in by_pair
     ]
-    write_json(path, {"rows": rows, "table": table})
+    by_name = {f"{row['model']}-{row['mode']}": row for row in table}
+    write_json(path, {"rows": rows, "table": table, "by_name": by_name})
     plots.cost(rows, RESULTS / "cost.png", "CPU time of a step against the number of micro-batches, one thread")
 
 

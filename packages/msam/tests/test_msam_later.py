@@ -87,6 +87,10 @@ def classified(model, batch, step):
     return F.cross_entropy(model.classes(torch.tanh(model.inner(batch[0]))), batch[1], weight=torch.arange(1.0, 31))
 
 
+def plainly_classified(model, batch, step):
+    return F.cross_entropy(model.classes(torch.tanh(model.inner(batch[0]))), batch[1])
+
+
 def summed(model, batch, step):
     logits = model.classes(torch.tanh(model.inner(batch[0])))
     return F.cross_entropy(logits, batch[1], reduction="sum") / (batch[1] != -100).sum()
@@ -146,17 +150,17 @@ CASES = {
     "targets time first": (
         time_first_targets, lambda: [labelled((6, 6)), labelled((6, 6)), labelled((6, 6), ignored=[0])], "sequential"),
     "rows time first": (time_first_rows, lambda: [sequences(6, 1), sequences(6, 4)], "sequential"),
-    "packed rows": (packed, lambda: [ragged(*[6] * 6), ragged(6, 5, 4, 3, 2, 4)], "sequential"),
+    "packed rows": (packed, lambda: [ragged(*[6] * 6)] * 3 + [ragged(6, 5, 4, 3, 2, 4)], "sequential"),
     "a constant first batch": (
         sequence_first, lambda: [(torch.zeros(6, 6, 8), torch.zeros(6)), sequences(6, 6), sequences(6, 6)], "ghost"),
-    "other dimensions": (turned, lambda: [sequences(6, 6), sequences(6, 6)], "sequential"),
+    "other dimensions": (turned, lambda: [sequences(6, 6) for _ in range(4)], "sequential"),
     "class weights": (
         classified, lambda: [(torch.randn(9, 8), torch.zeros(9).long())] * 2 + [labelled((9,), 8)], "sequential"),
     "a sum over its targets": (
         summed, lambda: [labelled((9,), 8)] * 2 + [labelled((9,), 8, ignored=[1])], "sequential"),
     "a mask": (
-        masked, lambda: [(*vectors(9), torch.ones(9)), (*vectors(9), torch.arange(9.0))], "sequential"),
-    "a sum": (to_a_sum, lambda: [vectors(9), vectors(9)], "sequential"),
+        masked, lambda: [(*vectors(9), torch.ones(9))] * 3 + [(*vectors(9), torch.arange(9.0))], "sequential"),
+    "a sum": (to_a_sum, lambda: [vectors(9)] * 4, "sequential"),
     "second derivatives": (penalised, lambda: [vectors(9)] * 3, "sequential"),
     "as many examples as rows": (expanded, lambda: [vectors(9), vectors(8)], "sequential"),
     "a use without gradient": (detached_use, lambda: [(torch.randn(9, 8), torch.randn(9, 8))], "ghost"),
@@ -196,24 +200,27 @@ def test_halves_of_every_size(double, ignored, sizes, examples):
     """Halves of 3 and 4 examples have one size; targets ignored outside of the halves are seen in pass 2."""
     torch.manual_seed(0)
     model = Parts()
-    loss = lambda m, part, step: F.cross_entropy(m.classes(torch.tanh(m.inner(part[0]))), part[1])  # noqa: E731
     batches = [labelled((examples,), 8), labelled((examples,), 8, ignored)]
-    opt, found = run(copy.deepcopy(model), "ghost", loss, batches, ascent="half", **sizes)
-    other, truth = run(model, "sequential", loss, batches, ascent="half", **sizes)
+    opt, found = run(copy.deepcopy(model), "ghost", plainly_classified, batches, ascent="half", **sizes)
+    other, truth = run(model, "sequential", plainly_classified, batches, ascent="half", **sizes)
     assert opt.record.mode == ("sequential" if ignored else "ghost")
     assert (found - truth).norm() <= 1e-12 * truth.norm()
     torch.testing.assert_close(opt.record.gradient_norms, other.record.gradient_norms, rtol=1e-12, atol=0)
 
 
 def test_a_proof_from_time_to_time(double, oracle, monkeypatch):
-    proofs = []
-    monkeypatch.setattr("msam.ghost.engine.prove", lambda *a: proofs.append(steps) or prove(*a))
+    """With the 1st, 4th, 16th, ... batch; a new path (all examples in one micro-batch) counts anew."""
+    proofs, taken = [], []
+    monkeypatch.setattr("msam.ghost.engine.prove", lambda *a: proofs.append(len(taken)) or prove(*a))
     make_model, make_batch = oracle.CASES["mlp"]
     model = make_model()
-    opt = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=3, mode="ghost")
-    for steps in range(1, 40):  # noqa: B007  # read by the line above
-        opt.step(oracle.loss_of(model), make_batch())
-    assert proofs == [1, 2, 8, 32]
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, micro_batch_size=4, mode="ghost")
+    while len(taken) < 40:
+        x, y = make_batch()
+        batch = (x[:4], y[:4]) if len(taken) == 19 else (x, y)
+        taken.append(1)
+        opt.step(oracle.loss_of(model), batch)
+    assert proofs == [1, 4, 16, 20, 23, 35]
 
 
 def test_a_path_that_changes_between_the_passes(double, oracle):
@@ -247,16 +254,16 @@ def test_a_path_that_changes_between_the_passes(double, oracle):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_ends_no_ghost(double, oracle, bad):
-    """The second batch is due for a proof, which it cannot give; GradScaler skips the step, and the third goes on."""
+    """The fourth batch is due for a proof, which it cannot give; GradScaler skips the step, and the fifth goes on."""
     model, scaler = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)), torch.amp.GradScaler("cpu")
     opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=3, mode="ghost")
-    for step in range(3):
+    for step in range(5):
         x = torch.randn(12, 20)
-        x[4] = bad if step == 1 else x[4]
+        x[4] = bad if step == 3 else x[4]
         opt.step(oracle.loss_of(model), (x, torch.randint(5, (12,))), scaler=scaler)
         scaler.update()
         assert opt.record.mode == "ghost"
-        assert opt.record.skipped == (step == 1)
+        assert opt.record.skipped == (step == 3)
 
 
 @pytest.mark.filterwarnings("ignore:msam. sequential mode instead")
@@ -268,7 +275,7 @@ def test_what_stands_in_draws_the_same_numbers(double):
         errors = (m.head(F.dropout(torch.tanh(m.inner(part[0])), 0.5))[:, 0] - part[1]).square()
         return (errors * part[2]).sum() / part[2].sum()
 
-    batches, found = [(*vectors(9), torch.ones(9)), (*vectors(9), torch.arange(9.0))], []
+    batches, found = [(*vectors(9), torch.ones(9))] * 3 + [(*vectors(9), torch.arange(9.0))], []
     for mode in ("ghost", "sequential"):
         opt = MSAM(copy.deepcopy(model), torch.optim.SGD, lr=0.0, rho=0.5, mode=mode, num_micro_batches=3)
         for batch in batches:

@@ -196,12 +196,17 @@ def test_recurrent_weights_are_shared_over_steps(double, oracle):
         assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """Whether each product that pass 1 kept was taken over, in the proof's pass 2 and in the step's."""
+    answers, serves = [], Kept.serves
+    monkeypatch.setattr(Kept, "serves", lambda self, x: answers.append(serves(self, x)) or answers[-1])
+    return answers
+
+
 @pytest.mark.parametrize("change", ["nothing", "result"])
-def test_the_first_product_is_taken_over_only_while_it_is_intact(double, oracle, monkeypatch, change):
+def test_the_first_product_is_taken_over_only_while_it_is_intact(double, oracle, taken, change):
     """Pass 2 takes pass 1's first product over, unless it was overwritten in the meantime."""
-    taken = []
-    serves = Kept.serves
-    monkeypatch.setattr(Kept, "serves", lambda self, x: taken.append(serves(self, x)) or taken[-1])
 
     class First(nn.Module):
         def __init__(self):
@@ -222,11 +227,8 @@ def test_the_first_product_is_taken_over_only_while_it_is_intact(double, oracle,
 
 
 @pytest.mark.parametrize("length", [3, 12])
-def test_the_first_product_of_sequences_that_come_first(double, oracle, monkeypatch, length):
+def test_the_first_product_of_sequences_that_come_first(double, oracle, taken, length):
     """It is taken over in the order of the examples, also where as many steps as examples hide a wrong one."""
-    taken = []
-    serves = Kept.serves
-    monkeypatch.setattr(Kept, "serves", lambda self, x: taken.append(serves(self, x)) or taken[-1])
 
     class SequenceFirst(nn.Module):
         def __init__(self):

@@ -88,10 +88,10 @@ class Shards:
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Stretches of equal micro-batches, each as (first micro-batch, number of them, size)."""
-        found: list[tuple[int, int, int]] = []
         if self.counts is not None:
-            firsts = itertools.accumulate(self.counts, initial=0)
-            return tuple((first, n, self.sizes[first]) for first, n in zip(firsts, self.counts, strict=False))
+            firsts = itertools.accumulate(self.counts[:-1], initial=0)
+            return tuple((first, n, self.sizes[first]) for first, n in zip(firsts, self.counts, strict=True))
+        found: list[tuple[int, int, int]] = []
         for j, size in enumerate(self.sizes):
             if found and found[-1][2] == size:
                 found[-1] = (found[-1][0], found[-1][1] + 1, size)

@@ -132,6 +132,18 @@ class Plan:
         rows = {r.dtype for parts in self._tokens.values() for _, r in parts}
         return factors | rows | {t.dtype for t in self._dense.values()}
 
+    def collected(self) -> Plan:
+        """What was collected, as it stands before `finish` and pass 2 use it up.
+
+        Returns:
+            A plan with the same tensors.
+        """
+        plan = Plan(self.tracked, self.shards)
+        plan._shapes, plan._dense = dict(self._shapes), dict(self._dense)
+        plan._factors = {index: list(uses) for index, uses in self._factors.items()}
+        plan._tokens = {index: list(parts) for index, parts in self._tokens.items()}
+        return plan
+
     # -- deciding and measuring ---
 
     def finish(self, reach: float = 1.0) -> None:

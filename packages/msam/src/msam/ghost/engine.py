@@ -45,7 +45,7 @@ class Ghost:
         self._table: Table | None = None
         self._norms = norm_layers(model)
         self._compiled = False
-        self._passes = 0
+        self._batches = 0  # since the last new path
 
     def accumulate(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -68,9 +68,10 @@ class Ghost:
             ValueError: If a gradient is not finite and no GradScaler would notice.
         """
         if self._table is None or not self._table.holds(tracked.parameters):  # also after (un)freezing
-            table = Table(self._model, tracked.parameters, exact=self._options.ascent != "half")
-            self._table, self._paths = table, {False: [], True: []}
-        self._passes += 1
+            exact = self._options.ascent != "half"  # the passes of a half ascent see batches of two lengths
+            self._table = Table(self._model, tracked.parameters, exact)
+            self._paths = {False: [], True: []}
+        self._batches += 1
         generators = Generators(self._devices)
         try:
             with undone(self._norms, UnsupportedError):
@@ -147,15 +148,15 @@ class Ghost:
     def _proof_is_due(self, shards: Shards) -> bool:
         """Whether to prove known paths once more.
 
-        With the 2nd, 8th, 32nd, ... batch, because a loss may show only then that it is no mean over micro-batches (a
-        mask that was full at first), and at once where the first batches left a layout open.
+        With the 4th, 16th, 64th, ... batch after a new path, because a loss may show only then that it is no mean over
+        micro-batches (a mask that was full at first), and at once where the first batches left a layout open.
 
         Returns:
             True if so.
         """
-        n = self._passes
-        again = n & (n - 1) == 0 and n.bit_length() % 2 == 0
-        return again or (n < 32 and any(path.unsure for path in self._paths[shards.count > 1]))
+        n = self._batches
+        fourfold = n & (n - 1) == 0 and n.bit_length() % 2 == 1
+        return fourfold or (n < 32 and any(path.unsure for path in self._paths[shards.count > 1]))
 
     def _ascent_part(self, batch: Any, shards: Shards) -> tuple[Any, Shards]:
         """What the ascent sees of a batch.
@@ -232,6 +233,7 @@ class Ghost:
                 paths[place] = path.after(earlier)
                 return
         paths.append(path)
+        self._batches = 1
 
 
 def capture(

@@ -119,28 +119,42 @@ def prove(
         torch.compiler.set_stance("force_eager"),
         Deterministic() as deterministic,
     ):
-        seen = _probe(loss_fn, batch, shards, table, finite)
-        silent = frozenset(i for i, use in enumerate(seen) if use.silent)
-        if shards.count == 1:
-            found = [(Layout(), True)] * len(seen)
-        else:
-            seen = [use.slim(shards.total) for use in seen]
-            shifted = tree_map(lambda t: t.roll(1, 0) if t.ndim else t, batch)
-            again = _probe(loss_fn, shifted, shards, table, finite)
-            if [use.call for use in again] != [use.call for use in seen]:
-                raise UnsupportedError("the model's path depends on the order of the examples")
-            found = [find_layout(use, rolled, shards.total) for use, rolled in zip(seen, again, strict=True)]
-        calls = [(use.call, layout) for use, (layout, _) in zip(seen, found, strict=True)]
-        unsure = frozenset(i for i, (_, sure) in enumerate(found) if not sure)
-        path = Path(calls, silent, unsure, masked=True, compiled=deterministic.compiled)
+        calls, silent, unsure = _place(loss_fn, batch, shards, table, finite)
+        masked = True  # for the proof itself; what it met is noted below
+        path = Path(calls, silent, unsure, masked, deterministic.compiled)
         plain, equal = Tracked(tracked.parameters, tracked.radii), options.shard_weight is None
         with _replicas():
             plan, loss = capture(loss_fn, batch, shards, plain, table, [path], equal=equal)
         sharded = any(isinstance(m, FSDPModule) for m in model.modules())
-        mean = _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
+        collected = None if sharded else plan.collected()
+        _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
         second = Tape(table, shards, "apply", RULES, [path], plan, equal=equal)
-        _compare_second(loss_fn, batch, second, loss, mean)
+        _compare_second(loss_fn, batch, second, loss, collected)
     return replace(path, masked=second.masked)
+
+
+def _place(
+    loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, finite: bool
+) -> tuple[list[tuple[Call, Layout]], frozenset[int], frozenset[int]]:
+    """Find the layout of every call.
+
+    Returns:
+        The calls with their layouts, those without gradient, and those that several layouts fit.
+
+    Raises:
+        UnsupportedError: If a call fits none, or the batch in another order makes other calls.
+    """
+    seen = _probe(loss_fn, batch, shards, table, finite)
+    silent = frozenset(i for i, use in enumerate(seen) if use.silent)
+    if shards.count == 1:
+        return [(use.call, Layout()) for use in seen], silent, frozenset()
+    seen = [use.slim(shards.total) for use in seen]
+    again = _probe(loss_fn, tree_map(lambda t: t.roll(1, 0) if t.ndim else t, batch), shards, table, finite)
+    if [use.call for use in again] != [use.call for use in seen]:
+        raise UnsupportedError("the model's path depends on the order of the examples")
+    found = [find_layout(use, rolled, shards.total) for use, rolled in zip(seen, again, strict=True)]
+    calls = [(use.call, layout) for use, (layout, _) in zip(seen, found, strict=True)]
+    return calls, silent, frozenset(i for i, (_, sure) in enumerate(found) if not sure)
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ def _probe(loss_fn: LossFunction, batch: Any, shards: Shards, table: Table, fini
     targets: Any = [use.target for use in tape.uses]
     gradients = torch.autograd.grad(loss, targets, allow_unused=True)
     if not all(bool(t.isfinite().all()) for t in (loss.detach(), *gradients) if t is not None):
-        raise NotFiniteError("the first batch gives a loss or a gradient that is not finite")
+        raise NotFiniteError("a loss or a gradient is not finite, which proves nothing")
     return list(map(Seen, tape.calls, gradients, tape.results))
 
 
@@ -235,14 +249,11 @@ def find_layout(use: Seen, rolled: Seen, examples: int) -> tuple[Layout, bool]:
 
 def _compare(
     loss_fn: LossFunction, batch: Any, shards: Shards, options: Options, whole: Tensor, plan: Plan, *, sharded: bool
-) -> list[Tensor]:
+) -> None:
     """Compare the loss, every parameter's recorded gradient and the norms with micro-batches that run alone.
 
     The recorded gradients are those of the whole loss, so a micro-batch's carries its share as a factor. Under FSDP2
     whole gradients do not exist, and only the loss is compared.
-
-    Returns:
-        The gradient of the whole loss, one tensor per parameter; empty under FSDP2.
 
     Raises:
         UnsupportedError: If they differ by more than rounding.
@@ -251,7 +262,6 @@ def _compare(
     tolerance = _tolerance(plan, whole)
     parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
     total, norms, reached = 0.0, [], set[int]()
-    mean = [] if sharded else [torch.zeros_like(p) for p in parameters]
     for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, options), strict=True)):
         loss = check_loss(loss_fn(part), finite=False)
         total += share * float(loss.detach())
@@ -259,7 +269,6 @@ def _compare(
             gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
             norms.append(_compare_gradients(plan, j, share, gradients, tolerance))
             reached |= {i for i, g in enumerate(gradients) if g is not None}
-            mean = [m if g is None else m + share * g for m, g in zip(mean, gradients, strict=True)]
     if not abs(total - float(whole)) <= tolerance * (1 + abs(float(whole))):
         raise UnsupportedError(
             f"the loss of the batch ({float(whole):.6g}) is not the weighted mean over its micro-batches "
@@ -270,15 +279,17 @@ def _compare(
         raise UnsupportedError(f"parameter {min(hidden)} has a gradient, but is used out of sight")
     plan.finish(reach=0.0)
     if sharded:
-        return mean
+        return
     got = plan.norms.double().cpu()
     if not torch.allclose(got, got.new_tensor(norms), rtol=max(tolerance, 1e-6), atol=tolerance * max(norms)):
         raise UnsupportedError(f"the micro-batches' gradients have norms {norms}, but {got.tolist()} as measured")
-    return mean
 
 
-def _compare_second(loss_fn: LossFunction, batch: Any, tape: Tape, whole: Tensor, mean: Sequence[Tensor]) -> None:
+def _compare_second(loss_fn: LossFunction, batch: Any, tape: Tape, whole: Tensor, collected: Plan | None) -> None:
     """Compare pass 2, at radii of zero, with the loss and the gradient at the weights themselves.
+
+    The gradient is put together from what pass 1 recorded, which has been compared by then, parameter by parameter: a
+    second whole gradient would cost as much memory as the model.
 
     Raises:
         UnsupportedError: If they differ by more than rounding, or the pass cannot run.
@@ -290,15 +301,22 @@ def _compare_second(loss_fn: LossFunction, batch: Any, tape: Tape, whole: Tensor
             loss = check_loss(loss_fn(batch), finite=False)
         tape.finish()
     off, error, tolerance = abs(float(loss.detach()) - float(whole)), 0.0, _tolerance(plan, whole)
-    if mean:
+    if collected is not None:
         gradients = torch.autograd.grad(loss, list(plan.tracked.parameters), allow_unused=True)
-        error = _norm(g if gradient is None else g - gradient for g, gradient in zip(mean, gradients, strict=True))
+        error = math.hypot(*(_off(collected, i, g) for i, g in enumerate(gradients)))
     size = float(plan.norms.sum())  # the micro-batches' gradients may cancel in the mean, their rounding does not
     if not (off <= tolerance * (1 + abs(float(whole))) and error <= tolerance * size):
         raise UnsupportedError(
             f"with its own weights for every micro-batch the model's loss is off by {off:.6g}, and its gradient by "
             f"{error:.6g} of {size:.6g}"
         )
+
+
+def _off(collected: Plan, index: int, gradient: Tensor | None) -> float:
+    total = torch.zeros_like(collected.tracked.parameters[index]) if gradient is None else -gradient
+    for shard in range(collected.shards.count):
+        total += collected.gradient(index, shard)
+    return float(torch.linalg.vector_norm(total))
 
 
 @contextmanager
@@ -340,9 +358,10 @@ def _compare_gradients(
     """
     norm = share * _norm(gradients)
     for i, (p, gradient) in enumerate(zip(plan.tracked.parameters, gradients, strict=True)):
-        truth = torch.zeros_like(p) if gradient is None else share * gradient
-        size = float(torch.linalg.vector_norm(truth))
-        error = float(torch.linalg.vector_norm(plan.gradient(i, shard) - truth))
+        off, size = plan.gradient(i, shard), 0.0
+        if gradient is not None:
+            off, size = off.sub_(gradient, alpha=share), share * float(torch.linalg.vector_norm(gradient))
+        error = float(torch.linalg.vector_norm(off))
         # Rounding is relative to the whole gradient: a bias before a batch norm has a zero gradient, but for rounding.
         if not error <= tolerance * (size + norm / len(gradients) ** 0.5):
             raise UnsupportedError(
