@@ -98,7 +98,7 @@ def others(quick: bool) -> dict[str, Any]:
     for name in ("transformer", "cnn"):
         for micro_batches in (4, 8, 16):
             for mode in ("ghost", "sequential"):
-                found = paired(model_and_batch(name), (micro_batches, mode), (0, "plain"), 2, 3 if quick else 9)
+                found = paired(model_and_batch(name), (micro_batches, mode), (0, "plain"), 2, 7 if quick else 15)
                 results[f"{mode}_vs_sgd_{name}_m{micro_batches}"] = round(found.ratio, 3)
     return results
 
