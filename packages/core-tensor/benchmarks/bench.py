@@ -140,7 +140,7 @@ def low_rank(quick: bool) -> dict[str, object]:
 
 
 def low_rank_pairs(batch: int, n: int, width: int, pairs: int) -> tuple[Comparison, Comparison]:
-    """Twenty calls of `ghost_norms` and of `low_rank_add_` with square layers, each against torch."""
+    """Twenty calls of `ghost_norms` and of `low_rank_add` with square layers, each against torch."""
     x, inner, outer, y = (torch.randn(n, batch // n, width) for _ in range(4))
     c, calls, (rows, result) = torch.rand(n), range(20), (x.flatten(0, 1), y.flatten(0, 1))
 
@@ -151,8 +151,10 @@ def low_rank_pairs(batch: int, n: int, width: int, pairs: int) -> tuple[Comparis
         return [y.baddbmm_((torch.bmm(x, inner.mT) + 1.0) * c[:, None, None], outer) for _ in calls]
 
     norms = compare(lambda: [core_tensor.ghost_norms([outer], [inner], [1.0]) for _ in calls], grams, pairs=pairs)
-    add = core_tensor.low_rank_add_
-    return norms, compare(lambda: [add(result, rows, inner, outer, c, 1.0) for _ in calls], products, pairs=pairs)
+    add = core_tensor.low_rank_add
+    return norms, compare(
+        lambda: [add(result, rows, inner, outer, c, 1.0, out=result) for _ in calls], products, pairs=pairs
+    )
 
 
 if __name__ == "__main__":

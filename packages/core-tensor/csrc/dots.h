@@ -59,9 +59,11 @@ struct Dots {
   static constexpr int kLanes = BYTES / sizeof(T);
   static constexpr int kWidth = BYTES == 64 ? 4 : 3;
 
-  // out[q][p] = <a_(i+p), b_(j+q)> for rows of length d; rows past the end repeat the last one.
+  // out[q][p] = <a_(i+p), b_(j+q)> for rows of length d. Rows of a past the end repeat the last one, columns past the end
+  // of b may be left as they are: a last one alone takes half the time of a whole tile.
   static CT_INLINE void multiply(const T* a, int64_t i, int64_t a_rows, const T* b, int64_t j, int64_t b_rows,
                                  int64_t d, Column<T> out[kWidth]) {
+    if (b_rows - j == 1) return tile<1, false>(a, i, a_rows, b, j, b_rows, d, out);
     tile<kWidth, false>(a, i, a_rows, b, j, b_rows, d, out);
   }
 

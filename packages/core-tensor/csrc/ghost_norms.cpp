@@ -25,9 +25,9 @@ CT_INLINE double share_of(const Factors<T>& f, int64_t micro_batch, int64_t i) {
   const int64_t end = std::min(i + kHeight, f.rows);
   Column<double> twice = {};
   for (int64_t j = 0; j < i; j += Tile::kWidth) {
-    Column<T> g[Tile::kWidth], h[Tile::kWidth];
-    Tile::multiply(left, i, f.rows, left, j, f.rows, f.left_width, g);
-    Tile::multiply(right, i, f.rows, right, j, f.rows, f.right_width, h);
+    Column<T> g[Tile::kWidth] = {}, h[Tile::kWidth] = {};
+    Tile::multiply(left, i, f.rows, left, j, i, f.left_width, g);
+    Tile::multiply(right, i, f.rows, right, j, i, f.right_width, h);
 #pragma GCC unroll 4
     for (int q = 0; q < Tile::kWidth; ++q)
       if (j + q < i)

@@ -1,5 +1,5 @@
-// y_j += c_j (x_j I_j' + beta) O_j for every micro-batch j (see core_tensor/low_rank_add): four rows of x meet all rows
-// of I, and what comes out meets all rows of O before anything else does, so both stay in the second cache.
+// y_j = b_j + c_j (x_j I_j' + beta) O_j for every micro-batch j (see core_tensor/low_rank_add): four rows of x meet all
+// rows of I, and what comes out meets all rows of O before anything else does, so both stay in the second cache.
 #include <vector>
 
 #include "dots.h"
@@ -8,22 +8,23 @@ namespace {
 
 template <class T>
 struct Step {
-  const T *x, *inner, *outer, *coefficient;
+  const T *base, *x, *inner, *outer, *coefficient;
   T* y;
-  int64_t rows, rank, width, out_width;
+  int64_t base_stride, rows, rank, width, out_width;  // a stride of 0: all rows share one row of b
   T bias;
 };
 
-// y[p] += sum_j s[j][p] O_j on N vectors of columns.
+// y[p] = base[p] + sum_j s[j][p] O_j on N vectors of columns.
 template <class T, int BYTES, int N>
-CT_INLINE void add_columns(T* const* y, const T* outer, const T* s, int64_t rank, int64_t stride) {
+CT_INLINE void add_columns(T* const* y, const T* const* base, const T* outer, const T* s, int64_t rank,
+                           int64_t stride) {
   using Tile = Dots<T, BYTES>;
   using Vec = typename Tile::Vec;
   Vec sum[kHeight][N];
 #pragma GCC unroll 4
   for (int p = 0; p < kHeight; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) std::memcpy(&sum[p][v], y[p] + v * Tile::kLanes, sizeof(Vec));
+    for (int v = 0; v < N; ++v) std::memcpy(&sum[p][v], base[p] + v * Tile::kLanes, sizeof(Vec));
   for (int64_t j = 0; j < rank; ++j) {
     Vec row[N];
 #pragma GCC unroll 4
@@ -49,7 +50,7 @@ CT_INLINE void add_rows(const Step<T>& step, int64_t micro_batch, int64_t i, T* 
   const T* outer = step.outer + micro_batch * rank * d;
   const T c = step.coefficient[micro_batch];
   for (int64_t j = 0; j < rank; j += Tile::kWidth) {
-    Column<T> dots[Tile::kWidth];
+    Column<T> dots[Tile::kWidth] = {};
     Tile::multiply(x, i, step.rows, inner, j, rank, step.width, dots);
 #pragma GCC unroll 4
     for (int q = 0; q < Tile::kWidth; ++q) {
@@ -58,15 +59,23 @@ CT_INLINE void add_rows(const Step<T>& step, int64_t micro_batch, int64_t i, T* 
     }
   }
   T* y[kHeight];
-  for (int p = 0; p < kHeight; ++p) y[p] = i + p < step.rows ? step.y + (micro_batch * step.rows + i + p) * d : spare;
+  const T* base[kHeight];
+  for (int p = 0; p < kHeight; ++p) {
+    const int64_t row = micro_batch * step.rows + std::min(i + p, step.rows - 1);
+    y[p] = i + p < step.rows ? step.y + row * d : spare;
+    base[p] = step.base + row * step.base_stride;
+  }
   int64_t k = 0;
   const auto advance = [&](int64_t columns) CT_INLINE_LAMBDA {
     k += columns;
-    for (int p = 0; p < kHeight; ++p) y[p] += columns;
+    for (int p = 0; p < kHeight; ++p) {
+      y[p] += columns;
+      base[p] += columns;
+    }
   };
-  for (; k + 2 * Tile::kLanes <= d; advance(2 * Tile::kLanes)) add_columns<T, BYTES, 2>(y, outer + k, s, rank, d);
-  for (; k + Tile::kLanes <= d; advance(Tile::kLanes)) add_columns<T, BYTES, 1>(y, outer + k, s, rank, d);
-  for (; k < d; advance(1)) add_columns<T, sizeof(T), 1>(y, outer + k, s, rank, d);
+  for (; k + 2 * Tile::kLanes <= d; advance(2 * Tile::kLanes)) add_columns<T, BYTES, 2>(y, base, outer + k, s, rank, d);
+  for (; k + Tile::kLanes <= d; advance(Tile::kLanes)) add_columns<T, BYTES, 1>(y, base, outer + k, s, rank, d);
+  for (; k < d; advance(1)) add_columns<T, sizeof(T), 1>(y, base, outer + k, s, rank, d);
 }
 
 template <class T>
@@ -98,9 +107,13 @@ void add(const Step<T>& step, int64_t n, int threads) {
 }  // namespace
 
 #define CT_LOW_RANK_ADD(NAME, T)                                                                                      \
-  CT_EXPORT void NAME(T* y, const T* x, const T* inner, const T* outer, const T* coefficient, int64_t n,              \
-                      int64_t rows, int64_t rank, int64_t width, int64_t out_width, double bias, int threads) {       \
-    add(Step<T>{x, inner, outer, coefficient, y, rows, rank, width, out_width, static_cast<T>(bias)}, n, threads);    \
+  CT_EXPORT void NAME(T* y, const T* base, const T* x, const T* inner, const T* outer, const T* coefficient,          \
+                      int64_t base_stride, int64_t n, int64_t rows, int64_t rank, int64_t width, int64_t out_width,   \
+                      double bias, int threads) {                                                                     \
+    const std::vector<T> zeros(base ? 0 : out_width);                                                                 \
+    const T* start = base ? base : zeros.data();                                                                      \
+    const T b = static_cast<T>(bias);                                                                                 \
+    add(Step<T>{start, x, inner, outer, coefficient, y, base_stride, rows, rank, width, out_width, b}, n, threads);   \
   }
 CT_LOW_RANK_ADD(ct_low_rank_add_float32, float)
 CT_LOW_RANK_ADD(ct_low_rank_add_float64, double)

@@ -55,6 +55,18 @@ def test_small_layers_keep_their_factors(double, oracle, monkeypatch, few, forms
     assert found == forms
 
 
+@pytest.mark.parametrize("size", [1e-140, 1e-60, 1e60])
+def test_a_loss_of_any_size_takes_the_same_step(double, oracle, size):
+    """A direction does not depend on the gradient's length, however near to zero that is."""
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    truth = oracle.brute_force(copy.deepcopy(model), batch, [4, 4, 4], rho=0.3)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=3, mode="ghost")
+    loss_fn = oracle.loss_of(model)
+    opt.backward(lambda part: size * loss_fn(part), batch)
+    assert oracle.relative_error([g / size for g in oracle.gradients(model)], truth) < 1e-12
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3, 5])
 def test_vmap_matches_brute_force(double, oracle, micro_batches):
     make_model, make_batch = oracle.CASES["mlp"]

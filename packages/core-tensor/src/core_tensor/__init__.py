@@ -11,7 +11,7 @@ from core_tensor.dual_bounds import dual_bounds
 from core_tensor.dual_pass import BlockData, dual_pass
 from core_tensor.ghost_norms import ghost_norms
 from core_tensor.gptq_block import gptq_block
-from core_tensor.low_rank_add import low_rank_add_
+from core_tensor.low_rank_add import low_rank_add
 from core_tensor.project_assignment import project_assignment
 from core_tensor.project_blocks import project_blocks
 from core_tensor.quantized_linear import quantized_linear
@@ -28,7 +28,7 @@ __all__ = [
     "dual_pass",
     "ghost_norms",
     "gptq_block",
-    "low_rank_add_",
+    "low_rank_add",
     "pack_bits",
     "project_assignment",
     "project_blocks",

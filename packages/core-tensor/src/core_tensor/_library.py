@@ -38,8 +38,9 @@ def function(name: str, *argtypes: Any, returns: Any = None) -> Callable[..., An
         returns: ctypes type of what it returns, None for nothing.
 
     Returns:
-        A callable that takes tensors for `c_void_p` arguments and appends `torch.get_num_threads()`.
+        A callable that takes tensors, or None, for `c_void_p` arguments and appends `torch.get_num_threads()`.
     """
+    pointers = [i for i, kind in enumerate(argtypes) if kind is ctypes.c_void_p]
 
     @functools.cache
     def symbol() -> Any:
@@ -54,7 +55,10 @@ def function(name: str, *argtypes: Any, returns: Any = None) -> Callable[..., An
         return found
 
     def call(*args: Any) -> Any:
-        pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-        return symbol()(*pointers, torch.get_num_threads())
+        values = [*args, torch.get_num_threads()]
+        for i in pointers:
+            if values[i] is not None:
+                values[i] = values[i].data_ptr()
+        return symbol()(*values)
 
     return call

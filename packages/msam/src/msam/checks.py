@@ -1,6 +1,7 @@
 """Checks of what a user's loss function returned, and of the gradients it left."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,18 +46,17 @@ def check_finite_loss(loss: Tensor) -> None:
         raise ValueError(f"loss: expected a finite value, got {value}")
 
 
-def check_finite_norms(norms: Tensor) -> None:
+def check_finite_norms(norms: Sequence[float]) -> None:
     """Refuse a NaN or infinite ascent gradient.
 
     Args:
-        norms: Norm of every micro-batch's gradient, shape (m,).
+        norms: Norm of every micro-batch's gradient.
 
     Raises:
         ValueError: If one is not finite.
     """
-    values = norms.tolist()
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"loss: expected a finite gradient, got norms {values}")
+    if not all(map(math.isfinite, norms)):
+        raise ValueError(f"loss: expected a finite gradient, got norms {norms}")
 
 
 def check_closure_loss(loss: Any, finite: bool) -> Tensor:

@@ -94,7 +94,7 @@ def msam_grad(
     aux = Aux(loss.detach(), perturbed.detach(), torch.cat(norms))
     if check_finite:
         check_finite_loss(aux.loss)
-        check_finite_norms(aux.gradient_norms)
+        check_finite_norms(aux.gradient_norms.tolist())
         check_finite_loss(aux.perturbed_loss)
     return total, aux
 

@@ -1,5 +1,6 @@
 """The ghost engine: prove a model's path once, then run both passes over whole batches."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -44,6 +45,7 @@ class Ghost:
         self._paths: dict[bool, list[Path]] = {False: [], True: []}
         self._table: Table | None = None
         self._norms = norm_layers(model)
+        self._parallel = isinstance(model, DistributedDataParallel | FSDPModule)
         self._compiled = False
         self._batches = 0  # since the last new path
 
@@ -86,12 +88,13 @@ class Ghost:
     ) -> StepRecord:  # fmt: skip
         plan, loss = self._first_pass(loss_fn, batch, shards, tracked, scale, generators)
         plan.finish()
-        norms = self._own_norms(plan.norms, batch, shards, scale)
-        if scale is not None and not bool(norms.isfinite().all()):
+        own = self._own_norms(plan.norms, batch, shards, scale, loss.device)
+        norms = plan.per_micro_batch(own)
+        if scale is not None and not all(map(math.isfinite, own)):
             poison(tracked.parameters)
             return StepRecord("ghost", tracked.radii[0], loss, loss, norms, skipped=True)
         if scale is None and self._options.check_finite:
-            check_finite_norms(norms)
+            check_finite_norms(own)
         if self._options.rng == "same":
             generators.rewind()
         try:
@@ -100,20 +103,23 @@ class Ghost:
             raise UnsupportedError(f"the model takes another path in pass 2: {error}") from error
         return StepRecord("ghost", tracked.radii[0], loss, late, norms)
 
-    def _own_norms(self, norms: Tensor, batch: Any, shards: Shards, scale: Scale | None) -> Tensor:
+    def _own_norms(
+        self, norms: Sequence[float], batch: Any, shards: Shards, scale: Scale | None, device: torch.device
+    ) -> list[float]:
         """Norms of the micro-batches' own gradients: without their share in the whole loss and the loss scale.
 
         Returns:
-            Norms, shape (m,).
+            One per micro-batch.
         """
         if scale is not None:
-            norms = norms / scale(norms.new_ones(()))
+            factor = float(scale(torch.ones((), device=device)))
+            norms = [norm / factor for norm in norms]
         if self._options.shard_weight is None and len(shards.runs) == 1:
-            return norms * shards.count
+            return [norm * shards.count for norm in norms]
         batch, shards = self._ascent_part(batch, shards)
         parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
         shares = shard_shares(parts, shards, self._options)
-        return norms / norms.new_tensor(shares).clamp_min(1e-30)
+        return [norm / max(share, 1e-30) for norm, share in zip(norms, shares, strict=True)]
 
     def _first_pass(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, scale: Scale | None,
@@ -201,8 +207,7 @@ class Ghost:
         Returns:
             A context.
         """
-        parallel = isinstance(self._model, DistributedDataParallel | FSDPModule)
-        if not (self._norms or parallel or self._compiled):
+        if not (self._norms or self._parallel or self._compiled):
             return nullcontext()
         with ExitStack() as stack:
             if self._compiled:
@@ -281,11 +286,10 @@ def capture(
     if silent and any(g is not None and g.any() for u, g in zip(tape.uses, gradients, strict=True) if u.call in silent):
         raise ChangedError("a call whose gradient was zero in the proof has one now")
     plan = Plan(tracked, shards, kept=tape.kept)
-    with torch.no_grad():
-        for use, gradient in zip(tape.uses, gradients, strict=True):
-            if gradient is not None:
-                use.contribute(plan, gradient)
-        tape.uses.clear()
+    for use, gradient in zip(tape.uses, gradients, strict=True):  # neither has a graph, nor what a use remembers
+        if gradient is not None:
+            use.contribute(plan, gradient)
+    tape.uses.clear()
     return plan, loss.detach()
 
 

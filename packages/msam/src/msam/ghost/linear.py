@@ -4,26 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from core_tensor import low_rank_add_
+from core_tensor import low_rank_add
 from torch import Tensor
-from torch.nn import functional as F
 
 Stretch = tuple[int, int, int, int]
 """First and last row, first micro-batch and number n of micro-batches of a stretch of equal ones."""
-
-
-def part(x: Tensor, start: int, stop: int) -> Tensor:
-    """Some rows.
-
-    Args:
-        x: Shape (rows, d).
-        start: First row.
-        stop: Last row, exclusive.
-
-    Returns:
-        x itself if these are all, which saves the usual case a call.
-    """
-    return x if stop - start == x.shape[0] else x[start:stop]
 
 
 def by_micro_batch(x: Tensor, start: int, stop: int, n: int) -> Tensor:
@@ -38,7 +23,7 @@ def by_micro_batch(x: Tensor, start: int, stop: int, n: int) -> Tensor:
     Returns:
         Shape (n, rows of each, d), a view.
     """
-    return part(x, start, stop).view(n, -1, x.shape[-1])
+    return x[start:stop].view(n, -1, x.shape[-1])
 
 
 class Step(Protocol):
@@ -101,11 +86,10 @@ class LowRankStep:
         Returns:
             y.
         """
-        # The product of pass 1 may have been kept by others as well, so it is not overwritten.
-        y = F.linear(x, weight, bias) if self.product is None else self.product.clone()
-        self.product = None
-        self._add(y, x, self.inner, self.outer, self.bias)
-        return y
+        if self.product is not None:
+            base, self.product = self.product, None
+            return self._added(base, x, self.inner, self.outer, self.bias)
+        return self._added(bias, x, self.inner, self.outer, self.bias).addmm_(x, weight.t())
 
     def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
         """See `Step.backward`.
@@ -117,14 +101,22 @@ class LowRankStep:
         Returns:
             dx.
         """
-        dx = dy.mm(weight)
-        self._add(dx, dy, self.outer, self.inner, 0.0)
-        return dx
+        return self._added(None, dy, self.outer, self.inner, 0.0).addmm_(dy, weight)
 
-    def _add(self, y: Tensor, x: Tensor, inner: list[Tensor], outer: list[Tensor], bias: float) -> None:
+    def _added(self, base: Tensor | None, x: Tensor, inner: list[Tensor], outer: list[Tensor], bias: float) -> Tensor:
+        """What every micro-batch's own part of the weights gives, upon a matrix, a row or nothing.
+
+        Returns:
+            Shape (rows, d of `outer`).
+        """
+        if len(self.stretches) == 1:  # the usual case
+            return low_rank_add(base, x, inner[0], outer[0], self.coefficient[0], bias)
+        y = x.new_empty(x.shape[0], outer[0].shape[-1])
         terms = zip(self.stretches, inner, outer, self.coefficient, strict=True)
         for (start, stop, _, _), inner_part, outer_part, c in terms:
-            low_rank_add_(part(y, start, stop), part(x, start, stop), inner_part, outer_part, c, bias)
+            own = base if base is None or base.ndim == 1 else base[start:stop]
+            low_rank_add(own, x[start:stop], inner_part, outer_part, c, bias, out=y[start:stop])
+        return y
 
 
 @dataclass

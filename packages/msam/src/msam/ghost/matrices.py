@@ -48,11 +48,11 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     y = _multiply(x, weight, bias, flipped)
     if tape.phase == "probe":
         return tape.note(y)
-    if not (
-        x.requires_grad or flipped or layout.shared or tape.table.sharded or torch.is_autocast_enabled(x.device.type)
-    ):
-        tape.kept[tape.position] = Kept(x.detach(), y.detach(), (x._version, y._version))
-    tape.record(y, _factor_contribution(tape, x.detach(), weight.shape, layout, (w, b), flipped))
+    if x.requires_grad:
+        x = x.detach()
+    elif not (flipped or layout.shared or tape.table.sharded or torch.is_autocast_enabled(x.device.type)):
+        tape.kept[tape.position] = Kept(x, y.detach(), (x._version, y._version))
+    tape.record(y, _factor_contribution(tape, x, weight.shape, layout, (w, b), flipped))
     return y
 
 
