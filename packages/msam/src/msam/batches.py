@@ -113,6 +113,19 @@ class Shards:
             for first, count, size in self.runs
         )
 
+    def parts(self, batch: Any) -> list[Any]:
+        """The micro-batches of a batch.
+
+        Args:
+            batch: Tree of tensors, examples first.
+
+        Returns:
+            Trees of the same structure, as views; the batch itself if it is the only one.
+        """
+        if self.count == 1:
+            return [batch]
+        return [narrow(batch, start, size) for start, size in zip(self.starts, self.sizes, strict=True)]
+
     def halved(self) -> "Shards":
         """The first half (rounded up) of each micro-batch.
 
@@ -204,6 +217,4 @@ def micro_batches(
     Yields:
         Micro-batches of the same structure, as views.
     """
-    shards = cut(batch_size(batch), num_micro_batches, micro_batch_size)
-    for start, size in zip(shards.starts, shards.sizes, strict=True):
-        yield narrow(batch, start, size)
+    yield from cut(batch_size(batch), num_micro_batches, micro_batch_size).parts(batch)

@@ -8,6 +8,7 @@ micro-batches of unequal weight n_j are a Departure (the paper's are equal), whi
 not divide consistent.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -133,7 +134,7 @@ class Sequential:
         Returns:
             The step's record.
         """
-        parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+        parts = shards.parts(batch)
         shares = shard_shares(parts, shards, self._options)
         weights, norms, sizes = Moved(tracked.parameters), [], []
         losses, perturbed, skipped = [], [], False
@@ -142,9 +143,9 @@ class Sequential:
             steps, norm, loss = self._ascend(loss_fn, part, shards.sizes[j], tracked, scale, j)
             if not tracked.uniform:
                 sizes.append(size_of(steps))
-            skipped = skipped or (scale is not None and not bool(torch.isfinite(norm)))
+            skipped = skipped or (scale is not None and not math.isfinite(norm))
             if skipped:
-                losses.append(share * loss if loss is not None else torch.zeros(()))
+                losses.append(torch.zeros(()) if loss is None else loss)
                 perturbed.append(losses[-1])
                 norms.append(norm)
                 continue
@@ -155,8 +156,8 @@ class Sequential:
                 late = self._descend(loss_fn, part, share * weight, scale, j, last=j == shards.count - 1)
             finally:
                 weights.restore()
-            losses.append(share * (late if loss is None else loss))
-            perturbed.append(share * late)
+            losses.append(late if loss is None else loss)
+            perturbed.append(late)
             norms.append(norm)
         if skipped:
             poison(tracked.parameters)
@@ -164,7 +165,7 @@ class Sequential:
         if scale is not None and self._options.ascent != "chained":  # kept gradients are without scale already
             own = own / scale(own.new_ones(()))
         return StepRecord(
-            "sequential", tracked.radii[0], sum_of(losses), sum_of(perturbed), own, skipped,
+            "sequential", tracked.radii[0], mean_of(losses, shares), mean_of(perturbed, shares), own, skipped,
             torch.stack(sizes) if sizes else None,
         )  # fmt: skip
 
@@ -181,17 +182,17 @@ class Sequential:
         Returns:
             The mean loss, scalar tensor.
         """
-        parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
-        losses = []
-        for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, self._options), strict=True)):
+        parts = shards.parts(batch)
+        shares, losses = shard_shares(parts, shards, self._options), []
+        for j, (part, share) in enumerate(zip(parts, shares, strict=True)):
             with (
                 unsynchronised(self._model) if j < shards.count - 1 else nullcontext(),
                 statistics(self._norms, self._options.bn, first=True),
             ):
                 loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
-                backward(loss * (share * weight), scale)
-            losses.append(share * loss.detach())
-        return sum_of(losses)
+                backward(loss, scale, factor=share * weight)
+            losses.append(loss.detach())
+        return mean_of(losses, shares)
 
     def _ascend(
         self, loss_fn: LossFunction, part: Any, size: int, tracked: Tracked, scale: Scale | None, slot: int
@@ -209,7 +210,7 @@ class Sequential:
             steps, norm = perturbation(tracked, take_gradients(tracked.parameters))
         finally:
             drawer.close()
-        if scale is None and self._options.check_finite and not bool(torch.isfinite(norm)):
+        if scale is None and self._options.check_finite and not math.isfinite(norm):
             raise ValueError(f"loss: expected a finite gradient, got norm {float(norm)} in micro-batch {slot}")
         return steps, norm, loss.detach()
 
@@ -224,7 +225,7 @@ class Sequential:
             statistics(self._norms, self._options.bn, first=chained),
         ):
             loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
-            backward(loss * share, scale)
+            backward(loss, scale, factor=share)
         if drawer is not None:
             self._keep(slot, share if scale is None else scale(loss.new_full((), share)))
             own = [p.grad for p in self.trainable]
@@ -236,7 +237,7 @@ class Sequential:
     def _keep(self, slot: int, factor: float | Tensor) -> None:
         """Note the slot's own gradient for the next step, without the factor that its loss was multiplied with."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() / factor for p in self.trainable]
-        if bool(torch.isfinite(norm_of(gradients))):
+        if math.isfinite(norm_of(gradients)):
             self.previous[slot : slot + 1] = [gradients]
 
 
@@ -262,25 +263,30 @@ def shard_shares(parts: Sequence[Any], shards: Shards, options: Options) -> list
     return [w / total for w in weights]
 
 
-def backward(loss: Tensor, scale: Scale | None, only: list[Tensor] | None = None) -> None:
+def backward(loss: Tensor, scale: Scale | None, only: list[Tensor] | None = None, factor: float = 1.0) -> None:
     """Differentiate a loss, scaled as a GradScaler asks.
 
     Args:
         loss: Scalar tensor.
         scale: Scaling, or None.
         only: Parameters that get gradients; None for all.
+        factor: Factor of the loss.
     """
-    scaled = loss if scale is None else scale(loss)
-    torch.autograd.backward(scaled, inputs=only)
+    weighted = loss if factor == 1.0 else loss * factor
+    torch.autograd.backward(weighted if scale is None else scale(weighted), inputs=only)
 
 
-def sum_of(terms: Sequence[Tensor]) -> Tensor:
-    """Sum of scalar tensors.
+def mean_of(terms: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Weighted mean of scalar tensors.
 
     Args:
-        terms: At least one scalar.
+        terms: At least one scalar, without graph.
+        shares: Their weights, which sum to 1.
 
     Returns:
         Scalar tensor.
     """
-    return torch.stack([t.detach().reshape(()) for t in terms]).sum()
+    if len(terms) == 1:
+        return terms[0]
+    values = torch.stack(list(terms))
+    return (values * values.new_tensor(shares)).sum()

@@ -252,7 +252,7 @@ def ascent_part(optimizer: MSAM, part: Any) -> Any:
 def _plan(optimizer: MSAM, batch: Any) -> tuple[Shards, Tracked, list[Any], list[float]]:
     options = optimizer.options
     shards = cut(batch_size(batch), options.num_micro_batches, options.micro_batch_size)
-    parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+    parts = shards.parts(batch)
     return shards, optimizer.reach(shards.count), parts, shard_shares(parts, shards, options)
 
 

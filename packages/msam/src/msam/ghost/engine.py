@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from msam.batches import Shards, narrow, pick
+from msam.batches import Shards, pick
 from msam.checks import check_finite_norms, check_loss
 from msam.ghost.directions import Plan
 from msam.ghost.errors import ChangedError, NotFiniteError, UnsupportedError
@@ -117,7 +117,7 @@ class Ghost:
         if self._options.shard_weight is None and len(shards.runs) == 1:
             return [norm * shards.count for norm in norms]
         batch, shards = self._ascent_part(batch, shards)
-        parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+        parts = shards.parts(batch)
         shares = shard_shares(parts, shards, self._options)
         return [norm / max(share, 1e-30) for norm, share in zip(norms, shares, strict=True)]
 
@@ -198,7 +198,7 @@ class Ghost:
             loss = check_loss(loss, finite=False)
             tape.finish()
             plan.release()
-            backward(loss if weight == 1.0 else loss * weight, scale)
+            backward(loss, scale, factor=weight)
         return loss.detach()
 
     def _around(self, shards: Shards, first: bool) -> AbstractContextManager[object]:

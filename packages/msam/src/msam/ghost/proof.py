@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from msam.batches import Shards, narrow, tree_map
+from msam.batches import Shards, tree_map
 from msam.checks import check_loss
 from msam.ghost.directions import Plan
 from msam.ghost.errors import NotFiniteError, UnsupportedError
@@ -260,7 +260,7 @@ def _compare(
     """
     parameters = plan.tracked.parameters
     tolerance = _tolerance(plan, whole)
-    parts = [narrow(batch, start, size) for start, size in zip(shards.starts, shards.sizes, strict=True)]
+    parts = shards.parts(batch)
     total, norms, reached = 0.0, [], set[int]()
     for j, (part, share) in enumerate(zip(parts, shard_shares(parts, shards, options), strict=True)):
         loss = check_loss(loss_fn(part), finite=False)
