@@ -149,8 +149,8 @@ class Plan:
     def finish(self, reach: float = 1.0) -> None:
         """Choose a form for every direction and compute the norms.
 
-        These few numbers come to the host, once per step: their check does so anyway, and what is made of them there
-        takes a tenth of the time of as many calls on tensors of m elements.
+        These few numbers come to the host, once per step: their check reads them anyway, and what is made of them takes
+        a fraction there of the time of half a dozen calls on tensors of m elements.
 
         Args:
             reach: Factor of all radii; at 0 pass 2 runs at the weights themselves, in the same forms.
