@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msam import MSAM, msam_grad
 from msam.batches import cut
-from msam.ghost.directions import FEW
+from msam.ghost.directions import FEW, Plan
 from msam.ghost.factors import Kept
 from msam.ghost.linear import LowRankStep, OwnWeights
 from torch import nn
@@ -53,6 +53,25 @@ def test_small_layers_keep_their_factors(double, oracle, monkeypatch, few, forms
     opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode="ghost")
     opt.backward(oracle.loss_of(model), batch)
     assert found == forms
+
+
+def test_what_pass_1_collects_has_no_graph(double, oracle, case, monkeypatch):
+    """A plan outlives pass 1; graphs would keep all activations alive with it, and pass 2 must not run through them."""
+    make_model, make_batch = oracle.CASES[case]
+    model, seen, finish = make_model(), [], Plan.finish
+
+    def look(plan, *args, **kwargs):
+        uses = [use for uses in plan._factors.values() for use in uses]
+        seen.extend(t for use in uses for t in (*use.left, *use.right))
+        seen.extend(rows for parts in plan._tokens.values() for _, rows in parts)
+        seen.extend(plan._dense.values())
+        finish(plan, *args, **kwargs)
+
+    monkeypatch.setattr(Plan, "finish", look)
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
+    opt.backward(oracle.loss_of(model), make_batch())
+    assert seen
+    assert not any(t.requires_grad for t in seen)
 
 
 @pytest.mark.parametrize("size", [1e-140, 1e-60, 1e60])

@@ -215,6 +215,6 @@ def micro_batches(
         micro_batch_size: Examples per micro-batch (exactly one of the two is given).
 
     Yields:
-        Micro-batches of the same structure, as views.
+        Micro-batches of the same structure, as views; the batch itself if it is the only one.
     """
     yield from cut(batch_size(batch), num_micro_batches, micro_batch_size).parts(batch)

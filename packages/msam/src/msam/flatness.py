@@ -135,8 +135,7 @@ def sharpness(model: nn.Module, loss_fn: Loss, data: Any, *, rho: float, micro_b
     """
     parameters = tuple(p for p in model.parameters() if p.requires_grad)
     shards, total = cut(batch_size(data), micro_batch_size=micro_batch_size), 0.0
-    for start, size in zip(shards.starts, shards.sizes, strict=True):
-        part = narrow(data, start, size)
+    for part, size in zip(shards.parts(data), shards.sizes, strict=True):
         loss = loss_fn(model, part)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         moved = Moved(parameters)

@@ -34,7 +34,8 @@ class Options:
         rng: `"same"` repeats the dropout masks of pass 1 in pass 2, `"independent"` draws them anew.
         clip_norm: Largest norm of the averaged gradient in `step(loss_fn, batch)`, or None.
         shard_weight: Weight of a micro-batch, such as its number of valid tokens; None counts its examples.
-        check_finite: Whether a loss that is NaN or infinite raises (one device synchronisation per step).
+        check_finite: Whether a loss or gradient that is NaN or infinite raises, for which the host reads the losses.
+            Norms of gradients it reads in any case, once per step in ghost mode and per micro-batch in sequential.
     """
 
     rho: Rho = RHO_SAM

@@ -69,6 +69,7 @@ def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str, for
             ha="center",
             va="bottom",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # above the lines that a caller draws
         )
     axis.set_xticks(range(len(rows)), [n.replace("msam-", "msam\n") for n in names], fontsize=8)
     axis.set_title(title, fontsize=10)

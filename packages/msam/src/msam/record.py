@@ -1,4 +1,4 @@
-"""What one step leaves behind for telemetry, kept as tensors so that nothing waits for the device."""
+"""What one step leaves behind for telemetry, as tensors where they were computed."""
 
 import math
 from dataclasses import dataclass

@@ -54,7 +54,7 @@ def low_rank_add(
         outer: O, shape (n, r, d_out).
         coefficient: c, shape (n,).
         bias: beta.
-        out: Where y is written, shape (n * rows, d_out); may be b itself, but not overlap it otherwise, or x.
+        out: Where y is written, shape (n * rows, d_out). It may be b itself, and shares memory with nothing else.
 
     Returns:
         y, shape (n * rows, d_out).
