@@ -163,8 +163,8 @@ def lint(session: nox.Session) -> None:
 
     def step(package: str) -> None:
         with session.chdir(ROOT / "packages" / package):
-            # Extras are imported by name (`core_tensor.extras.require`), which no static reader can follow: they count
-            # as declared wherever they are imported. What is required must be declared and used, without exception.
+            # Extras are imported by name (`core_tensor.app.extras.require`), which no static reader can follow: they
+            # count as declared wherever they are imported. What is required must be declared and used, without exception.
             extras = ",".join(project(package).get("optional-dependencies", {}))
             run(session, commands / "deptry", "src", "--optional-dependencies-dev-groups", extras, "--ignore", "DEP004")
 
@@ -252,7 +252,7 @@ def python_of_workspace() -> str:
 
 
 def shared_data() -> dict[str, str]:
-    """Where tests that run outside the tree find the shared data, by the rule of `core_tensor.testing.shared_data`."""
+    """Where tests outside the tree find the shared data, by the rule of `core_tensor.dev.testing.shared_data`."""
     named = os.environ.get("CORE_TENSOR_SHARED_DATA")
     beside = [folder / "shared" / "data" for folder in ROOT.parents if (folder / "shared" / "data").is_dir()]
     folder = named or next(map(str, beside), None)

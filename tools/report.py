@@ -7,7 +7,7 @@ A page marks the place; what stands between the marks is replaced, `--check` onl
 
     SAM reaches <!-- value packages/msam/reproduce/results/digits.json#best.accuracy:.1% -->97.3%<!-- end -->.
 
-    <!-- code packages/core-tensor/src/core_tensor/bit_packing/reference.py#pack_bits -->
+    <!-- code packages/core-tensor/src/core_tensor/ops/bit_packing/reference.py#pack_bits -->
     <!-- end -->
 
 After the `#` of code stands the name of a definition (Python or C++), else a path of keys and indices into the JSON. A

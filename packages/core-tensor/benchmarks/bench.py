@@ -4,7 +4,7 @@ import statistics
 
 import core_tensor
 import torch
-from core_tensor.benchmarking import Comparison, compare, run_bars
+from core_tensor.dev.benchmarking import Comparison, compare, run_bars
 from torch import Tensor
 
 

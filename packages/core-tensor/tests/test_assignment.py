@@ -4,8 +4,8 @@ from itertools import permutations
 import core_tensor
 import pytest
 import torch
-from core_tensor.assignment import reference
-from core_tensor.testing import AWKWARD_SIZES
+from core_tensor.dev.testing import AWKWARD_SIZES
+from core_tensor.ops.assignment import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,7 @@ import json
 import sys
 
 import pytest
-from core_tensor.benchmarking import Comparison, compare, run_bars
+from core_tensor.dev.benchmarking import Comparison, compare, run_bars
 
 
 def test_pairs_are_interleaved_and_the_median_ratio_is_taken():

@@ -1,7 +1,7 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.bit_packing import reference
+from core_tensor.ops.bit_packing import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

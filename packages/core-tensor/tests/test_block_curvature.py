@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 from core_tensor import BlockData, block_curvature
-from core_tensor.block_curvature import reference
-from core_tensor.project_blocks import reference as blocks_reference
+from core_tensor.ops.block_curvature import reference
+from core_tensor.ops.project_blocks import reference as blocks_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,7 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.cd_sparse import reference
+from core_tensor.ops.cd_sparse import reference
 
 
 def _arguments(problem, frozen_share=0.0):

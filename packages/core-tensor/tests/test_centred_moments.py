@@ -3,8 +3,8 @@ from fractions import Fraction
 import core_tensor
 import pytest
 import torch
-from core_tensor.centred_moments import reference
-from core_tensor.testing import AWKWARD_SIZES, assert_close
+from core_tensor.dev.testing import AWKWARD_SIZES, assert_close
+from core_tensor.ops.centred_moments import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,8 +3,8 @@ import json
 import click
 import pytest
 from click.testing import CliRunner
-from core_tensor.cli import command_line, emit, json_option, progress, table
-from core_tensor.extras import MissingExtraError, require
+from core_tensor.app.cli import command_line, emit, json_option, progress, table
+from core_tensor.app.extras import MissingExtraError, require
 
 
 @command_line("core-tensor")

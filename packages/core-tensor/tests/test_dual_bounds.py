@@ -1,8 +1,8 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.dual_bounds import BOUNDS, reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.dual_bounds import BOUNDS, reference
 
 
 def _arguments(rows, seed=0):

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from core_tensor import BlockData, dual_pass
-from core_tensor.dual_pass import reference
+from core_tensor.ops.dual_pass import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

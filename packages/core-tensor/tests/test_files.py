@@ -4,7 +4,7 @@ import os
 import stat
 
 import pytest
-from core_tensor.files import atomic_path, read_json, sha256, write_json, write_text
+from core_tensor.app.files import atomic_path, read_json, sha256, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

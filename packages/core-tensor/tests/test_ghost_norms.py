@@ -1,8 +1,8 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.ghost_norms import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.ghost_norms import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

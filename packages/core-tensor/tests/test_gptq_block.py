@@ -1,8 +1,8 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.gptq_block import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.gptq_block import reference
 
 
 def _factor(sigma, damping=0.01):

@@ -1,8 +1,8 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.low_rank_add import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.low_rank_add import reference
 
 NAMES = ("base", "x", "inner", "outer", "coefficient")
 

@@ -3,8 +3,8 @@ from itertools import permutations, product
 import core_tensor
 import pytest
 import torch
-from core_tensor.project_assignment import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.project_assignment import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ from fractions import Fraction
 import core_tensor
 import pytest
 import torch
-from core_tensor.project_blocks import reference
+from core_tensor.ops.project_blocks import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

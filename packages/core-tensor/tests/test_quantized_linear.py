@@ -1,8 +1,8 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.quantized_linear import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.quantized_linear import reference
 
 
 def _layer(q, p, bits, group_size, sparse, seed=0):

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from core_tensor.spectrum import SymmetricOperator, hessian_operator, hutchinson_trace, lanczos
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.linalg.spectrum import SymmetricOperator, hessian_operator, hutchinson_trace, lanczos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from core_tensor.testing import assert_close, run_ranks, shared_data
+from core_tensor.dev.testing import assert_close, run_ranks, shared_data
 
 
 def test_assert_close_is_relative_at_any_scale():
@@ -37,7 +37,7 @@ def test_run_ranks_joins_processes_by_gloo():
 def test_a_script_that_runs_ranks_does_not_run_again_in_them(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from core_tensor.testing import run_ranks\n"
+        "from core_tensor.dev.testing import run_ranks\n"
         "def rank_of(rank, world_size): return rank\n"
         "if __name__ == '__main__': print(run_ranks(rank_of, 2))\n"
     )

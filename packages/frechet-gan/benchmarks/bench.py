@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from core_tensor.benchmarking import compare, run_bars
-from core_tensor.testing import run_ranks
+from core_tensor.dev.benchmarking import compare, run_bars
+from core_tensor.dev.testing import run_ranks
 from forms import fd_loss, principal_root, rank_gradient
 from frechet_gan import (
     EMAPopulation,

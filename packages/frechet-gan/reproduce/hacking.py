@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from core_tensor.files import write_json
+from core_tensor.app.files import write_json
 from frechet_gan.demo import hacking_demo
 
 RESULTS = Path(__file__).parent / "results"

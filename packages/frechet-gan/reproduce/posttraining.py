@@ -15,8 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from core_tensor.cli import progress
-from core_tensor.files import write_json
+from core_tensor.app.cli import progress
+from core_tensor.app.files import write_json
 from frechet_gan import EMAPopulation, PosttrainConfig, PostTrainer, encoder_losses, evaluate
 from frechet_gan.classifier import train_classifier
 from frechet_gan.encoders import Encoder, pixels

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.cli import progress
-from core_tensor.files import atomic_path, write_json
-from core_tensor.testing import shared_data
+from core_tensor.app.cli import progress
+from core_tensor.app.files import atomic_path, write_json
+from core_tensor.dev.testing import shared_data
 from frechet_gan import PRESETS, FeatureStats, FrechetTrainer, NetworkConfig, frechet_distance
 from frechet_gan.classifier import accuracy, train_classifier
 from frechet_gan.data import Dataset, cifar, glyphs, mnist

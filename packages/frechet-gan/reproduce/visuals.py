@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.cli import progress
-from core_tensor.extras import pyplot
-from core_tensor.files import write_json
+from core_tensor.app.cli import progress
+from core_tensor.app.extras import pyplot
+from core_tensor.app.files import write_json
 from frechet_gan import (
     FeatureStats,
     TransportLoss,

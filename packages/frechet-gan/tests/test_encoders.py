@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import shared_data
+from core_tensor.dev.testing import shared_data
 from frechet_gan import FrozenEncoder, encode, load_encoder
 from PIL import Image
 from torch import nn

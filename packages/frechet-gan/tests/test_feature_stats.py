@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import assert_close, run_ranks
+from core_tensor.dev.testing import assert_close, run_ranks
 from frechet_gan import FeatureStats, frechet_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st

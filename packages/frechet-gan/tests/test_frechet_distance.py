@@ -3,7 +3,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from frechet_gan import FeatureStats, frechet_distance, frechet_distance_from_moments, gaussian_map
 from frechet_gan.factors import polar_gram
 from hypothesis import given, settings

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core_tensor.testing import assert_close, run_ranks
+from core_tensor.dev.testing import assert_close, run_ranks
 from frechet_gan import (
     PRESETS,
     FrechetTrainer,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from core_tensor.benchmarking import Comparison, compare, run_bars
+from core_tensor.dev.benchmarking import Comparison, compare, run_bars
 from msam import MSAM
 from msam.cost import model_and_batch
 from msam.data import mnist1d

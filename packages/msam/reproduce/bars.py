@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core_tensor.files import read_json, write_json
+from core_tensor.app.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 BENCH = Path(__file__).parents[1] / "benchmarks" / "bench.py"

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from core_tensor.files import read_json, write_json
+from core_tensor.app.files import read_json, write_json
 from msam import plots
 from msam.cost import MODELS, MODES, ratios
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from core_tensor.testing import shared_data
+from core_tensor.dev.testing import shared_data
 from msam import compare, plots
 from msam.cli import draw_portrait, main
 from msam.data import digits, load, noisy

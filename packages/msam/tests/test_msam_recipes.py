@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from core_tensor.testing import run_ranks
+from core_tensor.dev.testing import run_ranks
 from msam import MSAM
 from torch import nn
 from torch.nn import functional as F

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from core_tensor import project_blocks
-from core_tensor.benchmarking import compare, run_bars, seconds
-from core_tensor.testing import run_ranks
+from core_tensor.dev.benchmarking import compare, run_bars, seconds
+from core_tensor.dev.testing import run_ranks
 from polytope_lp import Assignment, Marketplace, MatchingProblem, Policy, generate, solve
 from polytope_lp.evaluation import FusedDual
 

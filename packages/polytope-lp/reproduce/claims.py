@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.extras import pyplot
-from core_tensor.files import atomic_path, write_json
+from core_tensor.app.extras import pyplot
+from core_tensor.app.files import atomic_path, write_json
 from polytope_lp import Assignment, Marketplace, MatchingProblem, Solution, corral, generate, solve
 from polytope_lp.evaluation import FusedDual
 from polytope_lp.polytopes.rows import project_rows

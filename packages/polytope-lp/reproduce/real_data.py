@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.files import read_json, write_json
-from core_tensor.testing import shared_data
+from core_tensor.app.files import read_json, write_json
+from core_tensor.dev.testing import shared_data
 from polytope_lp import MatchingProblem, box_cut, linprog_blocks, solve
 
 RESULTS = Path(__file__).parent / "results"

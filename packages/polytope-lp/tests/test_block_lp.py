@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.sparse
-from core_tensor.testing import shared_data
+from core_tensor.dev.testing import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polytope_lp import Assignment, BlockLP, OraclePolytope, box, box_cut, linprog_blocks, simplex, solve

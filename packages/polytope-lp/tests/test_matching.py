@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import shared_data
+from core_tensor.dev.testing import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polytope_lp import Marketplace, MatchingProblem, box, box_cut, generate, knapsack, simplex, solve

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from core_tensor.testing import run_ranks
+from core_tensor.dev.testing import run_ranks
 from polytope_lp import Marketplace, generate, read_problem, solve
 
 MARKET = Marketplace(sources=4000, destinations=40, seed=5)

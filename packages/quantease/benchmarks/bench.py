@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from core_tensor.benchmarking import Comparison, compare, run_bars
+from core_tensor.dev.benchmarking import Comparison, compare, run_bars
 from quantease import (
     GramFolds,
     LayerConfig,

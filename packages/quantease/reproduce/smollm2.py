@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from core_tensor.files import write_json
+from core_tensor.app.files import write_json
 from quantease.demo import DemoConfig, run_demo
 
 RESULTS = Path(__file__).parent / "results"

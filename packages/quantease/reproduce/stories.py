@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from core_tensor.files import write_json
-from core_tensor.testing import shared_data
+from core_tensor.app.files import write_json
+from core_tensor.dev.testing import shared_data
 from quantease.causal_lm import open_causal_lm
 from quantease.compare import compare_methods, default_methods
 from quantease.config import LayerConfig

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.files import read_json, write_json
-from core_tensor.testing import shared_data
+from core_tensor.app.files import read_json, write_json
+from core_tensor.dev.testing import shared_data
 from quantease.causal_lm import open_causal_lm, open_gguf
 from quantease.compare import compare_methods
 from quantease.config import LayerConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import shared_data
+from core_tensor.dev.testing import shared_data
 from quantease.grid import group_index, minmax_grid
 from quantease.problem import Problem
 from torch import Tensor

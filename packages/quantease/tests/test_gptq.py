@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from quantease.gptq import gptq, gptq_with_gradient, upper_factor
 
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantease import GramFolds, Shrinkage

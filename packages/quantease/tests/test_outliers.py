@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from quantease import LayerConfig, Outliers, quantize_layer, relative_error
 from quantease.outliers import largest_eigenvalue, outlier_descent, outlier_iht, top_mask
 from quantease.synthetic import synthetic_layer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from quantease import GramFolds, LayerConfig, Shrinkage, quantize_layer, relative_error
 from quantease.objective import row_objective
 from quantease.pipeline import quantease

@@ -1,7 +1,7 @@
 import core_tensor
 import pytest
 import torch
-from core_tensor.testing import AWKWARD_SCALES
+from core_tensor.dev.testing import AWKWARD_SCALES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantease import ALGORITHMS, GramFolds, LayerConfig, Shrinkage, quantize_layer, relative_error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_tensor.testing import run_ranks
+from core_tensor.dev.testing import run_ranks
 from quantease.causal_lm import open_causal_lm
 from quantease.config import LayerConfig
 from quantease.perplexity import streamed_perplexity

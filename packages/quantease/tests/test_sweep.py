@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantease.grid import group_index, minmax_grid

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from core_tensor.extras import MissingExtraError
+from core_tensor.app.extras import MissingExtraError
 from quantease.smollm2 import smollm2_path
 from quantease.text import python_topics, read_text, split, windows
 

@@ -9,8 +9,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
-from core_tensor.benchmarking import compare, run_bars, seconds
-from core_tensor.spectrum import hessian_operator, lanczos
+from core_tensor.dev.benchmarking import compare, run_bars, seconds
+from core_tensor.linalg.spectrum import hessian_operator, lanczos
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, StabilityMonitor, all_bounds, analyze, lr_threshold
 from sgd_stability.demo import digits, digits_network
 from sgd_stability.ghost import gram

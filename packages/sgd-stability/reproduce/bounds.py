@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_tensor.cli import progress
-from core_tensor.files import write_json
+from core_tensor.app.cli import progress
+from core_tensor.app.files import write_json
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, all_bounds, lr_threshold, lyapunov_exponent
 from sgd_stability.almost_sure import almost_sure_threshold
 from sgd_stability.paper_figure import plot_quadratic

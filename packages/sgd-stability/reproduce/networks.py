@@ -5,7 +5,7 @@
 Minima of a tanh MLP on random data, and of an MLP and CNNs on digits and CIFAR-10, squared error, in float64; the same
 MLP and CNN under cross-entropy, which has no minimum. Writes one JSON file per network and the maps to `results/`; runs
 of SGD that are in the file already are not repeated (delete it to start anew).
-CIFAR is read from the shared data folder (`core_tensor.testing.shared_data`).
+CIFAR is read from the shared data folder (`core_tensor.dev.testing.shared_data`).
 """
 
 import argparse
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.cli import progress
-from core_tensor.extras import require
-from core_tensor.files import read_json, write_json
-from core_tensor.testing import shared_data
+from core_tensor.app.cli import progress
+from core_tensor.app.extras import require
+from core_tensor.app.files import read_json, write_json
+from core_tensor.dev.testing import shared_data
 from sgd_stability import Sampling, StabilityReport, analyze
 from sgd_stability.bounds import all_bounds
 from sgd_stability.demo import digits, digits_network

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.cli import progress
-from core_tensor.files import write_json
+from core_tensor.app.cli import progress
+from core_tensor.app.files import write_json
 from sgd_stability import Check, StabilityMonitor, analyze
 from sgd_stability.demo import digits
 from sgd_stability.nonlinear import interpolate

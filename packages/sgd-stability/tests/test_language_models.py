@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from sgd_stability import CurvatureFamily, StabilityMonitor, analyze, sample_curvature
 from sgd_stability.jacobian import weighted_jacobian
 from sgd_stability.losses import resolve_loss

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from sgd_stability import CurvatureFamily, StabilityReport, Update, analyze
 from sgd_stability.gauss_newton import gauss_newton_operator, gauss_newton_product
 from sgd_stability.ghost import gradient_norms, gram, sample_blocks

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, lr_threshold, quadratic, second_moment_radius

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from core_tensor.testing import run_ranks
+from core_tensor.dev.testing import run_ranks
 from sgd_stability import StabilityMonitor, analyze
 from torch import nn
 from torch.nn import functional as F

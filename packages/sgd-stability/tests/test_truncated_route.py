@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from core_tensor.spectrum import SymmetricOperator, hutchinson_trace
+from core_tensor.linalg.spectrum import SymmetricOperator, hutchinson_trace
 from sgd_stability import CurvatureFamily, Sampling, Update, analyze, lr_threshold, nested
 from sgd_stability.demo import digits, digits_network
 from sgd_stability.losses import resolve_loss

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import core_tensor
 import pytest
-from core_tensor._aot import compile_row
+from core_tensor.dev.aot import compile_row
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("CORE_TENSOR_AOT") != "1", reason="nox -s kernels runs these with CORE_TENSOR_AOT=1"
 )
-OPERATORS = sorted(path.parent.name for path in Path(core_tensor.__file__).parent.glob("*/triton.py"))
+OPERATORS = sorted(path.parent.name for path in Path(core_tensor.__file__).parent.glob("ops/*/triton.py"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiles_without_spills(operator, capability):
-    rows = importlib.import_module(f"core_tensor.{operator}.triton").COMPILE
+    rows = importlib.import_module(f"core_tensor.ops.{operator}.triton").COMPILE
     assert rows
     for row in rows:
         # A launch passes a Python float as fp32, whatever the table says; the interpreter keeps all of its digits.

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from core_tensor.bit_packing import reference
+from core_tensor.ops.bit_packing import reference
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_values(bits):
-    from core_tensor.bit_packing import triton as kernels
+    from core_tensor.ops.bit_packing import triton as kernels
 
     codes = torch.randint(0, 1 << bits, (2, 43), dtype=torch.uint8)
     words = reference.pack_bits(codes, bits)

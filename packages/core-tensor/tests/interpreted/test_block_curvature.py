@@ -1,8 +1,8 @@
 import pytest
 import torch
-from core_tensor.block_curvature import cpu, reference
-from core_tensor.project_blocks import reference as blocks_reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.block_curvature import cpu, reference
+from core_tensor.ops.project_blocks import reference as blocks_reference
 
 F64, ROWS, SCALE = torch.float64, 5, 2.0**45
 RATIO = 1e-12  # every term is rounded to 2**-45, in the reference every block: some tens of roundings an entry
@@ -42,7 +42,7 @@ def _arguments(kind, equality, rows_per_variable, dtype, lengths=LENGTHS, seed=3
     ],
 )
 def test_equals_reference_and_compiled_kernel(kind, equality, rows_per_variable, dtype, monkeypatch):
-    from core_tensor.block_curvature import triton as kernels
+    from core_tensor.ops.block_curvature import triton as kernels
 
     monkeypatch.setattr(kernels, "CHUNK", 4)
     monkeypatch.setattr(kernels, "TILE", 4)  # the longest blocks take several tiles
@@ -55,7 +55,7 @@ def test_equals_reference_and_compiled_kernel(kind, equality, rows_per_variable,
 
 
 def test_a_block_longer_than_a_chunk():
-    from core_tensor.block_curvature import triton as kernels
+    from core_tensor.ops.block_curvature import triton as kernels
 
     arguments = _arguments("knapsack", False, 1, torch.float32, lengths=(131, 1))
     x, upper = arguments[3], arguments[5]
@@ -64,7 +64,7 @@ def test_a_block_longer_than_a_chunk():
 
 
 def test_neither_order_nor_slices_change_a_bit():
-    from core_tensor.block_curvature import triton as kernels
+    from core_tensor.ops.block_curvature import triton as kernels
 
     offsets, index, a, x, cap, upper, weight, equality, *rest = _arguments("knapsack", False, 2, torch.float32)
 
@@ -85,7 +85,7 @@ def test_neither_order_nor_slices_change_a_bit():
 
 
 def test_vertices_add_nothing_and_equal_shares_are_exact():
-    from core_tensor.block_curvature import triton as kernels
+    from core_tensor.ops.block_curvature import triton as kernels
 
     offsets, index = torch.tensor([0, 3, 5, 7, 8]), torch.arange(8, dtype=torch.int32)
     x = torch.tensor([0.0, 1.0, 0.0, 0.5, 0.5, 0.25, 0.25, 0.0], dtype=F64)  # vertex, tight, slack, at its bound
@@ -104,7 +104,7 @@ def test_vertices_add_nothing_and_equal_shares_are_exact():
 
 @pytest.mark.parametrize("scale", [0.5, 1.5, 2.5, 0.49999999999999994, 2.0**51 + 0.5, 2.0**52 + 1, 2.0**53 + 2])
 def test_terms_are_rounded_to_even(scale):
-    from core_tensor.block_curvature import triton as kernels
+    from core_tensor.ops.block_curvature import triton as kernels
 
     x, cap = torch.ones(1, dtype=F64), torch.full((1,), torch.inf, dtype=F64)
     index, a = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([[1.0, -1.0]], dtype=F64)
@@ -115,7 +115,7 @@ def test_terms_are_rounded_to_even(scale):
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])
 def test_no_variables(lengths):
-    from core_tensor.block_curvature import triton as kernels
+    from core_tensor.ops.block_curvature import triton as kernels
 
     arguments = _arguments("simplex", False, 1, F64, lengths=lengths)
     assert torch.equal(kernels.block_curvature(*arguments), torch.zeros(ROWS, ROWS, dtype=torch.int64))

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from core_tensor.dual_pass import reference as pass_reference
-from core_tensor.project_blocks import reference as project_reference
+from core_tensor.ops.dual_pass import reference as pass_reference
+from core_tensor.ops.project_blocks import reference as project_reference
 
 F64, ROWS = torch.float64, 5
 OFFSETS = torch.tensor([0, 3, 3, 4, 11])
@@ -20,7 +20,7 @@ def _family(kind, generator):
 @pytest.mark.parametrize("kind", ["simplex", "box", "box_cut", "knapsack"])
 @pytest.mark.parametrize("equality", [False, True])
 def test_project_blocks(kind, equality, monkeypatch):
-    from core_tensor.project_blocks import triton as kernels
+    from core_tensor.ops.project_blocks import triton as kernels
 
     monkeypatch.setattr(kernels, "CHUNK", 4)  # the longest block takes two chunks
     monkeypatch.setattr(kernels, "HALVINGS", 50)
@@ -38,7 +38,7 @@ def test_project_blocks(kind, equality, monkeypatch):
     [("simplex", False, 1), ("simplex", True, 1), ("box", False, 1), ("box_cut", False, 2), ("knapsack", False, 2)],
 )
 def test_dual_pass(kind, equality, rows_per_variable, monkeypatch):
-    from core_tensor.dual_pass import triton as kernels
+    from core_tensor.ops.dual_pass import triton as kernels
 
     monkeypatch.setattr(kernels, "WIDTHS", (4, 16))  # two launches
     monkeypatch.setattr(kernels, "HALVINGS", 50)

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from core_tensor.centred_moments import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.centred_moments import reference
 
 
 @pytest.mark.parametrize(
@@ -9,7 +9,7 @@ from core_tensor.testing import assert_close
     [(1, 1, torch.float64), (40, 5, torch.float32), (37, 33, torch.float64), (50, 40, torch.bfloat16)],
 )
 def test_values(n, d, dtype, monkeypatch):
-    from core_tensor.centred_moments import triton as kernels
+    from core_tensor.ops.centred_moments import triton as kernels
 
     monkeypatch.setattr(kernels, "PROGRAMS", 6)  # two or three runs of rows, the last one shorter
     x = (torch.randn(n, d, generator=torch.Generator().manual_seed(n)) + 100).to(dtype)
@@ -20,7 +20,7 @@ def test_values(n, d, dtype, monkeypatch):
 
 
 def test_large_mean_and_drift_keep_their_digits(monkeypatch):
-    from core_tensor.centred_moments import triton as kernels
+    from core_tensor.ops.centred_moments import triton as kernels
 
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
     x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2.0**27

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from core_tensor.cd_block import reference as cd_reference
-from core_tensor.cd_sparse import reference as sparse_reference
-from core_tensor.gptq_block import reference as gptq_reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.cd_block import reference as cd_reference
+from core_tensor.ops.cd_sparse import reference as sparse_reference
+from core_tensor.ops.gptq_block import reference as gptq_reference
 
 
 def _problem(p, q, groups=2):
@@ -18,7 +18,7 @@ def _problem(p, q, groups=2):
 
 @pytest.mark.parametrize(("masked", "quantize"), [(False, True), (True, True), (False, False)])
 def test_cd_block(masked, quantize):
-    from core_tensor.cd_block import triton as kernels
+    from core_tensor.ops.cd_block import triton as kernels
 
     weight, sigma, scale, zero, group = _problem(70, 35)  # two parts of a block, two programs each
     sigma = (sigma / sigma.diagonal()[:, None]).fill_diagonal_(0)
@@ -29,7 +29,7 @@ def test_cd_block(masked, quantize):
 
 
 def test_gptq_block():
-    from core_tensor.gptq_block import triton as kernels
+    from core_tensor.ops.gptq_block import triton as kernels
 
     weight, sigma, scale, zero, group = _problem(70, 35)
     factor = torch.linalg.cholesky(torch.linalg.inv(sigma + torch.eye(70)), upper=True)
@@ -40,7 +40,7 @@ def test_gptq_block():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_cd_sparse(frozen):
-    from core_tensor.cd_sparse import triton as kernels
+    from core_tensor.ops.cd_sparse import triton as kernels
 
     weight, sigma, scale, zero, group = _problem(20, 3)
     w, s, z = weight.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from core_tensor.bit_packing.reference import pack_bits
-from core_tensor.quantized_linear import reference
-from core_tensor.testing import assert_close
+from core_tensor.dev.testing import assert_close
+from core_tensor.ops.bit_packing.reference import pack_bits
+from core_tensor.ops.quantized_linear import reference
 
 
 @pytest.mark.parametrize(("bits", "group_size", "sparse"), [(3, 40, False), (4, 8, True), (8, 16, False)])
 def test_values(bits, group_size, sparse):
-    from core_tensor.quantized_linear import triton as kernels
+    from core_tensor.ops.quantized_linear import triton as kernels
 
     q, p, tokens = 70, 40, 5
     generator = torch.Generator().manual_seed(bits)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 import torch
-from core_tensor.cli import command_line, emit, json_option, progress, table
+from core_tensor.app.cli import command_line, emit, json_option, progress, table
 from torch import Tensor
 
 from frechet_gan.checkpoints import load_generator

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from core_tensor.cli import progress
+from core_tensor.app.cli import progress
 from torch import Tensor
 
 from frechet_gan.classifier import accuracy, train_classifier

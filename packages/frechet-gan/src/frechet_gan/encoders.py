@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from core_tensor.app.extras import require
 from core_tensor.checks import check_tensor
-from core_tensor.extras import require
 from torch import Tensor, nn
 
 from frechet_gan.images import check_images, resize

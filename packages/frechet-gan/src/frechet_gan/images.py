@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from core_tensor.app.files import atomic_path
 from core_tensor.checks import check_tensor
-from core_tensor.files import atomic_path
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from core_tensor.extras import pyplot
-from core_tensor.files import atomic_path
+from core_tensor.app.extras import pyplot
+from core_tensor.app.files import atomic_path
 from torch import Tensor
 
 _EXTRA = "frechet-gan[plot]"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
+from core_tensor.app.files import atomic_path
 from core_tensor.checks import check_number
-from core_tensor.files import atomic_path
 from torch import Tensor, nn
 
 from frechet_gan.checkpoints import read_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.cli import progress
-from core_tensor.files import read_json, write_json
+from core_tensor.app.cli import progress
+from core_tensor.app.files import read_json, write_json
 
 from frechet_gan.classifier import train_classifier
 from frechet_gan.config import TrainConfig

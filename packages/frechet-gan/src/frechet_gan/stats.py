@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from core_tensor import centred_moments
+from core_tensor.app.files import atomic_path
 from core_tensor.checks import check_choice, check_number, check_tensor
-from core_tensor.files import atomic_path
 from torch import Tensor
 
 from frechet_gan.factors import Factor, triangular_root

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from core_tensor.files import atomic_path
+from core_tensor.app.files import atomic_path
 from torch import Tensor, nn
 
 from frechet_gan.augmentation import augment

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 import torch
+from core_tensor.app.cli import command_line, emit, json_option, progress, table
 from core_tensor.checks import check_choice
-from core_tensor.cli import command_line, emit, json_option, progress, table
 
 from msam import plots
 from msam.compare import Job, Ledger, as_row, sensitivity, summarise

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core_tensor.files import read_json, write_json
+from core_tensor.app.files import read_json, write_json
 
 from msam.data import Task
 from msam.training import Run, train

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from core_tensor.app.extras import require
 from core_tensor.checks import check_choice, check_number
-from core_tensor.extras import require
 from torch import Tensor, nn
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from core_tensor.checks import check_number
-from core_tensor.spectrum import hessian_operator, hutchinson_trace, lanczos
+from core_tensor.linalg.spectrum import hessian_operator, hutchinson_trace, lanczos
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

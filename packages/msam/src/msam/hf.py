@@ -15,7 +15,7 @@ MSAM sees the wrapper of several processes:
 from collections.abc import Callable
 from typing import Any
 
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from msam.optim import MSAM

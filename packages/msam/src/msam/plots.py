@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core_tensor.extras import pyplot, require
-from core_tensor.files import atomic_path
+from core_tensor.app.extras import pyplot, require
+from core_tensor.app.files import atomic_path
 
 COLOURS = {
     "sgd": "#7f7f7f",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.files import atomic_path
+from core_tensor.app.files import atomic_path
 from torch import Tensor
 
 from polytope_lp import accelerated, lbfgs, second_order

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from core_tensor.cli import command_line, emit, json_option, progress, table
+from core_tensor.app.cli import command_line, emit, json_option, progress, table
 
 from polytope_lp.generate import KINDS, Marketplace
 
@@ -196,7 +196,7 @@ def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | N
     """Export the prices of a solution as a rule that allocates unseen sources at request time."""
     import dataclasses
 
-    from core_tensor.files import write_text
+    from core_tensor.app.files import write_text
 
     from polytope_lp import serving
 
@@ -242,7 +242,7 @@ def pacing(out: Path, spent: Path, elapsed: float, report: Path | None, as_json:
     """Compare what the budgets have spent with the plan of a solution folder."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-    from core_tensor.files import atomic_path
+    from core_tensor.app.files import atomic_path
 
     from polytope_lp.folders import solution_again
     from polytope_lp.pacing import spent_by_row

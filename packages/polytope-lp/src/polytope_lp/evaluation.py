@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from core_tensor import block_curvature, dual_bounds, dual_pass
-from core_tensor.dual_pass import TOTALS
+from core_tensor.ops.dual_pass import TOTALS
 from torch import Tensor
 
 from polytope_lp.problem import MatchingProblem

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from core_tensor.files import atomic_path, read_json, write_json
+from core_tensor.app.files import atomic_path, read_json, write_json
 from numpy.typing import NDArray
 
 from polytope_lp.columns import columns_of

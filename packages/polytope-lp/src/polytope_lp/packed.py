@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from core_tensor import BlockData
-from core_tensor.files import read_json, write_json
+from core_tensor.app.files import read_json, write_json
 from numpy.typing import NDArray
 from torch import Tensor
 

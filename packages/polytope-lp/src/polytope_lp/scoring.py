@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from core_tensor.files import atomic_path
+from core_tensor.app.files import atomic_path
 
 from polytope_lp.columns import Columns, names_of
 from polytope_lp.keys import Sources, numbers, require

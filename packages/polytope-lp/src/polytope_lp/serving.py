@@ -176,7 +176,7 @@ class Policy:
         Raises:
             ValueError: If the suffix is neither.
         """
-        from core_tensor.files import atomic_path, write_json
+        from core_tensor.app.files import atomic_path, write_json
 
         cap = self.cap if math.isfinite(self.cap) else None
         rest: dict[str, Any] = {"gamma": self.gamma, "cap": cap, "upper": self.upper, "equality": self.equality}

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from core_tensor.files import read_json, sha256
+from core_tensor.app.files import read_json, sha256
 from numpy.typing import NDArray
 
 from polytope_lp.columns import Columns, columns_of, names_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from quantease.weights import ModuleWeights, SafetensorsWeights, WeightSource, assign

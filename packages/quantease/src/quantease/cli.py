@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from core_tensor.cli import command_line, emit, json_option, table
-from core_tensor.extras import require
+from core_tensor.app.cli import command_line, emit, json_option, table
+from core_tensor.app.extras import require
 from tqdm import tqdm
 
 from quantease.config import ALGORITHMS, LayerConfig
@@ -145,7 +145,7 @@ def quantize(model: str, out: Path, as_json: bool, format_: str | None, **option
 @json_option
 def export_command(run: Path, out: Path, model: str, format_: str | None, as_json: bool) -> None:
     """Save the quantized model of RUN (the OUT of `quantize`) to OUT in another format."""
-    from core_tensor.files import read_json
+    from core_tensor.app.files import read_json
 
     from quantease.export import export_model
     from quantease.quantize_model import open_quantized
@@ -238,7 +238,7 @@ def compare(model: str, out: Path, evaluation: int, blocks: int | None, as_json:
 @json_option
 def inspect(run: Path, as_json: bool) -> None:
     """Show bits per weight and layer errors of RUN (the OUT of `quantize`)."""
-    from core_tensor.files import read_json
+    from core_tensor.app.files import read_json
 
     report = read_json(_run_folder(run, "report.json") / "report.json")
     keys = ("block", "matrix", "out", "in", "algorithm", "bits_per_weight", "calibration_error", "heldout_error")

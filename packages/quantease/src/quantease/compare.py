@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core_tensor.files import read_json, write_json
+from core_tensor.app.files import read_json, write_json
 from torch import Tensor
 
 from quantease.causal_lm import CausalLM

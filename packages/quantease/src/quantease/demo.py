@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core_tensor.cli import table
-from core_tensor.files import write_json, write_text
+from core_tensor.app.cli import table
+from core_tensor.app.files import write_json, write_text
 
 from quantease.compare import Compared, Stage, compare_methods, default_methods, silent
 from quantease.config import LayerConfig

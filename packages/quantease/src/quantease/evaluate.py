@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.extras import require
-from core_tensor.files import read_json
+from core_tensor.app.extras import require
+from core_tensor.app.files import read_json
 
 from quantease.causal_lm import check_place, open_gguf
 from quantease.export import gptq

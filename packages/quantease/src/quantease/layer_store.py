@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from core_tensor import pack_bits, unpack_bits
-from core_tensor.files import atomic_path, write_text
+from core_tensor.app.files import atomic_path, write_text
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed
+from core_tensor.app.files import read_json, write_json
 from core_tensor.checks import check_choice, check_number, check_tensor
-from core_tensor.files import read_json, write_json
 from torch import Tensor, nn
 
 from quantease.block_stream import BlockStream

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core_tensor.cli import table
-from core_tensor.extras import pyplot
-from core_tensor.files import atomic_path, write_json, write_text
+from core_tensor.app.cli import table
+from core_tensor.app.extras import pyplot
+from core_tensor.app.files import atomic_path, write_json, write_text
 from torch import Tensor
 
 from quantease.block_stream import BlockStream

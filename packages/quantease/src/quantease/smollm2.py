@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from core_tensor.extras import MissingExtraError, require
+from core_tensor.app.extras import MissingExtraError, require
 
 from quantease.causal_lm import CausalLM, open_causal_lm
 

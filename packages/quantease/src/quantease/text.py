@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from core_tensor.app.extras import require
 from core_tensor.checks import check_number
-from core_tensor.extras import require
 from torch import Tensor
 
 

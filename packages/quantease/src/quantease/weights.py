@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from core_tensor.files import read_json
+from core_tensor.app.files import read_json
 from safetensors import safe_open
 from torch import Tensor, nn
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from core_tensor.checks import check_tensor
-from core_tensor.spectrum import SymmetricOperator, lanczos
+from core_tensor.linalg.spectrum import SymmetricOperator, lanczos
 from torch import Tensor
 
 from sgd_stability.dynamics import Update

@@ -6,7 +6,7 @@ With Accelerate nothing more is needed: `monitor.attach(optimizer)` takes a prep
 import sys
 from typing import Any
 
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from sgd_stability.check import Check

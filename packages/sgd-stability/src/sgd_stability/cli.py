@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from core_tensor.cli import command_line, emit, json_option, table
-from core_tensor.spectrum import SymmetricOperator
+from core_tensor.app.cli import command_line, emit, json_option, table
+from core_tensor.linalg.spectrum import SymmetricOperator
 
 from sgd_stability.analysis import analyze
 from sgd_stability.dynamics import Update

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.cli import progress
-from core_tensor.extras import require
+from core_tensor.app.cli import progress
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from sgd_stability.analysis import analyze

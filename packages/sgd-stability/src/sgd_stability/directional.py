@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from core_tensor.spectrum import flatten, hessian_operator
+from core_tensor.linalg.spectrum import flatten, hessian_operator
 from torch import Tensor
 
 from sgd_stability.network import Network, call

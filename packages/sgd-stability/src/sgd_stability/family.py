@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 from core_tensor.checks import check_number, check_tensor
-from core_tensor.spectrum import SymmetricOperator, lanczos
+from core_tensor.linalg.spectrum import SymmetricOperator, lanczos
 from torch import Tensor
 
 

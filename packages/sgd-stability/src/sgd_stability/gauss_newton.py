@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from core_tensor.spectrum import SymmetricOperator
+from core_tensor.linalg.spectrum import SymmetricOperator
 from torch import Tensor
 from torch.func import functional_call
 

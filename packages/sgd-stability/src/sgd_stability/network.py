@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from core_tensor.spectrum import check_parameters
+from core_tensor.linalg.spectrum import check_parameters
 from torch import Tensor, nn
 
 from sgd_stability.distributed import ALONE, Ranks, bare

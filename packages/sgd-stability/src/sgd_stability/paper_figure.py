@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_tensor.extras import pyplot
+from core_tensor.app.extras import pyplot
 
 from sgd_stability.bounds import all_bounds, paper_instability, paper_stability
 from sgd_stability.dynamics import SGD

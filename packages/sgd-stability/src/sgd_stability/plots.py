@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.extras import pyplot, require
-from core_tensor.files import atomic_path
+from core_tensor.app.extras import pyplot, require
+from core_tensor.app.files import atomic_path
 from torch import Tensor
 
 from sgd_stability.check import Check

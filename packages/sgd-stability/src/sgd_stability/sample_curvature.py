@@ -1,7 +1,7 @@
 """The largest curvature of single samples, lambda1(H_i), and the directions that have it."""
 
 import torch
-from core_tensor.spectrum import Eigenpairs, lanczos
+from core_tensor.linalg.spectrum import Eigenpairs, lanczos
 from torch import Tensor
 
 from sgd_stability.gauss_newton import gauss_newton_operator

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from core_tensor.checks import check_number, check_tensor
-from core_tensor.spectrum import SymmetricOperator, lanczos
+from core_tensor.linalg.spectrum import SymmetricOperator, lanczos
 from torch import Tensor
 
 from sgd_stability.family import CurvatureFamily

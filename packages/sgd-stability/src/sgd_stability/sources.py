@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 
 
 def load_model(target: str, weights: str | None = None) -> torch.nn.Module:

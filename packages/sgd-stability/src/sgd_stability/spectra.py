@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from core_tensor.checks import check_number
-from core_tensor.spectrum import SymmetricOperator, TraceEstimate, hutchinson_trace, lanczos, signs
+from core_tensor.linalg.spectrum import SymmetricOperator, TraceEstimate, hutchinson_trace, lanczos, signs
 from torch import Tensor, nn
 
 from sgd_stability.data import Data, collect

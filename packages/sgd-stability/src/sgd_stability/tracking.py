@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from core_tensor.spectrum import lanczos
+from core_tensor.linalg.spectrum import lanczos
 from torch import Tensor
 
 from sgd_stability.gauss_newton import gauss_newton_operator, gauss_newton_product

@@ -11,7 +11,7 @@ the same k an error more than ten times smaller (`tests/test_truncated_route.py`
 from dataclasses import replace
 
 import torch
-from core_tensor.spectrum import Eigenpairs, SymmetricOperator, hessian_operator, lanczos
+from core_tensor.linalg.spectrum import Eigenpairs, SymmetricOperator, hessian_operator, lanczos
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from core_tensor import project_blocks
-from core_tensor.project_blocks import check_family, reference
+from core_tensor.ops.project_blocks import check_family, reference
 from torch import Tensor
 
 from polytope_lp.polytopes.base import Face, Polytope

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from core_tensor import project_blocks
-from core_tensor.project_blocks import reference
+from core_tensor.ops.project_blocks import reference
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from core_tensor.app.extras import require
+from core_tensor.app.files import write_json
 from core_tensor.checks import check_choice
-from core_tensor.extras import require
-from core_tensor.files import write_json
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from torch import Tensor
 
 from quantease.causal_lm import CausalLM

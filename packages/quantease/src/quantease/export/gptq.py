@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from core_tensor import pack_bits, unpack_bits
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from quantease.causal_lm import CausalLM

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from core_tensor.extras import require
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from quantease.causal_lm import CausalLM

@@ -1,0 +1,1 @@
+"""Iterative eigensolvers and the like that stand on torch alone."""

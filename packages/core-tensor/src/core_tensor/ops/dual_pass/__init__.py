@@ -1,0 +1,186 @@
+r"""One evaluation of the ridge-smoothed dual of a block-separable LP, fused into a single read of the data.
+
+$$ g_\gamma(\lambda) = \min_{x_i \in C_i} c'x + \tfrac{\gamma}{2} \lVert x - p \rVert^2 + \lambda'(A x - b), \qquad
+x_i(\lambda) = \mathrm{Proj}_{C_i}\bigl(p_i - (c_i + A_i'\lambda) / \gamma\bigr), \qquad \nabla g_\gamma = A x - b. $$
+
+The polytopes are the capped boxes of `project_blocks`. Reduced costs are formed and projected in float64, unscaled;
+data may be stored in float32. Sums are taken in float64 inside fixed chunks of blocks and then added as 64-bit
+fixed-point numbers, $\sum_c \mathrm{round}(s \, \mathrm{sum}_c)$: an addition that has no order, so threads and ranks
+cannot change a result. Source: arXiv 2103.05277, the dual decomposition and its projections.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core_tensor.checks import check_number, check_tensor
+from core_tensor.ops._operator import operator
+from core_tensor.ops.dual_pass import cpu, reference
+from core_tensor.ops.project_blocks import check_family
+
+TOTALS = ("cost", "square", "least", "fractional", "nonzero")
+"""What stands behind the rows of `dual_pass`'s sums: c'x, ||x - p||^2, sum of min r'v, and two counts."""
+
+
+def _fake(
+    offsets: Tensor,
+    index: Tensor,
+    cost: Tensor,
+    coefficient: Tensor | None,
+    lam: Tensor,
+    gamma: float,
+    cap: Tensor,
+    upper: Tensor | None,
+    weight: Tensor | None,
+    equality: bool,
+    anchor: Tensor | None,
+    shrink: Tensor | None,
+    scale: Tensor,
+    bounds: Tensor,
+    primal: bool,
+) -> tuple[Tensor, Tensor]:
+    x = lam.new_empty(cost.shape[0] if primal else 0)
+    return torch.empty_like(scale, dtype=torch.int64), x
+
+
+_pass = operator(
+    "dual_pass(Tensor offsets, Tensor index, Tensor cost, Tensor? coefficient, Tensor lam, float gamma, Tensor cap, "
+    "Tensor? upper, Tensor? weight, bool equality, Tensor? anchor, Tensor? shrink, Tensor scale, Tensor bounds, "
+    "bool primal) -> (Tensor, Tensor)",
+    reference=reference.dual_pass,
+    fake=_fake,
+    cpu=cpu.dual_pass,
+    cuda="core_tensor.ops.dual_pass.triton:dual_pass",
+)
+
+
+@dataclass(frozen=True)
+class BlockData:
+    r"""The data of a block-separable LP, or of a contiguous run of its blocks.
+
+    Attributes:
+        offsets: Bounds of the blocks, shape (blocks + 1,), int64. A run of blocks keeps the offsets of the whole.
+        index: Rows of A in which each variable stands, shape (variables,) or (variables, rows per variable), int32.
+        cost: Costs c, shape (variables,), float32 or float64.
+        coefficient: Entries of A, shape and order of `index`, dtype of `cost`; None for ones.
+        cap: Right-hand sides of the blocks' cuts, shape (blocks,) or (1,), float64.
+        upper: Upper bounds of the variables, shape (variables,) or (1,), dtype of `cost`; None for none.
+        weight: Weights of the cuts, shape (variables,), dtype of `cost`; None for ones.
+        equality: Whether the cuts are equations.
+    """
+
+    offsets: Tensor
+    index: Tensor
+    cost: Tensor
+    coefficient: Tensor | None
+    cap: Tensor
+    upper: Tensor | None = None
+    weight: Tensor | None = None
+    equality: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def variables(self) -> int:
+        """Number of variables."""
+        return self.cost.shape[0]
+
+    def check(self, rows: int) -> None:
+        """Refuse data that would make the kernels read outside their arrays, or that no polytope fits.
+
+        Args:
+            rows: Number of rows of A.
+
+        Raises:
+            ValueError: If a shape or value does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        check_tensor("cost", self.cost, ndim=1, dtype=(torch.float32, torch.float64), finite=True)
+        check_tensor("index", self.index, dtype=torch.int32)
+        if self.index.ndim not in {1, 2} or self.index.shape[0] != self.variables:
+            raise ValueError(
+                f"index: expected ({self.variables},) or ({self.variables}, k), got {tuple(self.index.shape)}"
+            )
+        if self.index.numel() and not 0 <= int(self.index.min()) <= int(self.index.max()) < rows:
+            raise ValueError(
+                f"index: expected rows in [0, {rows}), got {int(self.index.min())}..{int(self.index.max())}"
+            )
+        if self.coefficient is not None:
+            check_tensor(
+                "coefficient", self.coefficient, shape=tuple(self.index.shape), dtype=self.cost.dtype, finite=True
+            )
+        local = self.offsets - self.offsets[0] if self.offsets.numel() else self.offsets
+        check_family(self.variables, local, self.cap, self.upper, self.weight, self.equality, self.cost.dtype)
+        bounded = self.upper is not None and bool(torch.isfinite(self.upper).all())
+        if not bounded and not bool(torch.isfinite(self.cap).all()):
+            raise ValueError("cap: expected finite values where upper bounds are not, got an infinite one")
+
+
+def dual_pass(
+    data: BlockData,
+    lam: Tensor,
+    gamma: float,
+    scale: Tensor,
+    bounds: Tensor,
+    *,
+    anchor: Tensor | None = None,
+    shrink: Tensor | None = None,
+    primal: bool = False,
+    check: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Project every block at the reduced costs $c + A'\lambda$ and sum what the dual needs.
+
+    Args:
+        data: The blocks.
+        lam: Multipliers of the rows, shape (rows,), float64.
+        gamma: Weight of the ridge, above 0.
+        scale: Fixed-point factor of every sum, shape (2 rows + 5,), float64; `2**62` over a bound of the sum's size.
+        bounds: Blocks at which the chunks begin and end, shape (chunks + 1,), int64.
+        anchor: Proximal centre $p$, shape (variables,), dtype of the costs; None for the origin.
+        shrink: Factor by which x is multiplied where a variable stands in the row (least over its rows),
+            shape (rows,), float64; None for ones.
+        primal: Whether x itself is wanted.
+        check: Whether the data are checked; pass False for data that were checked once.
+
+    Returns:
+        Fixed-point sums, shape (2 rows + 5,), int64: A x at the even and c'x by row at the odd positions (0 with
+        several rows per variable), then `TOTALS`; and x, shape (variables,) or (0,), float64.
+
+    Raises:
+        ValueError: If a shape or value does not fit.
+        TypeError: If a dtype does not fit.
+    """
+    check_number("gamma", gamma, low=0.0, open_low=True)
+    check_tensor("lam", lam, ndim=1, dtype=torch.float64, finite=True)
+    if check:
+        data.check(lam.shape[0])
+        check_tensor("scale", scale, shape=(2 * lam.shape[0] + len(TOTALS),), dtype=torch.float64, finite=True)
+        check_tensor("bounds", bounds, ndim=1, dtype=torch.int64, nonempty=True)
+        if int(bounds[0]) != 0 or int(bounds[-1]) != data.blocks or bool((bounds[1:] < bounds[:-1]).any()):
+            raise ValueError(f"bounds: expected a rising sequence from 0 to {data.blocks}")
+        if anchor is not None:
+            check_tensor("anchor", anchor, shape=(data.variables,), dtype=data.cost.dtype, finite=True)
+        if shrink is not None:
+            check_tensor("shrink", shrink, shape=(lam.shape[0],), dtype=torch.float64, finite=True)
+    sums, x = _pass(
+        data.offsets,
+        data.index,
+        data.cost,
+        data.coefficient,
+        lam,
+        gamma,
+        data.cap,
+        data.upper,
+        data.weight,
+        data.equality,
+        anchor,
+        shrink,
+        scale,
+        bounds,
+        primal,
+    )
+    return sums, x

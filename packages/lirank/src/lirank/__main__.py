@@ -1,0 +1,4 @@
+from lirank.cli import main
+
+if __name__ == "__main__":
+    main()

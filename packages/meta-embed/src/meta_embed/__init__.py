@@ -1,0 +1,1 @@
+"""LiMAML: per-member vectors learned without retraining, refreshed, stored and served."""

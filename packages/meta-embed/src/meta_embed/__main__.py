@@ -1,0 +1,4 @@
+from meta_embed.cli import main
+
+if __name__ == "__main__":
+    main()
