@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core_tensor.dev.aot import CompileRow
+from core_tensor.ops._compile import CompileRow
 from core_tensor.ops._triton_math import quantize
 
 ROWS = 64

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core_tensor.dev.aot import CompileRow
+from core_tensor.ops._compile import CompileRow
 
 ROWS = 32
 FEATURES = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}  # float32 products would spill at 32
