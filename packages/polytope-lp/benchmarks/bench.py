@@ -20,7 +20,7 @@ from core_tensor import project_blocks
 from core_tensor.dev.benchmarking import compare, run_bars, seconds
 from core_tensor.dev.testing import run_ranks
 from polytope_lp import Assignment, Marketplace, MatchingProblem, Policy, generate, solve
-from polytope_lp.evaluation import FusedDual
+from polytope_lp.matching.evaluation import FusedDual
 
 GAMMA = 1e-3
 
@@ -136,8 +136,8 @@ def _solve_packed(folder: str, tol: float, threads: int, queue: Any) -> None:
 
 def solve_apart(sources: int, tol: float, threads: int) -> dict[str, Any]:
     """Generate a packed problem and solve it in a process of its own, whose memory is then the solver's."""
-    from polytope_lp.folders import write_marketplace
-    from polytope_lp.packed import pack
+    from polytope_lp.runs.folders import write_marketplace
+    from polytope_lp.tables.packed import pack
 
     with tempfile.TemporaryDirectory() as folder:
         write_marketplace(Marketplace(sources=sources), f"{folder}/problem")

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from core_tensor.app.extras import pyplot
 from core_tensor.app.files import atomic_path, write_json
-from polytope_lp import Assignment, Marketplace, MatchingProblem, Solution, corral, generate, solve
-from polytope_lp.evaluation import FusedDual
+from polytope_lp import Assignment, Marketplace, MatchingProblem, Solution, generate, solve
+from polytope_lp.matching.evaluation import FusedDual
+from polytope_lp.polytopes import corral
 from polytope_lp.polytopes.rows import project_rows
 
 RESULTS = Path(__file__).parent / "results"

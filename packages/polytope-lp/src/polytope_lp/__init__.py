@@ -1,11 +1,12 @@
 """Web-scale matching LPs: dual decomposition and projection onto any polytope."""
 
-from polytope_lp.block_lp import BlockLP
-from polytope_lp.block_solution import BlockSolution, linprog_blocks
-from polytope_lp.columns import Columns
-from polytope_lp.generate import Marketplace, generate
-from polytope_lp.options import Options
-from polytope_lp.packed import open_packed, pack
+from polytope_lp.general.block_lp import BlockLP
+from polytope_lp.general.block_solution import BlockSolution, linprog_blocks
+from polytope_lp.general.ridge import ridge_allocation
+from polytope_lp.matching.generate import Marketplace, generate
+from polytope_lp.matching.options import Options
+from polytope_lp.matching.problem import MatchingProblem
+from polytope_lp.matching.solution import Solution
 from polytope_lp.polytopes import (
     Assignment,
     CappedBox,
@@ -20,13 +21,12 @@ from polytope_lp.polytopes import (
     knapsack,
     simplex,
 )
-from polytope_lp.problem import MatchingProblem
-from polytope_lp.ridge import ridge_allocation
-from polytope_lp.rounding import Rounded
-from polytope_lp.serving import Policy
-from polytope_lp.solution import Solution
+from polytope_lp.serving.policy import Policy
+from polytope_lp.serving.rounding import Rounded
 from polytope_lp.solve import solve
-from polytope_lp.tables import from_arrow, read_problem
+from polytope_lp.tables.columns import Columns
+from polytope_lp.tables.packed import open_packed, pack
+from polytope_lp.tables.tables import from_arrow, read_problem
 
 __all__ = [
     "Assignment",

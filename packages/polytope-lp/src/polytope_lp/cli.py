@@ -7,7 +7,7 @@ from typing import Any
 import click
 from core_tensor.app.cli import command_line, emit, json_option, progress, table
 
-from polytope_lp.generate import KINDS, Marketplace
+from polytope_lp.matching.generate import KINDS, Marketplace
 
 OUT = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -35,8 +35,8 @@ def main() -> None:
 @json_option
 def generate(out: Path, as_json: bool, **given: Any) -> None:
     """Generate a marketplace: edges/*.parquet, budgets.parquet and problem.json."""
-    from polytope_lp.folders import write_marketplace
-    from polytope_lp.generate import SOURCES_PER_BATCH
+    from polytope_lp.matching.generate import SOURCES_PER_BATCH
+    from polytope_lp.runs.folders import write_marketplace
 
     market = Marketplace(**given)
     batches = -(-market.sources // SOURCES_PER_BATCH)
@@ -92,12 +92,12 @@ def solve(
     """
     import torch
 
-    from polytope_lp.columns import columns_of
-    from polytope_lp.folders import write_solution
-    from polytope_lp.options import Options
-    from polytope_lp.ranks import ranks, whole
+    from polytope_lp.matching.options import Options
+    from polytope_lp.runs.folders import write_solution
+    from polytope_lp.runs.ranks import ranks, whole
     from polytope_lp.solve import solve as run
-    from polytope_lp.tables import overridden, polytope_of, read_problem
+    from polytope_lp.tables.columns import columns_of
+    from polytope_lp.tables.tables import overridden, polytope_of, read_problem
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -159,7 +159,7 @@ def pack(problem: Path, budgets: Path | None, allow_unused_budgets: bool, out: P
 
     Edges sorted by source stream from file to file. Every command that takes a problem folder takes the result.
     """
-    from polytope_lp.packed import pack as run
+    from polytope_lp.tables.packed import pack as run
 
     packed = run(problem, out, budgets, allow_unused=allow_unused_budgets)
     result = {"out": str(out), "sources": packed.data.blocks, "edges": packed.data.variables}
@@ -172,7 +172,7 @@ def pack(problem: Path, budgets: Path | None, allow_unused_budgets: bool, out: P
 @click.pass_context
 def verify(ctx: click.Context, out: Path, as_json: bool) -> None:
     """Recompute the claims of a solution folder from its input; exit code 1 if one does not hold."""
-    from polytope_lp.folders import verify_folder
+    from polytope_lp.runs.folders import verify_folder
 
     result = verify_folder(out)
 
@@ -198,7 +198,7 @@ def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | N
 
     from core_tensor.app.files import write_text
 
-    from polytope_lp import serving
+    from polytope_lp.serving import policy as serving
 
     rule = serving.Policy.load(out / "policy.npz")
     if gamma is not None:
@@ -224,9 +224,9 @@ def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | N
 @json_option
 def score(policy: Path, edges: Path, named: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Allocate the sources of a Parquet file of EDGES by an exported POLICY (or a solution's policy.npz)."""
-    from polytope_lp.columns import columns_of
-    from polytope_lp.scoring import score_file
-    from polytope_lp.serving import Policy
+    from polytope_lp.serving.policy import Policy
+    from polytope_lp.tables.columns import columns_of
+    from polytope_lp.tables.scoring import score_file
 
     result = score_file(Policy.load(policy), edges, columns_of(_columns(named)), out)
     emit(result, as_json, lambda: _describe(result))
@@ -244,9 +244,9 @@ def pacing(out: Path, spent: Path, elapsed: float, report: Path | None, as_json:
     import pyarrow.parquet as pq
     from core_tensor.app.files import atomic_path
 
-    from polytope_lp.folders import solution_again
-    from polytope_lp.pacing import spent_by_row
-    from polytope_lp.tables import read_table
+    from polytope_lp.runs.folders import solution_again
+    from polytope_lp.serving.pacing import spent_by_row
+    from polytope_lp.tables.tables import read_table
 
     solution = solution_again(out)
     found = solution.pacing(spent_by_row(read_table(spent), solution.problem), elapsed)
@@ -309,7 +309,7 @@ def _columns(named: tuple[str, ...]) -> dict[str, Any]:
 def _prices(out: Path, rows: int) -> Any:
     import numpy as np
 
-    from polytope_lp.tables import read_table
+    from polytope_lp.tables.tables import read_table
 
     lam = np.asarray(read_table(out / "prices.parquet").column("price"), dtype=np.float64).copy()
     if lam.shape[0] != rows:

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from polytope_lp.folders import verify_folder, write_marketplace, write_solution
-from polytope_lp.generate import Marketplace
+from polytope_lp.matching.generate import Marketplace
 from polytope_lp.plots import picture
+from polytope_lp.runs.folders import verify_folder, write_marketplace, write_solution
 from polytope_lp.solve import solve
-from polytope_lp.tables import read_problem
+from polytope_lp.tables.tables import read_problem
 
 
 def run(sources: int, tol: float, out: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from core_tensor.app.extras import pyplot
 from core_tensor.app.files import atomic_path
 
-from polytope_lp.solution import Solution
+from polytope_lp.matching.solution import Solution
 
 INK, BLUE, ORANGE, GREY = "#222222", "#2166ac", "#d6604d", "#999999"
 

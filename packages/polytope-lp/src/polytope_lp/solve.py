@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, overload
 
-from polytope_lp import checkpoint, continuation
-from polytope_lp.block_lp import BlockLP
-from polytope_lp.block_solution import BlockSolution, solve_blocks
-from polytope_lp.evaluation import FusedDual
-from polytope_lp.options import Options
-from polytope_lp.problem import MatchingProblem
-from polytope_lp.search import Search
-from polytope_lp.solution import Solution
+from polytope_lp.general.block_lp import BlockLP
+from polytope_lp.general.block_solution import BlockSolution, solve_blocks
+from polytope_lp.matching import continuation
+from polytope_lp.matching.evaluation import FusedDual
+from polytope_lp.matching.options import Options
+from polytope_lp.matching.problem import MatchingProblem
+from polytope_lp.matching.search import Search
+from polytope_lp.matching.solution import Solution
+from polytope_lp.runs import checkpoint
 
 Report = Callable[[dict[str, Any]], None]
 

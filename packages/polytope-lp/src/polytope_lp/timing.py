@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from polytope_lp.evaluation import FusedDual
-from polytope_lp.generate import Marketplace, generate
+from polytope_lp.matching.evaluation import FusedDual
+from polytope_lp.matching.generate import Marketplace, generate
 from polytope_lp.solve import solve
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polytope_lp import corral
+from polytope_lp.polytopes import corral
 from polytope_lp.polytopes.base import Face, Polytope
 from polytope_lp.polytopes.rows import Rows, project_rows
 

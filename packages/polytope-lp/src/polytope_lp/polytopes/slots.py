@@ -10,7 +10,7 @@ from core_tensor import project_assignment
 from core_tensor.checks import check_number
 from torch import Tensor
 
-from polytope_lp.corral import Corral
+from polytope_lp.polytopes.corral import Corral
 from polytope_lp.polytopes.oracle import Array, VertexPolytope
 from polytope_lp.polytopes.rows import Rows, project_rows
 

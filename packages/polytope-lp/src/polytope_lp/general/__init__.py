@@ -1,0 +1,1 @@
+"""Linear programs with any matrix over blocks of any polytope."""

@@ -1,0 +1,1 @@
+"""Matching problems: one or a few coupling rows per edge, one capped box per source, solved by dual ascent."""

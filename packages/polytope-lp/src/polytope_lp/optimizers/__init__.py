@@ -1,0 +1,1 @@
+"""Minimizers of the smoothed dual, whose whole state is explicit so that a run can be stopped and resumed."""

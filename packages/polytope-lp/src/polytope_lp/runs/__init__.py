@@ -1,0 +1,1 @@
+"""What the command line leaves on disk: solution folders, checkpoints, and runs of several processes."""

@@ -1,0 +1,1 @@
+"""From Arrow tables and Parquet files to problems, and from problems to packed arrays on disk."""
