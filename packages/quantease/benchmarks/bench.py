@@ -23,15 +23,15 @@ from quantease import (
     quantize_model,
     relative_error,
 )
-from quantease.certified import gptq_descent
-from quantease.export import logit_difference
-from quantease.gptq import gptq
-from quantease.grid import Grid, group_index, minmax_grid
-from quantease.objective import row_objective
-from quantease.problem import Problem
-from quantease.smollm2 import smollm2_path
-from quantease.sweep import Sweeper
-from quantease.synthetic import synthetic_layer
+from quantease.algorithms.certified import gptq_descent
+from quantease.algorithms.gptq import gptq
+from quantease.algorithms.sweep import Sweeper
+from quantease.evaluation.smollm2 import smollm2_path
+from quantease.evaluation.synthetic import synthetic_layer
+from quantease.export.save import logit_difference
+from quantease.problem.grid import Grid, group_index, minmax_grid
+from quantease.problem.objective import row_objective
+from quantease.problem.problem import Problem
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from quantease import LayerConfig, ModelConfig, export_model, open_causal_lm, perplexity, quantize_model
-from quantease.text import python_topics
+from quantease.evaluation.text import python_topics
 
 LENGTH = 64
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from core_tensor.app.files import write_json
 from core_tensor.dev.testing import shared_data
-from quantease.causal_lm import open_causal_lm
-from quantease.compare import compare_methods, default_methods
-from quantease.config import LayerConfig
+from quantease.evaluation.compare import compare_methods, default_methods
+from quantease.model.causal_lm import open_causal_lm
+from quantease.problem.config import LayerConfig
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parents[1] / "tests"

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from core_tensor.app.files import read_json, write_json
 from core_tensor.dev.testing import shared_data
-from quantease.causal_lm import open_causal_lm, open_gguf
-from quantease.compare import compare_methods
-from quantease.config import LayerConfig
+from quantease.evaluation.compare import compare_methods
+from quantease.evaluation.perplexity import window_losses
+from quantease.evaluation.smollm2 import open_smollm2, smollm2_path
+from quantease.evaluation.text import read_text, split, windows
 from quantease.export import gptq
-from quantease.perplexity import window_losses
-from quantease.smollm2 import open_smollm2, smollm2_path
-from quantease.text import read_text, split, windows
+from quantease.model.causal_lm import open_causal_lm, open_gguf
+from quantease.problem.config import LayerConfig
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from core_tensor.dev.testing import shared_data
-from quantease.grid import group_index, minmax_grid
-from quantease.problem import Problem
+from quantease.problem.grid import group_index, minmax_grid
+from quantease.problem.problem import Problem
 from torch import Tensor
 
 SMALL = {

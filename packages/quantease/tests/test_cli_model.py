@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from quantease import cli, export
+from quantease import cli
 from quantease.cli import main
+from quantease.export import save
 from safetensors.torch import load_file
 
 
@@ -95,7 +96,7 @@ def test_text_that_is_too_short(folder, tmp_path):
 
 
 def test_formats_of_the_command_are_those_of_the_library():
-    assert set(cli.FORMATS) == set(export.FORMATS)
+    assert set(cli.FORMATS) == set(save.FORMATS)
 
 
 @pytest.mark.slow

@@ -1,14 +1,14 @@
 """QuantEase: LLM post-training quantization by coordinate descent, outlier-aware."""
 
-from quantease.causal_lm import CausalLM, open_causal_lm
-from quantease.config import ALGORITHMS, LayerConfig
-from quantease.export import export_model
-from quantease.gram import GramFolds, Shrinkage
-from quantease.layer import LayerReport, Outliers, QuantizedLayer
-from quantease.objective import relative_error
-from quantease.perplexity import perplexity
-from quantease.quantize import quantize_layer
-from quantease.quantize_model import ModelConfig, QuantizedCausalLM, quantize_model
+from quantease.algorithms.quantize import quantize_layer
+from quantease.evaluation.perplexity import perplexity
+from quantease.export.save import export_model
+from quantease.model.causal_lm import CausalLM, open_causal_lm
+from quantease.model.quantize_model import ModelConfig, QuantizedCausalLM, quantize_model
+from quantease.problem.config import ALGORITHMS, LayerConfig
+from quantease.problem.gram import GramFolds, Shrinkage
+from quantease.problem.layer import LayerReport, Outliers, QuantizedLayer
+from quantease.problem.objective import relative_error
 
 __all__ = [
     "ALGORITHMS",

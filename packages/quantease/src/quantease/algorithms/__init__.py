@@ -1,0 +1,1 @@
+"""Algorithms that quantize one layer: rounding, GPTQ, coordinate descent, outliers."""

@@ -1,0 +1,124 @@
+"""`quantize_layer`: one weight matrix, one Gram matrix, every algorithm by name."""
+
+import time
+from dataclasses import replace
+
+import torch
+from core_tensor.checks import check_tensor
+from torch import Tensor
+
+from quantease.algorithms.certified import gptq_descent
+from quantease.algorithms.gptq import gptq
+from quantease.algorithms.heldout import HeldOut, choose_shrinkage, make_grid
+from quantease.algorithms.outliers import outlier_descent, outlier_iht
+from quantease.algorithms.pipeline import quantease
+from quantease.algorithms.relaxed import relaxed_descent
+from quantease.algorithms.rtn import rtn
+from quantease.problem.config import LayerConfig
+from quantease.problem.gram import GramFolds, Shrinkage
+from quantease.problem.layer import LayerReport, Outliers, QuantizedLayer, bits_per_weight
+from quantease.problem.objective import relative_error
+from quantease.problem.problem import Problem, Solution, Trace
+
+
+def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig | None = None) -> QuantizedLayer:
+    r"""Quantize a linear layer for the inputs it sees.
+
+    $$ \min_{\hat W} \operatorname{tr}\,(W - \hat W)\,\Sigma\,(W - \hat W)^\top \quad\text{with every } \hat W_{ij}
+    \text{ on the grid of its row (and group)} $$
+
+    Args:
+        weight: W, shape (q, p): q output features, p inputs. Any floating dtype; the arithmetic is float32 and
+            float64.
+        gram: $\Sigma = X X^\top$ of the calibration inputs, shape (p, p), or the folds it was accumulated in; only
+            the latter allow a choice of the shrinkage on held-out tokens.
+        config: Algorithm and options; None is `LayerConfig()`.
+
+    Returns:
+        Codes, scales, zero points, outliers and a report.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If shapes do not fit or values are not finite, or the Gram matrix has a negative diagonal.
+
+    Source: arXiv 2309.01885.
+    """
+    start = time.perf_counter()
+    config = config or LayerConfig()
+    check_tensor("weight", weight, ndim=2, finite=True, nonempty=True)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating dtype, got {weight.dtype}")
+    sigma = gram.total if isinstance(gram, GramFolds) else gram
+    features = weight.shape[1]
+    check_tensor("gram", sigma, shape=(features, features), dtype=(torch.float32, torch.float64), finite=True)
+    if bool((sigma.diagonal() < 0).any()):
+        raise ValueError("gram: expected a non-negative diagonal, got a negative entry")
+    W = weight.detach().float()
+    heldout = _shrinkage(W, gram, config)
+    config = replace(config, grid="clip" if heldout.clip else "minmax")
+    problem = Problem.scaled(W, heldout.shrinkage(sigma.to(W.device)))
+    solved = _solve(problem, config)
+    outliers = None
+    if solved.mask is not None and solved.candidate.sparse is not None:
+        outliers = Outliers.from_dense(solved.candidate.sparse, solved.mask, config.storage)
+    grid = solved.candidate.grid
+    report = LayerReport(
+        algorithm=config.algorithm,
+        bits_per_weight=bits_per_weight(grid, config.bits, config.symmetric, config.storage, outliers),
+        calibration_error=0.0,
+        heldout_error=heldout.error,
+        shrinkage=heldout.shrinkage,
+        objective=solved.candidate.total / problem.scale,
+        trace=solved.trace,
+        cw_minimum=None if solved.certificate is None else solved.certificate.holds,
+        row_gaps=None if solved.certificate is None else solved.certificate.gaps,
+        starts=solved.starts,
+        tokens=gram.tokens if isinstance(gram, GramFolds) else None,
+    )
+    layer = QuantizedLayer(
+        codes=solved.candidate.codes,
+        scales=grid.scale.to(config.storage),
+        zeros=grid.zero.to(torch.uint8),
+        group=grid.group,
+        bits=config.bits,
+        symmetric=config.symmetric,
+        outliers=outliers,
+        report=report,
+    )
+    error = relative_error(W, layer.dequantize(), sigma)
+    return replace(layer, report=replace(report, calibration_error=error, seconds=time.perf_counter() - start))
+
+
+def _shrinkage(W: Tensor, gram: Tensor | GramFolds, config: LayerConfig) -> HeldOut:
+    if isinstance(config.shrinkage, Shrinkage):
+        return HeldOut(config.shrinkage, config.clips)
+    folds = isinstance(gram, GramFolds)
+    if config.shrinkage == "none" or (config.shrinkage == "auto" and not (folds and config.algorithm == "quantease")):
+        return HeldOut(Shrinkage(), config.clips)
+    if not isinstance(gram, GramFolds):
+        raise TypeError(f"gram: expected GramFolds with shrinkage 'heldout', got {type(gram).__name__}")
+    return choose_shrinkage(W, gram, config)
+
+
+def _solve(problem: Problem, config: LayerConfig) -> Solution:
+    if config.outliers:
+        return (
+            outlier_iht(problem, config) if config.algorithm == "quantease-paper" else outlier_descent(problem, config)
+        )
+    if config.algorithm == "quantease":
+        return quantease(problem, config)
+    grid = make_grid(problem.weight, problem.energy, config, clip=config.clips)
+    trace: Trace = ()
+    if config.algorithm == "gptq-descent":
+        codes, certificate = gptq_descent(problem, grid, damping=config.damping, act_order=config.act_order)
+        return Solution(problem.candidate(codes, grid), certificate)
+    if config.algorithm == "rtn":
+        codes = rtn(problem.weight, grid)
+    elif config.algorithm == "gptq":
+        codes = gptq(problem, grid, damping=config.damping, act_order=config.act_order)
+    else:
+        sweeps = 30 if config.sweeps is None else config.sweeps
+        codes, trace = relaxed_descent(
+            problem, grid, problem.weight, sweeps=sweeps, relax=config.relax, block=config.block
+        )
+    return Solution(problem.candidate(codes, grid), trace=trace)

@@ -1,0 +1,1 @@
+"""What a quantized model is worth: text, perplexity, comparisons, reports."""

@@ -1,0 +1,208 @@
+"""What a quantization run did: figures per layer, as JSON, as a table and as a picture."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from core_tensor.app.cli import table
+from core_tensor.app.extras import pyplot
+from core_tensor.app.files import atomic_path, write_json, write_text
+from torch import Tensor
+
+from quantease.model.block_stream import BlockStream
+from quantease.model.calibration import collect_grams, input_groups
+from quantease.model.quantize_model import QuantizedCausalLM
+from quantease.problem.objective import relative_error
+
+Row = dict[str, Any]
+
+
+def layer_rows(run: QuantizedCausalLM) -> list[Row]:
+    """One row per layer, as its `LayerReport` has it.
+
+    Args:
+        run: A finished run.
+
+    Returns:
+        Rows with the layer's name, shape and report.
+    """
+    rows = []
+    for index, matrix, layer in run.layers():
+        out, features = layer.codes.shape
+        report = layer.report.to_dict()
+        rows.append({"block": index, "matrix": matrix.name, "out": out, "in": features} | _finite(report))
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """Totals of a run.
+
+    Args:
+        rows: What `layer_rows` returned.
+
+    Returns:
+        Number of layers and weights, bits per weight over all of them, median errors and the time of all layers.
+    """
+    sizes = [row["out"] * row["in"] for row in rows]
+    bits = sum(row["bits_per_weight"] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+    heldout = [row["heldout_error"] for row in rows if row["heldout_error"] is not None]
+    certified = [row["cw_minimum"] for row in rows if row["cw_minimum"] is not None]
+    return {
+        "layers": len(rows),
+        "weights": sum(sizes),
+        "bits_per_weight": bits,
+        "median_calibration_error": median(row["calibration_error"] or math.inf for row in rows),
+        "median_heldout_error": median(heldout) if heldout else None,
+        "certified_layers": sum(certified) if certified else None,
+        "rounded_for_lack_of_tokens": _fallbacks(rows),
+        "seconds": sum(row["seconds"] for row in rows),
+    }
+
+
+def _fallbacks(rows: Sequence[Row]) -> int:
+    algorithms = {row["algorithm"] for row in rows}
+    return sum(row["algorithm"] == "rtn" for row in rows) if algorithms != {"rtn"} else 0
+
+
+def _finite(values: Mapping[str, Any]) -> Row:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def left_alone(run: QuantizedCausalLM) -> list[str]:
+    """Parameters of the quantized blocks with two or more dimensions that were not quantized, such as routers.
+
+    Args:
+        run: A run.
+
+    Returns:
+        Their names; a kind that all blocks share is named once, with `*` for the number.
+    """
+    kinds: dict[str, None] = {}
+    for index, matrices in enumerate(run.matrices):
+        quantized = {matrix.parameter for matrix in matrices}
+        for name, value in run.lm.block(index).named_parameters():
+            if value.ndim >= 2 and name not in quantized:
+                kinds[re.sub(r"\b\d+\b", "*", f"{run.lm.blocks[index]}.{name}")] = None
+    return list(kinds)
+
+
+def unseen_errors(run: QuantizedCausalLM, tokens: Tensor) -> list[Row]:
+    r"""Relative error $\|(W - \hat W)X\|^2 / \|WX\|^2$ of every layer on tokens that calibration never saw.
+
+    The inputs X are those of the quantized model itself, behind its own quantized layers.
+
+    Args:
+        run: A finished run.
+        tokens: Token ids, shape (windows, length), int64.
+
+    Returns:
+        Rows with `block`, `matrix` and `error`.
+    """
+    rows: list[Row] = []
+    stream = BlockStream(run.lm, tokens)
+    for index, matrices in enumerate(run.matrices):
+        with run.original.loaded(index) as block:
+            weights = {m.name: m.weight(block).clone() for m in matrices}
+        with run.lm.loaded(index) as block:
+            for group in input_groups(stream, index, block, matrices, merged=True):
+                grams = collect_grams(stream, index, block, matrices, group, folds=1)
+                for matrix in matrices:
+                    gram = grams[matrix.name]
+                    if gram.tokens:
+                        error = relative_error(weights[matrix.name], matrix.weight(block), gram.total)
+                        rows.append({"block": index, "matrix": matrix.name, "error": error})
+            stream.advance(index, block)
+    return rows
+
+
+def write_report(run: QuantizedCausalLM, folder: Path, extra: Mapping[str, Any] | None = None) -> Row:
+    """Write `report.json`, `report.md` and `report.png` about a finished run.
+
+    Args:
+        run: The run.
+        folder: Where to.
+        extra: Further figures for the summary, such as perplexities.
+
+    Returns:
+        The summary.
+    """
+    rows = layer_rows(run)
+    total = summary(rows) | {"left_alone": left_alone(run)} | dict(extra or {})
+    write_json(folder / "report.json", {"summary": total, "layers": rows})
+    shown = [
+        {
+            "layer": f"{row['block']}.{row['matrix']}",
+            "bits/weight": row["bits_per_weight"],
+            "calibration error": row["calibration_error"],
+            "held-out error": row["heldout_error"],
+            "seconds": row["seconds"],
+        }
+        for row in rows
+    ]
+    lines = [f"- {key.replace('_', ' ')}: {_show(value)}" for key, value in total.items()]
+    write_text(folder / "report.md", "\n".join(["# Quantization report", "", *lines, "", table(shown), ""]))
+    errors = [{"block": r["block"], "matrix": r["matrix"], "error": r["calibration_error"]} for r in rows]
+    draw_errors({run.config.layer.algorithm: errors}, folder / "report.png", "calibration tokens")
+    return total
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw_errors(errors: Mapping[str, Sequence[Row]], path: Path, tokens: str, title: str | None = None) -> None:
+    """Draw layer errors over depth, one panel per kind of matrix, one line per method.
+
+    Args:
+        errors: For every method rows with `block`, `matrix` and `error`.
+        path: PNG to write.
+        tokens: Which tokens the errors are from, for the axis.
+        title: Heading of the picture.
+    """
+    plt = pyplot("quantease[plot]")
+    kinds = list(dict.fromkeys(_kind(row["matrix"]) for rows in errors.values() for row in rows))
+    columns = min(4, len(kinds))
+    lines = math.ceil(len(kinds) / columns)
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(3.6 * columns + 0.6, 2.7 * lines + 0.9),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        for number, (method, rows) in enumerate(errors.items()):
+            blocks = sorted({row["block"] for row in rows})
+            found = {b: [r["error"] for r in rows if r["block"] == b and _kind(r["matrix"]) == kind] for b in blocks}
+            points = [(b, median(v)) for b, v in found.items() if v and None not in v]
+            if points:
+                style = "o-" if len(points) < 8 else "-"
+                axis.plot(*zip(*points, strict=True), style, markersize=4, label=method, color=f"C{number}")
+        axis.set_yscale("log")
+        axis.set_title(kind, fontsize=10)
+        axis.grid(alpha=0.3, which="both", linewidth=0.5)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes.flat[len(kinds) :]:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if len(kinds) < axes.size:
+        axes.flat[-1].legend(handles, labels, loc="center", frameon=False, fontsize=11)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.supxlabel("decoder block")
+    figure.supylabel(f"relative output error, {tokens}")
+    if title:
+        figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", "", name)

@@ -1,0 +1,244 @@
+"""Saves a quantized model in the formats that other tools load, and proves every save by loading it again."""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from core_tensor.app.extras import require
+from core_tensor.app.files import write_json
+from core_tensor.checks import check_choice
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantease.export import compressed_tensors, dense, gptq, native
+from quantease.model.block_stream import BlockStream
+from quantease.model.causal_lm import CausalLM
+from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM, model_matrices
+
+Tensors = dict[str, Tensor]
+
+_EPSILONS = 8  # of the model's dtype: how far logits may differ after reloading, relative to the greatest; 1e-6 in fp32
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format stores a model.
+
+    Attributes:
+        block: Tensors of a block, by their names in the model's state dict.
+        config: What `config.json` says under `quantization_config`, or None.
+        check: Raises ValueError where the format cannot hold the model.
+        load: Loads a saved folder in a dtype as a transformers model.
+    """
+
+    block: Callable[[QuantizedCausalLM, int], Tensors]
+    config: Callable[[QuantizedCausalLM], dict[str, Any] | None]
+    check: Callable[[CausalLM, ModelConfig, Blocks], None]
+    load: Callable[[Path, torch.dtype], Any]
+
+
+def pretrained(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a saved model the way its users will.
+
+    Args:
+        folder: The saved model.
+        dtype: Of its weights.
+
+    Returns:
+        A transformers model.
+    """
+    transformers = require("transformers", "quantease[hf]")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+FORMATS = {
+    "compressed-tensors": Format(
+        compressed_tensors.block, compressed_tensors.config, compressed_tensors.check, pretrained
+    ),
+    "gptq": Format(partial(gptq.block, version=1), partial(gptq.config, version=1), gptq.check, gptq.load),
+    "gptq_v2": Format(partial(gptq.block, version=2), partial(gptq.config, version=2), gptq.check, gptq.load),
+    "dense": Format(dense.block, dense.config, dense.check, pretrained),
+    "native": Format(native.block, native.config, native.check, pretrained),
+}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was saved.
+
+    Attributes:
+        format: Name of the format.
+        files: Names of the files, in order.
+        bytes: Their size.
+        logit_difference: Greatest difference between the reloaded model's logits and those of the model in memory,
+            relative to the greatest logit.
+    """
+
+    format: str
+    files: tuple[str, ...]
+    bytes: int
+    logit_difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON.
+
+        Returns:
+            Plain values.
+        """
+        return asdict(self) | {"files": list(self.files)}
+
+
+def check_format(lm: CausalLM, config: ModelConfig, format: str) -> None:  # noqa: A002
+    """Refuse a format that cannot hold a model, before any work on it.
+
+    Args:
+        lm: The model.
+        config: How it will be quantized.
+        format: Name of the format.
+
+    Raises:
+        ValueError: If the format cannot hold it.
+    """
+    check_choice("format", format, FORMATS)
+    FORMATS[format].check(lm, config, model_matrices(lm, config))
+
+
+def export_model(
+    quantized: QuantizedCausalLM,
+    folder: Path | str,
+    format: str = "compressed-tensors",  # noqa: A002  # the name that transformers' users know
+    *,
+    shard_bytes: int = 2 << 30,
+) -> ExportReport:
+    """Save a quantized model, load it again with `AutoModelForCausalLM`, and compare logits before calling it done.
+
+    The files are written beside their place and moved there after the comparison, so `folder` never holds a model
+    that does not load. One block is in memory at a time while saving.
+
+    Args:
+        quantized: The model.
+        folder: Where `AutoModelForCausalLM.from_pretrained` will find it; other files there are left alone.
+        format: Name of the format.
+        shard_bytes: A file is closed when it exceeds this.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        ValueError: If the format cannot hold the model, or the reloaded model computes something else.
+    """
+    check_choice("format", format, FORMATS)
+    chosen = FORMATS[format]
+    chosen.check(quantized.lm, quantized.config, quantized.matrices)
+    folder = Path(folder)
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    unproved = folder / f".{format}.unproved"
+    shutil.rmtree(unproved, ignore_errors=True)
+    unproved.mkdir()
+    try:
+        _write_weights(unproved, _parts(quantized, chosen), shard_bytes)
+        _write_config(unproved, quantized, chosen)
+        if quantized.lm.tokenizer is not None:
+            quantized.lm.tokenizer.save_pretrained(unproved)
+        difference = logit_difference(quantized, lambda: chosen.load(unproved, quantized.lm.dtype))
+        allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
+        if not difference <= allowed:
+            raise ValueError(
+                f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
+                f"(allowed {allowed:.1e}); nothing was saved"
+            )
+        files = sorted(unproved.iterdir())
+        for stale in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+            stale.unlink(missing_ok=True)
+        for file in sorted(files, key=lambda f: f.name == "config.json"):  # last: without it nothing loads
+            file.replace(folder / file.name)
+        names = tuple(file.name for file in files)
+        return ExportReport(format, names, sum((folder / n).stat().st_size for n in names), difference)
+    finally:
+        shutil.rmtree(unproved, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def logit_difference(quantized: QuantizedCausalLM, load: Callable[[], Any], length: int = 32) -> float:
+    """Compare the logits of a reloaded model with those of the model in memory, on two random windows.
+
+    Args:
+        quantized: The model in memory (streamed).
+        load: Loads the saved model for transformers; called last, so that no block is in memory beside it.
+        length: Tokens of each window.
+
+    Returns:
+        Greatest difference relative to the greatest logit.
+    """
+    vocabulary = quantized.lm.skeleton.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (2, length), generator=generator)
+    stream = BlockStream(quantized.lm, tokens)
+    for index in range(len(quantized.lm.blocks)):
+        with quantized.lm.loaded(index) as block:
+            stream.advance(index, block)
+    expected = torch.stack([stream.logits(w).cpu().float() for w in range(len(tokens))])
+    model = load()
+    model.config._experts_implementation = "eager"
+    with torch.no_grad():
+        got = torch.cat([model(input_ids=window[None], use_cache=False).logits.cpu().float() for window in tokens])
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def _parts(quantized: QuantizedCausalLM, chosen: Format) -> Iterator[Tensors]:
+    lm = quantized.lm
+    tied = set(lm.skeleton.all_tied_weights_keys)
+    prefixes = tuple(f"{block}." for block in lm.blocks)
+    outside = {k: v for k, v in lm.skeleton.state_dict().items() if not k.startswith(prefixes) and k not in tied}
+    yield outside
+    for index in range(len(lm.blocks)):
+        yield chosen.block(quantized, index)
+
+
+def _write_weights(folder: Path, parts: Iterable[Tensors], shard_bytes: int) -> None:
+    shards: list[Path] = []
+    weight_map: dict[str, int] = {}
+    pending: Tensors = {}
+    total = 0
+
+    def flush() -> None:
+        shards.append(folder / f"shard-{len(shards)}.safetensors")
+        save_file(pending, shards[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(pending, len(shards) - 1))
+        pending.clear()
+
+    for part in parts:
+        size = sum(t.nbytes for t in part.values())
+        if pending and size + sum(t.nbytes for t in pending.values()) > shard_bytes:
+            flush()
+        pending |= {name: tensor.detach().cpu().contiguous() for name, tensor in part.items()}
+        total += size
+    flush()
+    if len(shards) == 1:
+        shards[0].rename(folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    index = {name: names[shard] for name, shard in sorted(weight_map.items())}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_config(folder: Path, quantized: QuantizedCausalLM, chosen: Format) -> None:
+    config = copy.deepcopy(quantized.lm.skeleton.config)
+    config.architectures = [type(quantized.lm.skeleton).__name__]
+    values = config.to_dict() | {"dtype": str(quantized.lm.dtype).removeprefix("torch.")}
+    quantization = chosen.config(quantized)
+    if quantization is not None:
+        values["quantization_config"] = quantization
+    write_json(folder / "config.json", {k: v for k, v in values.items() if k != "_name_or_path"})
+    generation = getattr(quantized.lm.skeleton, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)

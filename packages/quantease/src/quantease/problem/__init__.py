@@ -1,0 +1,1 @@
+"""The problem of one layer: options, Gram matrices, grids, objective, and what a solution is."""
