@@ -8,8 +8,8 @@ features of real and generated images.
 
 import torch
 from frechet_gan import TransportLoss, evaluate, train_classifier
-from frechet_gan.data import digits
-from frechet_gan.objectives import r1_penalty
+from frechet_gan.images.data import digits
+from frechet_gan.training.objectives import r1_penalty
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 

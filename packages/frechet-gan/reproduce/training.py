@@ -22,10 +22,10 @@ from core_tensor.app.cli import progress
 from core_tensor.app.files import atomic_path, write_json
 from core_tensor.dev.testing import shared_data
 from frechet_gan import PRESETS, FeatureStats, FrechetTrainer, NetworkConfig, frechet_distance
-from frechet_gan.classifier import accuracy, train_classifier
-from frechet_gan.data import Dataset, cifar, glyphs, mnist
-from frechet_gan.encoders import Encoder, encode
-from frechet_gan.images import grid
+from frechet_gan.encoders.classifier import accuracy, train_classifier
+from frechet_gan.encoders.frozen import Encoder, encode
+from frechet_gan.images.data import Dataset, cifar, glyphs, mnist
+from frechet_gan.images.files import grid
 from frechet_gan.plots import curve_figure, tiles
 
 RESULTS = Path(__file__).parent / "results"

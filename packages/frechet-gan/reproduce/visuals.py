@@ -30,11 +30,11 @@ from frechet_gan import (
     load_generator,
     sample_images,
 )
-from frechet_gan.encoders import encode
-from frechet_gan.estimators import ESTIMATORS
-from frechet_gan.images import grid, write_image
-from frechet_gan.plans import PlanName
+from frechet_gan.encoders.frozen import encode
+from frechet_gan.frechet.estimators import ESTIMATORS
+from frechet_gan.images.files import grid, write_image
 from frechet_gan.plots import lines, save, show
+from frechet_gan.transport.plans import PlanName
 from torch import Tensor
 from training import Judge, load_task
 

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 from frechet_gan import FeatureStats, frechet_distance
 from frechet_gan.cli import main
-from frechet_gan.images import read_folder
+from frechet_gan.images.files import read_folder
 from PIL import Image
 
 

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from frechet_gan import FrechetTrainer, PostTrainer, read_checkpoint
 from frechet_gan.cli import main
-from frechet_gan.images import read_folder
+from frechet_gan.images.files import read_folder
 from PIL import Image
 
 SMALL = ["--width", "16", "--features", "8", "--latent", "6", "--batch", "16", "--every", "2", "--steps", "6"]

@@ -1,23 +1,23 @@
 """Generators trained by Frechet distance or optimal transport in feature space."""
 
-from frechet_gan.checkpoints import load_generator, read_checkpoint
-from frechet_gan.classifier import Classifier, train_classifier
-from frechet_gan.config import PRESETS, TrainConfig
-from frechet_gan.distance import frechet_distance
-from frechet_gan.encoders import FrozenEncoder, efficientnet_lite, encode, load_encoder
-from frechet_gan.estimators import Estimate, debiased_split_distance, estimate_frechet
-from frechet_gan.evaluation import Alarms, EncoderReport, Report, effective_rank, evaluate
-from frechet_gan.gaussian import GaussianMap, frechet_distance_from_moments, gaussian_map
-from frechet_gan.loss import MultiEncoderLoss, TransportLoss, VirtualBatch
-from frechet_gan.manifold import Manifold, manifold
-from frechet_gan.mmd import cmmd, kid, mmd
-from frechet_gan.networks import Discriminator, NetworkConfig, Networks
-from frechet_gan.plans import PlanOptions
-from frechet_gan.populations import BatchPopulation, EMAPopulation, QueuePopulation
-from frechet_gan.posttrain import PosttrainConfig, PostTrainer, encoder_losses
-from frechet_gan.sampling import interpolate, sample_images
-from frechet_gan.stats import FeatureStats
-from frechet_gan.trainer import FrechetTrainer
+from frechet_gan.encoders.classifier import Classifier, train_classifier
+from frechet_gan.encoders.frozen import FrozenEncoder, efficientnet_lite, encode, load_encoder
+from frechet_gan.evaluation.manifold import Manifold, manifold
+from frechet_gan.evaluation.report import Alarms, EncoderReport, Report, effective_rank, evaluate
+from frechet_gan.frechet.distance import frechet_distance
+from frechet_gan.frechet.estimators import Estimate, debiased_split_distance, estimate_frechet
+from frechet_gan.frechet.gaussian import GaussianMap, frechet_distance_from_moments, gaussian_map
+from frechet_gan.frechet.stats import FeatureStats
+from frechet_gan.training.checkpoints import load_generator, read_checkpoint
+from frechet_gan.training.config import PRESETS, TrainConfig
+from frechet_gan.training.networks import Discriminator, NetworkConfig, Networks
+from frechet_gan.training.posttrain import PosttrainConfig, PostTrainer, encoder_losses
+from frechet_gan.training.sampling import interpolate, sample_images
+from frechet_gan.training.trainer import FrechetTrainer
+from frechet_gan.transport.loss import MultiEncoderLoss, TransportLoss, VirtualBatch
+from frechet_gan.transport.mmd import cmmd, kid, mmd
+from frechet_gan.transport.plans import PlanOptions
+from frechet_gan.transport.populations import BatchPopulation, EMAPopulation, QueuePopulation
 
 __all__ = [
     "PRESETS",

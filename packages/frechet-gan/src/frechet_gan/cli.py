@@ -10,22 +10,22 @@ import torch
 from core_tensor.app.cli import command_line, emit, json_option, progress, table
 from torch import Tensor
 
-from frechet_gan.checkpoints import load_generator
-from frechet_gan.config import PRESETS
-from frechet_gan.data import load_data
 from frechet_gan.demo import compare_demo, hacking_demo
-from frechet_gan.distance import frechet_distance
-from frechet_gan.encoders import encode, load_encoder
-from frechet_gan.estimators import ESTIMATORS, Estimator, estimate_frechet
-from frechet_gan.evaluation import Report, evaluate
-from frechet_gan.images import image_batches, image_files, write_image
-from frechet_gan.networks import KINDS, Kind, NetworkConfig
+from frechet_gan.encoders.frozen import encode, load_encoder
+from frechet_gan.evaluation.report import Report, evaluate
+from frechet_gan.frechet.distance import frechet_distance
+from frechet_gan.frechet.estimators import ESTIMATORS, Estimator, estimate_frechet
+from frechet_gan.frechet.stats import FeatureStats
+from frechet_gan.images.data import load_data
+from frechet_gan.images.files import image_batches, image_files, write_image
 from frechet_gan.plots import curve_figure
-from frechet_gan.populations import EMAPopulation
-from frechet_gan.posttrain import PosttrainConfig, PostTrainer, encoder_losses
-from frechet_gan.runs import heldout_encoder, posttrain_run, read_histories, summary, train_run
-from frechet_gan.sampling import sample_images
-from frechet_gan.stats import FeatureStats
+from frechet_gan.training.checkpoints import load_generator
+from frechet_gan.training.config import PRESETS
+from frechet_gan.training.networks import KINDS, Kind, NetworkConfig
+from frechet_gan.training.posttrain import PosttrainConfig, PostTrainer, encoder_losses
+from frechet_gan.training.runs import heldout_encoder, posttrain_run, read_histories, summary, train_run
+from frechet_gan.training.sampling import sample_images
+from frechet_gan.transport.populations import EMAPopulation
 
 _encoder_option = click.option(
     "--encoder",

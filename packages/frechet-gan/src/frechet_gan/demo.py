@@ -6,19 +6,19 @@ from typing import Any
 from core_tensor.app.cli import progress
 from torch import Tensor
 
-from frechet_gan.classifier import accuracy, train_classifier
-from frechet_gan.config import PRESETS, TrainConfig
-from frechet_gan.data import Dataset, digits
-from frechet_gan.distance import frechet_distance
-from frechet_gan.encoders import encode
-from frechet_gan.evaluation import evaluate
-from frechet_gan.images import grid
-from frechet_gan.loss import TransportLoss
-from frechet_gan.networks import NetworkConfig
+from frechet_gan.encoders.classifier import accuracy, train_classifier
+from frechet_gan.encoders.frozen import encode
+from frechet_gan.evaluation.report import evaluate
+from frechet_gan.frechet.distance import frechet_distance
+from frechet_gan.frechet.stats import FeatureStats
+from frechet_gan.images.data import Dataset, digits
+from frechet_gan.images.files import grid
 from frechet_gan.plots import grids_and_curves, grids_and_pairs
-from frechet_gan.populations import EMAPopulation
-from frechet_gan.stats import FeatureStats
-from frechet_gan.trainer import FrechetTrainer
+from frechet_gan.training.config import PRESETS, TrainConfig
+from frechet_gan.training.networks import NetworkConfig
+from frechet_gan.training.trainer import FrechetTrainer
+from frechet_gan.transport.loss import TransportLoss
+from frechet_gan.transport.populations import EMAPopulation
 
 _NETWORK = NetworkConfig("mlp", size=8, latent=32, width=128, features=32)
 _RATES = {"frechet": 1e-3, "ns": 5e-4}

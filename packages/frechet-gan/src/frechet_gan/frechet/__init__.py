@@ -1,0 +1,1 @@
+"""The Frechet distance: statistics, engines, estimators and the Gaussian map."""

@@ -1,0 +1,306 @@
+"""Streaming, mergeable first and second moments of features, and their npz file."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from core_tensor import centred_moments
+from core_tensor.app.files import atomic_path
+from core_tensor.checks import check_choice, check_number, check_tensor
+from torch import Tensor
+
+from frechet_gan.frechet.factors import Factor, triangular_root
+
+
+class FeatureStats:
+    """Count, mean and centred second moments of a stream of features, in float64.
+
+    Batches are merged by Chan's update, so neither the order nor the sizes of the batches matter beyond round-off
+    and a large mean costs no digits (sums of raw squares would).
+
+    Args:
+        dim: Width of the features, d.
+        device: Where the moments live.
+
+    Attributes:
+        count: Number of rows seen, n; 0 where a file did not say.
+        mean: Mean, shape (d,), float64.
+        scatter: Sum of (x - mean)(x - mean)ᵀ, shape (d, d), float64.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        check_number("dim", dim, low=1, integer=True)
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._root: tuple[Tensor, Tensor] | None = None  # a scatter and its root, kept until there is another scatter
+        self._fixed: Tensor | None = None  # the covariance of a file that does not say how many rows it is of
+
+    @property
+    def dim(self) -> int:
+        """Width of the features, d."""
+        return self.mean.shape[0]
+
+    def covariance(self, ddof: int = 1) -> Tensor:
+        """Covariance with divisor n - ddof.
+
+        Args:
+            ddof: 1 for the unbiased estimate (FID's convention), 0 for the population's.
+
+        Returns:
+            Covariance, shape (d, d), float64.
+
+        Raises:
+            ValueError: If fewer than two rows were seen.
+        """
+        self._check_count(ddof)
+        return self._fixed if self._fixed is not None else self.scatter / (self.count - ddof)
+
+    def factor(self, ddof: int = 1) -> Factor:
+        """The Gaussian by the root of its covariance, which is computed once for as long as no rows are added.
+
+        Args:
+            ddof: The covariance's divisor is n - ddof.
+
+        Returns:
+            Mean, upper triangular factor and scale.
+
+        Raises:
+            ValueError: If fewer than two rows were seen.
+        """
+        self._check_count(ddof)
+        if self._root is None or self._root[0] is not self.scatter:
+            self._root = self.scatter, triangular_root(self.scatter)
+        return Factor(self.mean, self._root[1], 1.0 if self._fixed is not None else (self.count - ddof) ** 0.5)
+
+    def _check_count(self, ddof: int) -> None:
+        check_choice("ddof", ddof, (0, 1))
+        if self._fixed is None and self.count < 2:
+            raise ValueError(f"FeatureStats: expected at least two samples, got {self.count}")
+
+    def update(self, features: Tensor) -> FeatureStats:
+        """Add a batch.
+
+        Args:
+            features: Batch, shape (n, d), any floating dtype; finite. No gradient passes.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: If the width differs, or a feature is NaN, infinite or too large to be squared.
+        """
+        check_tensor("features", features, shape=(None, self.dim), finite=True)
+        if features.shape[0]:
+            mean, scatter = centred_moments(features)
+            if not bool(torch.isfinite(scatter.sum())):
+                raise ValueError(f"features: expected entries below 1e150, got {float(features.abs().max()):.3g}")
+            self._absorb(features.shape[0], mean.to(self.mean), scatter.to(self.scatter))
+        return self
+
+    def merge(self, other: FeatureStats) -> FeatureStats:
+        """Add the rows another object has seen.
+
+        Args:
+            other: Statistics of the same width; left as they are.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: If the widths differ.
+        """
+        if other.dim != self.dim:
+            raise ValueError(f"other: expected statistics of width {self.dim}, got {other.dim}")
+        if other._fixed is not None:
+            other._refuse()
+        if other.count:
+            self._absorb(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+        return self
+
+    def _absorb(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        self._refuse()
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def _refuse(self) -> None:
+        if self._fixed is not None:
+            raise ValueError("FeatureStats: the file does not say how many samples it is of; load(path, count=...)")
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> FeatureStats:
+        """Merge the statistics of every rank of a process group, identically on each.
+
+        Args:
+            group: Process group; the default one if None. Without an initialised group nothing happens.
+
+        Returns:
+            Itself.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        self._refuse()
+        count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.mean.device)
+        total = count.clone()
+        torch.distributed.all_reduce(total, group=group)
+        mean = self.mean * count
+        torch.distributed.all_reduce(mean, group=group)
+        mean /= total.clamp_min(1)
+        delta = self.mean - mean
+        scatter = self.scatter + count * torch.outer(delta, delta)  # about the common mean
+        torch.distributed.all_reduce(scatter, group=group)
+        self.count, self.mean, self.scatter = int(total), mean, scatter
+        return self
+
+    @classmethod
+    def from_features(cls, features: Tensor) -> FeatureStats:
+        """Statistics of one batch.
+
+        Args:
+            features: Batch, shape (n, d).
+
+        Returns:
+            New statistics.
+        """
+        check_tensor("features", features, ndim=2)
+        return cls(features.shape[1], features.device).update(features)
+
+    @classmethod
+    @torch.no_grad()
+    def from_loader(cls, encoder: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> FeatureStats:
+        """Statistics of an encoder's features over batches of images.
+
+        Args:
+            encoder: Maps images (n, c, h, w) to features (n, d).
+            batches: Batches of images.
+
+        Returns:
+            New statistics.
+
+        Raises:
+            ValueError: If there is no batch, or the encoder's output is not (n, d).
+        """
+        stats: FeatureStats | None = None
+        for images in batches:
+            features = encoder(images)
+            check_tensor("encoder(images)", features, shape=(images.shape[0], None))
+            stats = stats or cls(features.shape[1], features.device)
+            stats.update(features)
+        if stats is None:
+            raise ValueError("batches: expected at least one batch of images, got none")
+        return stats
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int, ddof: int = 1) -> FeatureStats:
+        """Statistics from a mean, a covariance and the number of rows behind them.
+
+        Args:
+            mean: Mean, shape (d,).
+            covariance: Covariance, shape (d, d).
+            count: Number of rows.
+            ddof: The covariance's divisor is count - ddof.
+
+        Returns:
+            New statistics.
+
+        Raises:
+            ValueError: If shapes differ, a value is not finite, or the covariance is not symmetric.
+        """
+        check_number("count", count, low=2, integer=True)
+        check_tensor("mean", mean, ndim=1, finite=True)
+        check_tensor("covariance", covariance, shape=(mean.shape[0], mean.shape[0]), finite=True)
+        covariance = covariance.double()
+        if not torch.allclose(covariance, covariance.mT, rtol=1e-5, atol=1e-8 * float(covariance.abs().max() + 1e-300)):
+            raise ValueError("covariance: expected a symmetric matrix")
+        stats = cls(mean.shape[0], mean.device)
+        stats.count, stats.mean, stats.scatter = count, mean.double(), (covariance + covariance.mT) / 2 * (count - ddof)
+        return stats
+
+    @classmethod
+    def from_sums(cls, total: Tensor, outer: Tensor, count: int | Tensor) -> FeatureStats:
+        """Statistics from raw sums, the state torchmetrics' FrechetInceptionDistance keeps.
+
+        Args:
+            total: Σ x, shape (d,) (`real_features_sum`).
+            outer: Σ x xᵀ, shape (d, d) (`real_features_cov_sum`).
+            count: Number of rows (`real_features_num_samples`, a tensor there).
+
+        Returns:
+            New statistics.
+        """
+        count = int(count)
+        mean = total.double() / count
+        return cls.from_moments(mean, (outer.double() - count * torch.outer(mean, mean)) / count, count, ddof=0)
+
+    def to_sums(self) -> tuple[Tensor, Tensor, int]:
+        """The raw sums torchmetrics keeps.
+
+        Returns:
+            Σ x (d,), Σ x xᵀ (d, d) and the number of rows.
+        """
+        self._refuse()
+        return self.mean * self.count, self.scatter + self.count * torch.outer(self.mean, self.mean), self.count
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an npz with `mu`, `sigma` (divisor n - 1, the layout of pytorch-fid) and `count`, atomically.
+
+        Args:
+            path: File name; must end in `.npz`.
+
+        Raises:
+            ValueError: If the name does not end in `.npz` or fewer than two rows were seen.
+        """
+        if Path(path).suffix != ".npz":
+            raise ValueError(f"path: expected a name ending in .npz, got {os.fspath(path)!r}")
+        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance().cpu().numpy()}
+        if self._fixed is None:
+            arrays["count"] = np.array(self.count)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], count: int | None = None) -> FeatureStats:
+        """Read an npz written by `save` or by pytorch-fid.
+
+        Args:
+            path: File name.
+            count: Number of rows behind a file that does not say (pytorch-fid's do not).
+
+        Returns:
+            The statistics. Without a count they can be compared with, but not merged or updated.
+
+        Raises:
+            ValueError: If the file is no npz, or lacks `mu` or `sigma` of fitting shapes.
+            FileNotFoundError: If there is no such file.
+        """
+        try:
+            with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except FileNotFoundError:
+            raise
+        except (zipfile.BadZipFile, OSError, EOFError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: expected an npz file with mu and sigma ({error})") from error
+        missing = {"mu", "sigma"} - arrays.keys()
+        if missing:
+            raise ValueError(f"{path}: expected the arrays mu and sigma, got {', '.join(sorted(arrays)) or 'none'}")
+        mean, covariance = arrays["mu"], arrays["sigma"]
+        if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or covariance.shape != mean.shape * 2:
+            raise ValueError(
+                f"{path}: expected floating mu (d,) and sigma (d, d), got {mean.dtype} {mean.shape} "
+                f"and {covariance.dtype} {covariance.shape}"
+            )
+        rows = int(arrays["count"]) if "count" in arrays else count
+        try:
+            stats = cls.from_moments(torch.from_numpy(mean), torch.from_numpy(covariance), 2 if rows is None else rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if rows is None:
+            stats.count, stats._fixed = 0, stats.scatter
+        return stats

@@ -1,0 +1,217 @@
+"""Real images to train on: scikit-learn's digits, MNIST files, CIFAR archives, font glyphs, folders."""
+
+import gzip
+import io
+import itertools
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from core_tensor.app.extras import require
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from frechet_gan.images.files import read_folder, resize
+
+Images = Tensor | Sequence[Any]  # a tensor, or anything with a length whose items are images, alone or in a tuple
+
+
+def draw(images: Images, chosen: Tensor) -> Tensor:
+    """A batch of real images.
+
+    Args:
+        images: A tensor (n, c, h, w), or a data set that returns images (c, h, w), alone or first in a tuple; float in
+            [-1, 1], or uint8 in [0, 255].
+        chosen: Indices, shape (m,).
+
+    Returns:
+        Images in [-1, 1], shape (m, c, h, w), floating point.
+    """
+    if isinstance(images, Tensor):
+        batch = images[chosen]
+    else:
+        items = [images[i] for i in chosen.tolist()]
+        batch = torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
+    return batch.float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with labels.
+
+    Attributes:
+        images: Images, shape (n, c, h, w), in [-1, 1], float32.
+        labels: Class of each, shape (n,), int64; None where there are none.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+
+    def part(self, rows: slice) -> "Dataset":
+        """Some of the images, with their labels.
+
+        Args:
+            rows: Which.
+
+        Returns:
+            A new data set.
+        """
+        return Dataset(self.images[rows], None if self.labels is None else self.labels[rows])
+
+    def resized(self, size: int) -> "Dataset":
+        """The same images at another size.
+
+        Args:
+            size: Height and width, in pixels.
+
+        Returns:
+            A new data set.
+        """
+        return Dataset(resize(self.images, size).clamp(-1, 1), self.labels)
+
+
+def load_data(name: str, size: int | None = None) -> Dataset:
+    """Images by name, as the command line takes it.
+
+    Args:
+        name: `digits` (scikit-learn's 1,797 digits of 8 x 8 pixels), `mnist:FOLDER` (IDX files, gzipped or not),
+            `cifar:FILE.npz`, `glyphs` (characters of the fonts that matplotlib finds), or a folder of images.
+        size: Height and width to resize to, in pixels.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: If nothing of that name is known or readable.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "digits":
+        data = digits()
+    elif kind == "mnist" and rest:
+        data = mnist(rest)
+    elif kind == "cifar" and rest:
+        data = cifar(rest)
+    elif kind == "glyphs":
+        data = glyphs(size or 28)
+    elif Path(name).is_dir():
+        return Dataset(read_folder(name, size), None)
+    else:
+        raise ValueError(f"data: expected digits, mnist:FOLDER, cifar:FILE.npz, glyphs or a folder, got {name!r}")
+    return data if size is None else data.resized(size)
+
+
+def digits() -> Dataset:
+    """Scikit-learn's handwritten digits.
+
+    Returns:
+        1,797 images of 1 x 8 x 8 pixels with labels.
+    """
+    bunch = require("sklearn.datasets", "frechet-gan[demo]").load_digits()
+    images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1
+    return Dataset(images, torch.from_numpy(bunch.target).long())
+
+
+def mnist(folder: str | os.PathLike[str], part: str = "t10k") -> Dataset:
+    """MNIST from its IDX files.
+
+    Args:
+        folder: Holds `<part>-images-idx3-ubyte[.gz]` and `<part>-labels-idx1-ubyte[.gz]`.
+        part: `t10k` or `train`.
+
+    Returns:
+        Images of 1 x 28 x 28 pixels with labels.
+    """
+    pixels = _idx(Path(folder) / f"{part}-images-idx3-ubyte")
+    labels = _idx(Path(folder) / f"{part}-labels-idx1-ubyte")
+    return Dataset(torch.from_numpy(pixels).float()[:, None] / 127.5 - 1, torch.from_numpy(labels).long())
+
+
+def _idx(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    packed = path.with_name(path.name + ".gz")
+    if packed.exists():
+        raw = gzip.decompress(packed.read_bytes())
+    elif path.exists():
+        raw = path.read_bytes()
+    else:
+        raise FileNotFoundError(f"{packed}: no such file")
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path}: expected an IDX file of bytes")
+    dims = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
+    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    if body.size != np.prod(dims):
+        raise ValueError(f"{path}: expected {np.prod(dims)} bytes of data, got {body.size}")
+    return body.reshape(dims).copy()
+
+
+def cifar(path: str | os.PathLike[str], part: str = "train") -> Dataset:
+    """CIFAR-10 as JPEG bytes in one npz: `<part>_jpeg`, `<part>_offsets`, `<part>_labels`.
+
+    Args:
+        path: npz file.
+        part: `train` or `test`.
+
+    Returns:
+        Images of 3 x 32 x 32 pixels with labels.
+
+    Raises:
+        ValueError: If the arrays are missing.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        try:
+            jpeg, offsets, labels = (file[f"{part}_{name}"] for name in ("jpeg", "offsets", "labels"))
+        except KeyError as error:
+            raise ValueError(f"{path}: expected {part}_jpeg, {part}_offsets and {part}_labels ({error})") from error
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB")) for a, b in itertools.pairwise(offsets)
+    ]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return Dataset(images.contiguous(), torch.from_numpy(labels).long())
+
+
+_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def glyphs(size: int = 28, characters: str = _CHARACTERS, variants: int = 3, seed: int = 0) -> Dataset:
+    """Characters in every usable font of this machine, each in a few scales and places.
+
+    Args:
+        size: Height and width, in pixels.
+        characters: What to draw; the label is the index in this string.
+        variants: Pictures per character and font.
+        seed: Seed of scales and places.
+
+    Returns:
+        White glyphs on black, shape (n, 1, size, size), with labels.
+    """
+    manager = require("matplotlib.font_manager", "frechet-gan[plot]")
+    paths = sorted({f.fname for f in manager.fontManager.ttflist if "LastResort" not in f.fname}, key=os.path.basename)
+    generator = np.random.default_rng(seed)
+    pictures, labels = [], []
+    large = 2 * size  # drawn at twice the size, then averaged
+    for path in paths:
+        font = ImageFont.truetype(path, int(1.4 * large))
+        # a font without letters (mathematical signs, symbols) draws the same box for all of them
+        if len({bytes(font.getmask(c)) for c in characters[:8]}) < 8:
+            continue
+        for label, character in enumerate(characters):
+            left, top, right, bottom = font.getbbox(character)
+            if right <= left or bottom <= top:
+                continue
+            drawn = Image.new("L", (int(right - left), int(bottom - top)), 0)
+            ImageDraw.Draw(drawn).text((-left, -top), character, fill=255, font=font)
+            for _ in range(variants):
+                scale = generator.uniform(0.7, 0.9) * large / max(drawn.size)
+                shape = tuple(max(1, round(s * scale)) for s in drawn.size)
+                canvas = Image.new("L", (large, large), 0)
+                place = tuple(int((large - s) / 2 + generator.uniform(-0.04, 0.04) * large) for s in shape)
+                canvas.paste(drawn.resize((shape[0], shape[1]), Image.Resampling.BILINEAR), (place[0], place[1]))
+                pictures.append(np.asarray(canvas.reduce(2)))
+                labels.append(label)
+    images = torch.from_numpy(np.stack(pictures)).float()[:, None] / 127.5 - 1
+    order = torch.from_numpy(generator.permutation(len(labels)))
+    return Dataset(images[order], torch.tensor(labels)[order])

@@ -1,0 +1,1 @@
+"""Trainers, networks, checkpoints and run folders."""

@@ -1,0 +1,1 @@
+"""Transport plans and the losses that are built on them."""
