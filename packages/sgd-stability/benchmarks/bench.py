@@ -12,13 +12,13 @@ import torch
 from core_tensor.dev.benchmarking import compare, run_bars, seconds
 from core_tensor.linalg.spectrum import hessian_operator, lanczos
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, StabilityMonitor, all_bounds, analyze, lr_threshold
+from sgd_stability.curvature.ghost import gram
+from sgd_stability.curvature.jacobian import weighted_jacobian
+from sgd_stability.curvature.losses import resolve_loss
+from sgd_stability.curvature.network import make_network
 from sgd_stability.demo import digits, digits_network
-from sgd_stability.ghost import gram
-from sgd_stability.jacobian import weighted_jacobian
-from sgd_stability.losses import resolve_loss
-from sgd_stability.network import make_network
-from sgd_stability.nonlinear import interpolate, verify
-from sgd_stability.quadratic import random_hessians
+from sgd_stability.report.nonlinear import interpolate, verify
+from sgd_stability.theory.quadratic import random_hessians
 from torch import Tensor, nn
 
 ALIGNMENTS = ("isotropic", "aligned", "clustered", "dominant")

@@ -16,10 +16,10 @@ import numpy as np
 from core_tensor.app.cli import progress
 from core_tensor.app.files import write_json
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, all_bounds, lr_threshold, lyapunov_exponent
-from sgd_stability.almost_sure import almost_sure_threshold
-from sgd_stability.paper_figure import plot_quadratic
-from sgd_stability.quadratic import make_hessians, random_hessians
-from sgd_stability.sampling import Scheme
+from sgd_stability.report.paper_figure import plot_quadratic
+from sgd_stability.theory.almost_sure import almost_sure_threshold
+from sgd_stability.theory.quadratic import make_hessians, random_hessians
+from sgd_stability.theory.sampling import Scheme
 
 RESULTS = Path(__file__).parent / "results"
 ALIGNMENTS = ("isotropic", "aligned", "clustered", "dominant")

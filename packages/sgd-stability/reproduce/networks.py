@@ -23,13 +23,19 @@ from core_tensor.app.extras import require
 from core_tensor.app.files import read_json, write_json
 from core_tensor.dev.testing import shared_data
 from sgd_stability import Sampling, StabilityReport, analyze
-from sgd_stability.bounds import all_bounds
+from sgd_stability.curvature.spectra import gauss_newton_operator, network_of, spectral_density
 from sgd_stability.demo import digits, digits_network
-from sgd_stability.nonlinear import interpolate, run_sgd
-from sgd_stability.plots import plot_coherence, plot_growth, plot_map, plot_sample_curvature, plot_spectral_density
-from sgd_stability.quadratic import simulate
-from sgd_stability.second_moment import lr_threshold
-from sgd_stability.spectra import gauss_newton_operator, network_of, spectral_density
+from sgd_stability.report.nonlinear import interpolate, run_sgd
+from sgd_stability.report.plots import (
+    plot_coherence,
+    plot_growth,
+    plot_map,
+    plot_sample_curvature,
+    plot_spectral_density,
+)
+from sgd_stability.theory.bounds import all_bounds
+from sgd_stability.theory.quadratic import simulate
+from sgd_stability.theory.second_moment import lr_threshold
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -148,7 +154,7 @@ def thresholds(report: StabilityReport) -> list[dict[str, Any]]:
 def judge(
     problem: Problem, report: StabilityReport, factors: tuple[float, ...], known: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """SGD at multiples of the threshold, unless known; the criterion is `sgd_stability.nonlinear.LEAVES`."""
+    """SGD at multiples of the threshold, unless known; the criterion is `sgd_stability.report.nonlinear.LEAVES`."""
     done = {(t["batch_size"], t["factor"], t["seed"]): t for t in known}
     runs = list(itertools.product((1, 4, 16), factors, range(SEEDS)))
     trials = []

@@ -25,7 +25,7 @@ from core_tensor.app.cli import progress
 from core_tensor.app.files import write_json
 from sgd_stability import Check, StabilityMonitor, analyze
 from sgd_stability.demo import digits
-from sgd_stability.nonlinear import interpolate
+from sgd_stability.report.nonlinear import interpolate
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"

@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 from sgd_stability import Sampling, Update
-from sgd_stability.quadratic import random_hessians
+from sgd_stability.theory.quadratic import random_hessians
 from torch import nn
 
 ALIGNMENTS = ("isotropic", "aligned", "clustered", "dominant")

@@ -1,18 +1,23 @@
 """Linear stability of SGD from the geometry of the loss: exact thresholds, coherence, a live monitor."""
 
-from sgd_stability import quadratic
-from sgd_stability.almost_sure import LyapunovExponent, almost_sure_threshold, lyapunov_exponent
-from sgd_stability.analysis import analyze
-from sgd_stability.bounds import Bound, all_bounds
-from sgd_stability.check import Check
-from sgd_stability.dynamics import SGD, Update, update_threshold
-from sgd_stability.family import CurvatureFamily
-from sgd_stability.maps import StabilityMap
-from sgd_stability.monitor import InstabilityWarning, StabilityMonitor
-from sgd_stability.report import StabilityReport
-from sgd_stability.sampling import SCHEMES, Sampling
-from sgd_stability.second_moment import Extreme, lr_threshold, second_moment_radius
-from sgd_stability.threshold import Culprit, Threshold, Verdict
+from typing import TYPE_CHECKING
+
+from core_tensor.app.exports import lazy
+
+if TYPE_CHECKING:
+    from sgd_stability import quadratic
+    from sgd_stability.monitor.monitor import InstabilityWarning, StabilityMonitor
+    from sgd_stability.report.analysis import analyze
+    from sgd_stability.report.check import Check
+    from sgd_stability.report.maps import StabilityMap
+    from sgd_stability.report.report import StabilityReport
+    from sgd_stability.report.threshold import Culprit, Threshold, Verdict
+    from sgd_stability.theory.almost_sure import LyapunovExponent, almost_sure_threshold, lyapunov_exponent
+    from sgd_stability.theory.bounds import Bound, all_bounds
+    from sgd_stability.theory.dynamics import SGD, Update, update_threshold
+    from sgd_stability.theory.family import CurvatureFamily
+    from sgd_stability.theory.sampling import SCHEMES, Sampling
+    from sgd_stability.theory.second_moment import Extreme, lr_threshold, second_moment_radius
 
 __all__ = [
     "SCHEMES",
@@ -40,3 +45,22 @@ __all__ = [
     "second_moment_radius",
     "update_threshold",
 ]
+
+__getattr__, __dir__, _ = lazy(
+    __name__,
+    {
+        "quadratic": ["quadratic"],
+        "monitor.monitor": ["InstabilityWarning", "StabilityMonitor"],
+        "report.analysis": ["analyze"],
+        "report.check": ["Check"],
+        "report.maps": ["StabilityMap"],
+        "report.report": ["StabilityReport"],
+        "report.threshold": ["Culprit", "Threshold", "Verdict"],
+        "theory.almost_sure": ["LyapunovExponent", "almost_sure_threshold", "lyapunov_exponent"],
+        "theory.bounds": ["Bound", "all_bounds"],
+        "theory.dynamics": ["SGD", "Update", "update_threshold"],
+        "theory.family": ["CurvatureFamily"],
+        "theory.sampling": ["SCHEMES", "Sampling"],
+        "theory.second_moment": ["Extreme", "lr_threshold", "second_moment_radius"],
+    },
+)

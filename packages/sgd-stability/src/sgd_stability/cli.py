@@ -8,13 +8,13 @@ import click
 from core_tensor.app.cli import command_line, emit, json_option, table
 from core_tensor.linalg.spectrum import SymmetricOperator
 
-from sgd_stability.analysis import analyze
-from sgd_stability.dynamics import Update
-from sgd_stability.pictures import draw_report
-from sgd_stability.report import StabilityReport, finite
-from sgd_stability.sampling import SCHEMES, Scheme, powers_of_two
-from sgd_stability.sources import as_double, load_data, load_model
-from sgd_stability.spectra import gauss_newton_operator, loss_hessian_operator, network_of, spectral_density
+from sgd_stability.curvature.spectra import gauss_newton_operator, loss_hessian_operator, network_of, spectral_density
+from sgd_stability.report.analysis import analyze
+from sgd_stability.report.pictures import draw_report
+from sgd_stability.report.report import StabilityReport, finite
+from sgd_stability.report.sources import as_double, load_data, load_model
+from sgd_stability.theory.dynamics import Update
+from sgd_stability.theory.sampling import SCHEMES, Scheme, powers_of_two
 
 sampling_option = click.option(
     "--sampling", type=click.Choice(SCHEMES), default="without_replacement", help="How minibatches are drawn."
@@ -39,7 +39,7 @@ def quadratic(
     n: int, coherence: float, sharpness: float, lr: float, sampling: Scheme, seed: int, plot: Path | None, as_json: bool
 ) -> None:
     """Exact threshold, bounds and the paper's theorems on a synthetic family."""
-    from sgd_stability.paper_figure import family_table, plot_quadratic
+    from sgd_stability.report.paper_figure import family_table, plot_quadratic
 
     rows = family_table(n, coherence, sharpness, sampling, seed)
     result: dict[str, Any] = {

@@ -8,10 +8,10 @@ from core_tensor.app.cli import progress
 from core_tensor.app.extras import require
 from torch import Tensor, nn
 
-from sgd_stability.analysis import analyze
-from sgd_stability.nonlinear import interpolate, run_sgd
-from sgd_stability.plots import plot_map
-from sgd_stability.sampling import powers_of_two
+from sgd_stability.report.analysis import analyze
+from sgd_stability.report.nonlinear import interpolate, run_sgd
+from sgd_stability.report.plots import plot_map
+from sgd_stability.theory.sampling import powers_of_two
 
 EXTRA = "sgd-stability[demo]"
 

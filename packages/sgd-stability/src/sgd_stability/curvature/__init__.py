@@ -1,0 +1,1 @@
+"""Per-sample curvature of a network: losses, Jacobians, Gram matrices, products, spectra."""

@@ -1,0 +1,95 @@
+"""The Gauss-Newton product v -> Jv -> W'Jv -> W W'Jv -> J'W W'Jv, which yields v'H_iv of every sample on its way."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from core_tensor.linalg.spectrum import SymmetricOperator
+from torch import Tensor
+from torch.func import functional_call
+
+from sgd_stability.curvature.network import Network, arguments, unflatten
+
+
+@dataclass(frozen=True)
+class GaussNewtonProduct:
+    """H v, and what each sample contributes.
+
+    Attributes:
+        product: (1/n) sum_i H_i v, shape (d,).
+        forms: v'H_i v, shape (n,).
+        output_curvature: Trace of |Lambda_i|, the loss's curvature in the outputs, shape (n,).
+    """
+
+    product: Tensor
+    forms: Tensor
+    output_curvature: Tensor
+
+
+def gauss_newton_product(
+    network: Network, v: Tensor, *, scale: Tensor | None = None, chunk: int = 64
+) -> GaussNewtonProduct:
+    """One product, by forward-over-reverse in a single pass over the samples.
+
+    The forward pass carries the tangent along and records the graph of the primal only, so the product costs about
+    1.4 gradients.
+
+    Args:
+        network: The network; its ranks share the samples.
+        v: Vector, shape (d,).
+        scale: P^(-1/2) of a diagonal preconditioner, shape (d,); H is then P^(-1/2) H P^(-1/2).
+        chunk: Samples at a time; small ones stay in the cache.
+
+    Returns:
+        The product and its parts.
+    """
+    total = torch.zeros_like(v)
+    direction = unflatten(v if scale is None else v * scale, network.parameters)
+
+    def compute(start: int, stop: int) -> Tensor:
+        rows = []
+        for part in network.chunks(chunk, start, stop):
+            gradient, row = _part(part, direction)
+            total.add_(gradient)
+            rows.append(row)
+        return torch.cat(rows)
+
+    rows = network.ranks.rows(network.n, compute)  # (n, 2)
+    network.ranks.sum(total)
+    return GaussNewtonProduct((total if scale is None else total * scale) / network.n, rows[:, 0], rows[:, 1])
+
+
+def gauss_newton_operator(network: Network, *, chunk: int = 64, scale: Tensor | None = None) -> SymmetricOperator:
+    """H = (1/n) sum_i J_i' Lambda_i J_i as an operator.
+
+    Args:
+        network: The network; its ranks share the samples.
+        chunk: Samples at a time.
+        scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+
+    Returns:
+        The operator on flat vectors in the order of the network's parameters.
+    """
+    first = next(iter(network.parameters.values()))
+    return SymmetricOperator(
+        lambda v: gauss_newton_product(network, v, scale=scale, chunk=chunk).product,
+        network.size,
+        first.dtype,
+        first.device,
+    )
+
+
+def _part(part: Network, direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    # Sum of H_i v over a few samples, shape (d,), and forms beside traces, shape (n, 2).
+    args, kwargs = arguments(part.inputs)
+    with torch.enable_grad(), forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in part.parameters.items()}
+        outputs, tangent = forward_ad.unpack_dual(functional_call(part.model, duals, args, kwargs))
+        tangent = torch.zeros_like(outputs) if tangent is None else tangent.detach()
+    factor = part.loss.factor(outputs.detach(), part.targets)
+    u = factor.transpose_times(tangent.reshape(part.n, -1, 1))  # (n, R, 1)
+    signed = u if factor.signs is None else u * factor.signs[:, :, None]
+    pulled = factor.times(signed).reshape(outputs.shape)
+    gradients = torch.autograd.grad(outputs, list(part.parameters.values()), pulled, materialize_grads=True)
+    rows = torch.stack([(u * signed).sum((1, 2)), factor.trace().to(u)], 1)
+    return torch.cat([g.reshape(-1) for g in gradients]), rows

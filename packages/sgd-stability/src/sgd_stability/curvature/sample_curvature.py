@@ -1,0 +1,70 @@
+"""The largest curvature of single samples, lambda1(H_i), and the directions that have it."""
+
+import torch
+from core_tensor.linalg.spectrum import Eigenpairs, lanczos
+from torch import Tensor
+
+from sgd_stability.curvature.gauss_newton import gauss_newton_operator
+from sgd_stability.curvature.ghost import sample_blocks
+from sgd_stability.curvature.jacobian import weighted_jacobian
+from sgd_stability.curvature.network import Network
+
+_BLOCK = 256
+"""Rank R up to which the (R, R) blocks Z_i Z_i' are formed; above it Lanczos runs on every sample."""
+
+
+def sample_curvature(network: Network, *, scale: Tensor | None = None) -> Tensor:
+    """lambda1(H_i) of every sample's Gauss-Newton Hessian.
+
+    Args:
+        network: The network; its ranks share the samples.
+        scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+
+    Returns:
+        Shape (n,), float64.
+    """
+    if network.factor.rank > _BLOCK:
+
+        def top(start: int, stop: int) -> Tensor:
+            return torch.cat([_top(network, i, scale).values for i in range(start, stop)])
+
+        return network.ranks.rows(network.n, top)
+    blocks = sample_blocks(network) if scale is None else _scaled_blocks(network, scale)
+    signs = network.factor.signs
+    if signs is None:
+        psd: Tensor = torch.linalg.eigvalsh(blocks)[:, -1].clamp_min(0)
+        return psd
+    lam, U = torch.linalg.eigh(blocks)
+    root = (U * lam.clamp_min(0).sqrt()[:, None]) @ U.mT  # similar to Z' diag(signs) Z away from zero
+    largest: Tensor = torch.linalg.eigvalsh(root @ (signs.double()[:, :, None] * root))[:, -1]
+    return largest
+
+
+def sample_directions(network: Network, curvature: Tensor, count: int, *, scale: Tensor | None = None) -> Tensor:
+    """Top eigenvectors of the most curved per-sample Hessians.
+
+    Args:
+        network: The network.
+        curvature: lambda1(H_i), shape (n,).
+        count: How many samples.
+        scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+
+    Returns:
+        Unit columns, shape (d, count).
+    """
+    worst = curvature.topk(min(count, network.n)).indices.tolist()
+    return torch.cat([_top(network, i, scale).vectors for i in worst], 1)
+
+
+def _top(network: Network, i: int, scale: Tensor | None) -> Eigenpairs:
+    operator = gauss_newton_operator(network.part(i, i + 1), scale=scale)
+    generator = torch.Generator().manual_seed(i)
+    return lanczos(operator, tolerance=1e-3, max_steps=60, generator=generator)
+
+
+def _scaled_blocks(network: Network, scale: Tensor) -> Tensor:
+    def compute(start: int, stop: int) -> Tensor:
+        pieces = [(weighted_jacobian(part) * scale).double() for part in network.chunks(32, start, stop)]
+        return torch.cat([Z @ Z.mT for Z in pieces])
+
+    return network.ranks.rows(network.n, compute)

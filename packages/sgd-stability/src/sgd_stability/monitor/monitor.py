@@ -1,0 +1,338 @@
+r"""A live answer, while training, to "is this learning rate stable, and which samples decide it?".
+
+Three tiers, by cost:
+
+1. every `every_cheap` steps, two sharpnesses along the way training goes: of a drawn batch along its gradient, which
+   SGD at the edge of stability holds at 2 / eta (a gradient and a Hessian product), and of the probe's loss along the
+   last update (ten forward passes of the probe).
+2. every `every` steps, one Gauss-Newton product on half of the probe, in turn. It moves the tracked top eigenvector by
+   a power step, gives v'H_iv of every sample, and so a band for eta*: unstable above the exact threshold of the
+   compressed family, stable below the bound of lambda1 and L. L comes from exact per-sample curvatures of a few
+   suspects.
+3. on demand, `exact()`: the full analysis. With `settle`, a check that its band leaves undecided asks for it by itself.
+
+On a probe all of these are estimates of the data set's figures. The model is switched to evaluation mode for a check,
+so batch normalisation enters with its running statistics.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from core_tensor.checks import check_choice, check_number
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sgd_stability.curvature.data import Data, collect
+from sgd_stability.curvature.directional import batch_sharpness, critical_sharpness
+from sgd_stability.curvature.losses import LossValues, resolve_loss
+from sgd_stability.curvature.network import make_network
+from sgd_stability.distributed import ALONE, all_ranks
+from sgd_stability.monitor.tracking import Tracker
+from sgd_stability.report.analysis import analyze
+from sgd_stability.report.check import Band, Check, band, safe_batch_size
+from sgd_stability.report.optimizers import OptimizerState, read_optimizer
+from sgd_stability.report.plots import plot_history
+from sgd_stability.report.report import StabilityReport
+from sgd_stability.theory.sampling import Sampling, Scheme
+
+
+class InstabilityWarning(UserWarning):
+    """The learning rate is above the certified upper end of the band."""
+
+
+Reaction = Literal["warn", "reduce_lr"] | Callable[["StabilityMonitor", Check], None] | None
+
+
+class StabilityMonitor:
+    """Watches an optimizer; see the module's docstring for the tiers.
+
+    Args:
+        model: The model in training; wrapped by DistributedDataParallel or `torch.compile` if you like.
+        loss: As in `analyze`; its curvature in the outputs must be positive semidefinite.
+        data: Training data, as in `analyze`; the probe is drawn from it once.
+        batch_size: Samples per optimizer step (over all ranks and accumulated batches); read off a `DataLoader` if
+            absent.
+        every: Steps between tier-2 checks.
+        every_cheap: Steps between tier-1 measurements; 0 switches them off.
+        probe_batch: Samples in the probe.
+        suspects: Samples per check whose curvature is computed exactly.
+        products: Half-probe products per check; more of them track the top eigenvector more closely.
+        settle: Let the full analysis, of the probe, decide checks that the band leaves undecided.
+        sampling: How minibatches are drawn.
+        on_unstable: `"warn"`, `"reduce_lr"` (to 0.9 of the largest safe rate), a function `(monitor, check)`, or None.
+        max_overhead: Put a check off while checks have taken more than this share of the time since attaching; None
+            never does.
+        distributed: Share the work over the ranks of the default process group; every rank must attach such a monitor,
+            with the same model and the same whole data set.
+        seed: Seed of the probe and of the start vector.
+
+    Attributes:
+        history: The checks so far.
+        sharpness_history: Tier-1 measurements (step, batch sharpness, critical sharpness).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | nn.Module | LossValues,
+        data: Data,
+        *,
+        batch_size: int | None = None,
+        every: int = 200,
+        every_cheap: int = 0,
+        probe_batch: int = 256,
+        suspects: int = 8,
+        products: int = 1,
+        settle: bool = False,
+        sampling: Scheme = "without_replacement",
+        on_unstable: Reaction = "warn",
+        max_overhead: float | None = None,
+        distributed: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value, low in (("every", every, 1), ("every_cheap", every_cheap, 0), ("suspects", suspects, 1)):
+            check_number(name, value, low=low, integer=True)
+        check_number("products", products, low=1, integer=True)
+        if max_overhead is not None:
+            check_number("max_overhead", max_overhead, low=0, open_low=True)
+        if isinstance(on_unstable, str):
+            check_choice("on_unstable", on_unstable, ("warn", "reduce_lr"))
+        if batch_size is None and isinstance(data, DataLoader):
+            batch_size = data.batch_size
+        if batch_size is None:
+            raise ValueError("batch_size: expected one, or a DataLoader that has one")
+        self.model, self.loss, self.data, self.sampling = model, loss, data, sampling
+        self.every, self.every_cheap, self.settle = every, every_cheap, settle
+        self.suspects, self.products = suspects, products
+        self.on_unstable, self.max_overhead, self.seed = on_unstable, max_overhead, seed
+        self._ranks = all_ranks() if distributed else ALONE
+        device = next((p.device for p in model.parameters()), None)
+        self._samples = collect(data, max_samples=probe_batch, seed=seed, device=device, ranks=self._ranks)
+        self.n = self._samples.n
+        self.batch_size = min(batch_size, self.n)
+        self._scheme = Sampling(self.n, self.batch_size, sampling)
+        with _evaluating(model):
+            self._network = make_network(
+                model, resolve_loss(loss), self._samples.inputs, self._samples.targets, ranks=self._ranks
+            )
+            if self._network.factor.signs is not None:
+                raise ValueError("loss: expected one that is convex in the outputs, for a Gauss-Newton Hessian")
+        self._tracker = Tracker(self._network, seed)
+        self.steps = 0
+        self.history: list[Check] = []
+        self.sharpness_history: list[tuple[int, float, float]] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._handles: list[Any] = []
+        self._before: list[Tensor] = []  # the parameters before a step that tier 1 will look at
+        self._spent, self._started = 0.0, 0.0
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> "StabilityMonitor":
+        """Check after every `every`-th step of an optimizer, with its learning rate, momentum and weight decay.
+
+        Args:
+            optimizer: SGD, Adam or AdamW.
+
+        Returns:
+            This monitor.
+        """
+        self.detach()
+        # Accelerate wraps the optimizer and steps the inner one.
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._optimizer = optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+        self._started, self._spent = time.perf_counter(), 0.0
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Stop watching; the history stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._optimizer, self._before = [], None, []
+
+    def check(self) -> Check:
+        """Tier 2, now.
+
+        Returns:
+            The check, also appended to `history`.
+
+        Raises:
+            RuntimeError: If the monitor is not attached.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("monitor: attach it to an optimizer first")
+        start = time.perf_counter()
+        state = read_optimizer(self._optimizer, self._network.parameters)
+        scale = None if state.preconditioner is None else state.preconditioner.rsqrt()
+        with _evaluating(self.model):
+            lambda1, residual = self._tracker.visit(self.products, scale)
+            L, places = self._tracker.suspects(self.suspects, scale)
+            assert self._tracker.forms is not None
+            found = band(self._tracker.forms, L, self._scheme, state.update)
+            exact = self._settled(found, state)
+        check = Check(
+            step=self.steps,
+            lr=state.lr,
+            batch_size=self.batch_size,
+            lambda1=lambda1,
+            residual=residual,
+            edge=state.update.edge(1.0) / state.lr if state.lr > 0 else math.inf,
+            max_sample_curvature=L,
+            lower=found.lower,
+            upper=found.upper,
+            exact=exact,
+            state=found.state(state.lr) if math.isnan(exact) else "unstable" if state.lr > exact else "stable",
+            culprits=[int(self._samples.ids[i]) for i in places],
+            safe_batch_size=safe_batch_size(lambda1, L, state, self._scheme),
+            seconds=time.perf_counter() - start,
+        )
+        self.history.append(check)
+        self._spent += check.seconds
+        if check.state == "unstable":
+            self._react(check)
+        return check
+
+    def exact(self, *, max_samples: int = 512, **options: Any) -> StabilityReport:
+        """Tier 3: the full analysis at the present parameters, with the attached optimizer's update rule.
+
+        Args:
+            max_samples: Most samples to analyse.
+            options: Further options of `analyze`.
+
+        Returns:
+            The report.
+        """
+        if self._optimizer is not None:
+            state = read_optimizer(self._optimizer, self._network.parameters)
+            options = {"update": state.update, "preconditioner": state.preconditioner, **options}
+        options = {"sampling": self.sampling, "seed": self.seed, "distributed": self._ranks is not ALONE, **options}
+        with _evaluating(self.model):
+            return analyze(self.model, self.loss, self.data, max_samples=max_samples, **options)
+
+    def batch_sharpness(self) -> float:
+        """The first of tier 1: g'H_B g / ||g||^2 of a batch drawn from the probe.
+
+        Returns:
+            The batch sharpness; NaN where the gradient vanishes.
+        """
+        generator = torch.Generator().manual_seed(self.seed + self.steps)
+        which = torch.randperm(self._network.n, generator=generator)[: self.batch_size]
+        with _evaluating(self.model):
+            return batch_sharpness(self._network.select(which.to(self._network.targets.device)))
+
+    def plot(self, path: str | Path, *, losses: Sequence[tuple[int, float]] = ()) -> Path:
+        """Draw the sharpness against its edge, and the learning rate against the band, over training.
+
+        Args:
+            path: Picture to write.
+            losses: Losses (step, loss) to draw on top.
+
+        Returns:
+            The path.
+        """
+        return plot_history(self.history, path, losses=losses, sharpness=self.sharpness_history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The history as JSON-ready values.
+
+        Returns:
+            Settings and one entry per check.
+        """
+        return {
+            "every": self.every,
+            "batch_size": self.batch_size,
+            "probe": self._network.n,
+            "n": self.n,
+            "checks": [check.to_dict() for check in self.history],
+            "sharpness": [
+                [step, *(value if math.isfinite(value) else None for value in values)]
+                for step, *values in self.sharpness_history
+            ],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on to the same checks.
+
+        Returns:
+            Tensors, numbers and lists only.
+        """
+        return {
+            "steps": self.steps,
+            "history": [vars(check).copy() for check in self.history],
+            "sharpness_history": list(self.sharpness_history),
+            "tracker": self._tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            state: From `state_dict` of a monitor with the same model, probe and settings.
+        """
+        self._tracker.load_state_dict(state["tracker"])
+        self.steps = int(state["steps"])
+        self.history = [Check(**entry) for entry in state["history"]]
+        self.sharpness_history = [(int(step), float(a), float(b)) for step, a, b in state["sharpness_history"]]
+
+    def _before_step(self) -> None:
+        if self.every_cheap and (self.steps + 1) % self.every_cheap == 0:
+            self._before = [p.detach().clone() for p in self._network.parameters.values()]
+
+    def _after_step(self) -> None:
+        self.steps += 1
+        if self._before:
+            start = time.perf_counter()
+            self._measure_directions()
+            self._spent += time.perf_counter() - start
+        if self.steps % self.every == 0 and not self._too_expensive():
+            self.check()
+
+    def _measure_directions(self) -> None:
+        assert self._optimizer is not None
+        lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
+        with _evaluating(self.model):
+            critical = critical_sharpness(self._network, self._before, lr)
+        self._before = []
+        self.sharpness_history.append((self.steps, self.batch_sharpness(), critical))
+
+    def _too_expensive(self) -> bool:
+        if self.max_overhead is None or not self.history:
+            return False
+        over = self._spent > self.max_overhead * (time.perf_counter() - self._started)
+        return bool(self._ranks.sum(torch.tensor(float(over))) > 0)  # all ranks check, or none
+
+    def _settled(self, found: Band, state: OptimizerState) -> float:
+        if not self.settle or found.state(state.lr) != "undecided":
+            return math.nan
+        return float(self.exact(max_samples=self._network.n).lr_threshold(self.batch_size))
+
+    def _react(self, check: Check) -> None:
+        if self.on_unstable == "warn":
+            warnings.warn(str(check), InstabilityWarning, stacklevel=4)
+        elif self.on_unstable == "reduce_lr" and self._optimizer is not None:
+            target = 0.9 * (check.safe_lr or check.upper)
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["lr"] * target / check.lr
+        elif callable(self.on_unstable):
+            self.on_unstable(self, check)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    # Evaluation mode for a while; every module gets its own mode back.
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

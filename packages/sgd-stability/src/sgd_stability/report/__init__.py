@@ -1,0 +1,1 @@
+"""What an analysis finds: thresholds, verdicts, maps, pictures."""

@@ -1,0 +1,1 @@
+"""Linear stability of a family of per-sample Hessians: exact thresholds, bounds, growth."""

@@ -1,0 +1,353 @@
+import json
+import math
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from sgd_stability import InstabilityWarning, StabilityMonitor, Update, analyze
+from sgd_stability.monitor.callbacks import OutputField, lightning_callback, metrics, trainer_callback
+from sgd_stability.report.optimizers import read_optimizer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def _problem(n=48, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(n, 4)
+    return model, x, (x @ torch.randn(4, 3)).argmax(1)
+
+
+def _train(model, x, y, optimizer, steps, batch=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        which = torch.randint(len(x), (batch,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[which]), y[which]).backward()
+        optimizer.step()
+
+
+def test_band_encloses_the_exact_threshold():
+    model, x, y = _problem()
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=10, suspects=96, products=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 60)
+    assert [c.step for c in monitor.history] == [10, 20, 30, 40, 50, 60]
+    check = monitor.check()
+    exact = analyze(model, "cross_entropy", (x, y), update=Update(momentum=0.9))
+    assert check.lambda1 <= exact.lambda_max * (1 + 1e-4)
+    assert check.lambda1 == pytest.approx(exact.lambda_max, rel=0.05)
+    assert check.max_sample_curvature == pytest.approx(exact.max_sample_curvature, rel=1e-4)
+    assert check.culprits[0] == exact.culprits(1)[0].id
+    assert 0.9 * check.lower < exact.lr_threshold(8).exact <= check.upper * (1 + 1e-3)
+    assert "eta* in [" in str(check)
+    report = monitor.exact()
+    assert report.update == Update(momentum=0.9)
+    assert report.lr_threshold(8).exact == pytest.approx(exact.lr_threshold(8).exact, rel=1e-6)
+
+
+def test_one_product_a_check_follows_the_sharpness_from_below():
+    model, x, y = _problem()
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    monitor.attach(optimizer)
+    for _ in range(6):
+        _train(model, x, y, optimizer, 10)
+        exact = analyze(model, "cross_entropy", (x, y)).lambda_max
+        assert 0.7 * exact < monitor.history[-1].lambda1 <= 1.1 * exact  # half of it is one check old
+
+
+def test_warns_reduces_or_calls_back_when_unstable():
+    for reaction in ("warn", "reduce_lr", None):
+        model, x, y = _problem()
+        optimizer = torch.optim.SGD(model.parameters(), lr=50.0)
+        monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4, on_unstable=reaction)
+        monitor.attach(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check = monitor.check()
+        assert check.state == "unstable"
+        assert check.upper < 50
+        assert (len([w for w in caught if w.category is InstabilityWarning]) == 1) == (reaction == "warn")
+        lr = optimizer.param_groups[0]["lr"]
+        assert lr == (pytest.approx(0.9 * check.lower) if reaction == "reduce_lr" else 50.0)
+    seen = []
+    monitor.on_unstable = lambda m, c: seen.append((m, c))
+    check = monitor.check()
+    assert seen == [(monitor, check)]
+
+
+def test_stable_rates_are_recognised_and_batch_sizes_suggested():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4, on_unstable=None).attach(optimizer)
+    check = monitor.check()
+    assert check.state == "stable"
+    assert check.safe_batch_size == 1
+    assert check.edge == pytest.approx(2e4)
+
+
+def test_state_resumes_to_the_same_checks():
+    def run(resume):
+        model, x, y = _problem()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=5, every_cheap=3)
+        monitor.attach(optimizer)
+        _train(model, x, y, optimizer, 13)
+        if resume:
+            state = torch.load(resume, weights_only=True) if resume.exists() else None
+            if state is None:
+                torch.save(monitor.state_dict(), resume)
+                state = torch.load(resume, weights_only=True)
+            monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=5, every_cheap=3)
+            monitor.load_state_dict(state)
+            monitor.attach(optimizer)
+        _train(model, x, y, optimizer, 12, seed=1)
+        return monitor
+
+    with tempfile.TemporaryDirectory() as folder:
+        straight, resumed = run(None), run(Path(folder) / "monitor.pt")
+    assert len(straight.history) == 5
+    for a, b in zip(straight.history, resumed.history, strict=True):
+        assert (a.step, a.lambda1, a.upper, a.culprits) == (b.step, b.lambda1, b.upper, b.culprits)
+    assert straight.sharpness_history == resumed.sharpness_history
+    json.dumps(straight.to_dict(), allow_nan=False)
+    with pytest.raises(ValueError, match="state: "):
+        StabilityMonitor(nn.Linear(4, 3), "cross_entropy", _problem()[1:], batch_size=2).load_state_dict(
+            straight.state_dict()
+        )
+
+
+def test_batch_sharpness_against_the_dense_hessian(oracle):
+    model, x, y = oracle.tiny_network(n=6)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=6)
+    H = oracle.dense_sample_hessians(model, lambda: F.cross_entropy(model(x), y)[None])[0]
+    g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))])
+    assert monitor.batch_sharpness() == pytest.approx(float(g @ H @ g / (g @ g)), rel=1e-9)
+
+
+def test_overhead_budget_puts_checks_off():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=1, max_overhead=1e-9)
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 5)
+    assert len(monitor.history) == 1
+    monitor.detach()
+    _train(model, x, y, optimizer, 2)
+    assert monitor.steps == 5
+
+
+def test_modes_and_random_state_of_the_training_are_left_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    model[1].eval()
+    x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4).attach(optimizer)
+    before, statistics = torch.get_rng_state(), model[1].running_mean.clone()
+    monitor.check()
+    monitor.batch_sharpness()
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(statistics, model[1].running_mean)
+    assert [m.training for m in model] == [True, False, True, True]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_adam_is_read_with_its_preconditioner_and_its_edge_is_real():
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    h = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    optimizer = torch.optim.AdamW([w], lr=1e-3, weight_decay=0.0)
+    for _ in range(20):
+        w.grad = h * w.detach()
+        optimizer.step()
+    state = read_optimizer(optimizer, {"w": w})
+    assert state.update == Update(momentum=0.9, dampening=0.9, decoupled=True)
+    group = optimizer.state[w]
+    P = (group["exp_avg_sq"] / (1 - 0.999**20)).sqrt() + 1e-8
+    assert torch.allclose(state.preconditioner, P)
+    edge = state.update.edge(float((h / P).max()))
+    assert edge == pytest.approx(38 / float((h / P).max()))
+    sizes = []
+    for factor in (0.95, 1.05):  # the preconditioned heavy ball of a frozen Adam
+        d, m = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for _ in range(2000):
+            m = 0.9 * m + 0.1 * h * d
+            d = d - factor * edge * m / P
+        sizes.append(float(d.norm()))
+    assert sizes[0] < 1e-3
+    assert not sizes[1] < 1e3
+
+
+def test_groups_of_different_rates_enter_the_preconditioner():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.05}], momentum=0.5)
+    state = read_optimizer(optimizer, {"a": a, "b": b})
+    assert state.lr == 0.1
+    assert torch.equal(state.preconditioner, torch.tensor([1.0, 1, 2, 2, 2]))
+
+
+def test_adam_monitor_and_exact_report_agree():
+    model, x, y = _problem()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=20, suspects=96)
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 40)
+    check, report = monitor.check(), monitor.exact()
+    assert report.method == "jacobian"
+    assert report.lr_threshold(8).exact <= check.upper * (1 + 1e-2)
+    assert check.culprits[0] == report.culprits(1)[0].id
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, features, labels=None):
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        logits = self.linear(features)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.slow
+def test_hugging_face_trainer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = Classifier()
+    x, y = torch.randn(32, 4), torch.randint(0, 3, (32,))
+    monitor = StabilityMonitor(OutputField(model), "cross_entropy", ({"features": x}, y), batch_size=8, every=4)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=8, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=[{"features": a, "labels": b} for a, b in zip(x, y, strict=True)],
+        callbacks=[trainer_callback(monitor)],
+    )
+    trainer.train()
+    assert [c.step for c in monitor.history] == [4, 8]
+    assert sum("stability/lr_upper" in entry for entry in trainer.state.log_history) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Lightning's own advice on workers, loggers and checkpoints
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = nn.Linear(4, 3), []
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    x, y = torch.randn(32, 4), torch.randint(0, 3, (32,))
+    module = Module()
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    monitor = StabilityMonitor(module.net, "cross_entropy", loader, every=4)
+    callback = lightning_callback(monitor)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    assert [c.step for c in monitor.history] == [4, 8]
+    assert "stability/lr_upper" in trainer.callback_metrics
+    callback.load_state_dict(callback.state_dict())
+
+
+def test_metrics_are_finite():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8).attach(optimizer)
+    assert all(math.isfinite(v) for v in metrics(monitor.check()).values())
+
+
+def test_accelerate_needs_no_callback():
+    accelerate = pytest.importorskip("accelerate")
+    model, x, y = _problem()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=3).attach(optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+    assert [c.step for c in monitor.history] == [3, 6]
+
+
+def test_undecided_checks_are_settled_by_the_full_analysis():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=2, on_unstable=None, settle=True)
+    monitor.attach(optimizer)
+    band = monitor.check()
+    exact = analyze(model, "cross_entropy", (x, y)).lr_threshold(2).exact
+    for factor, state in ((0.97, "stable"), (1.03, "unstable")):
+        optimizer.param_groups[0]["lr"] = factor * exact
+        assert band.lower < factor * exact < band.upper
+        check = monitor.check()
+        assert (check.state, check.exact) == (state, pytest.approx(exact, rel=1e-5))
+        assert check.safe_lr == check.exact
+        assert ", exact " in str(check)
+    optimizer.param_groups[0]["lr"] = 0.5 * band.lower
+    assert math.isnan(monitor.check().exact)  # nothing to settle
+
+
+def test_history_is_drawn(tmp_path):
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4, every=2, every_cheap=2)
+    with pytest.raises(ValueError, match="checks: "):
+        monitor.plot(tmp_path / "history.png")
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 8)
+    assert monitor.plot(tmp_path / "history.png", losses=[(1, 1.0), (2, 0.5)]).stat().st_size > 10_000
+    assert [step for step, *_ in monitor.sharpness_history] == [2, 4, 6, 8]
+
+
+def _monitor(**options):
+    model, x, y = _problem()
+    return StabilityMonitor(model, "cross_entropy", (x, y), **{"batch_size": 4, **options})
+
+
+def _attached(optimizer):
+    model, x, y = _problem()
+    return StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4).attach(optimizer(model)).check()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: _monitor(every=0), ValueError, "every: "),
+        (lambda: _monitor(batch_size=None), ValueError, "batch_size: "),
+        (lambda: _monitor(on_unstable="panic"), ValueError, "on_unstable: "),
+        (lambda: _monitor(max_overhead=0.0), ValueError, "max_overhead: "),
+        (lambda: _monitor().check(), RuntimeError, "attach"),
+        (lambda: _attached(lambda m: torch.optim.Adagrad(m.parameters())), TypeError, "optimizer: .*Adagrad"),
+        (lambda: _attached(lambda m: torch.optim.Adam(m.parameters())), ValueError, "optimizer: .*taken a step"),
+        (lambda: _attached(lambda m: torch.optim.SGD(m[0].parameters(), lr=1)), ValueError, "optimizer: .*2.weight"),
+        (
+            lambda: _attached(lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1)),
+            ValueError,
+            "optimizer: .*AdamW",
+        ),
+    ],
+)
+def test_bad_input_of_the_monitor(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
