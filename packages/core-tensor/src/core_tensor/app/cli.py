@@ -1,12 +1,16 @@
-"""The shell that every package's command line shares: help with defaults, `--json`, progress, one-line errors.
+"""The shell that every package's command line shares: options, help with defaults, progress, one-line errors.
 
 Needs the extra `core-tensor[cli]` (click and tqdm), which every package with a command depends on.
 """
 
+import contextlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import click
 from tqdm import tqdm
@@ -14,41 +18,40 @@ from tqdm import tqdm
 from core_tensor.app.extras import MissingExtraError
 
 T = TypeVar("T")
-_BAD_INPUT = (
-    ValueError,
-    MissingExtraError,
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-)
+_BAD_INPUT = (ValueError, TypeError, OSError, EOFError, MissingExtraError)
+_FOREIGN = {("zipfile", "BadZipFile"), ("zlib", "error"), ("struct", "error"), ("_struct", "error")}
+"""Errors of broken files that reach the shell past a reader, by module and name."""
+_FILE_FORMATS = ("safetensors", "safetensors_rust", "pyarrow", "PIL", "yaml", "msgspec", "lmdb")
 
 
 class CommandLine(click.Group):
-    """A click group whose commands end bad input with one clear line and exit code 2.
+    """A click group whose commands end bad input with one clear line and exit code 2, and Ctrl-C with code 130.
 
-    `CORE_TENSOR_TRACEBACK=1` in the environment shows the traceback instead.
+    Bad input is a ValueError or TypeError, whatever the operating system refuses, a broken file, or a missing extra.
+    Anything else is a bug and shows its traceback; with `CORE_TENSOR_TRACEBACK=1` in the environment, all do.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; turn the errors of bad input into one line on standard error.
-
-        Args:
-            ctx: Click's context.
-
-        Returns:
-            What the command returns.
-
-        Raises:
-            click.UsageError: For bad input, which click prints and ends with exit code 2.
-        """
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run the command line; see the class. Arguments, result and errors are click's."""
+        run: Callable[..., Any] = super().main
+        if not standalone_mode:
+            return run(*args, standalone_mode=False, **kwargs)
         try:
-            return super().invoke(ctx)
-        except _BAD_INPUT as error:
-            if os.environ.get("CORE_TENSOR_TRACEBACK"):
+            result = run(*args, standalone_mode=False, **kwargs)
+            sys.stdout.flush()  # a full disk behind `> file` shows here, not when the interpreter closes the file
+        except (click.exceptions.Abort, KeyboardInterrupt):
+            _stop(f"Interrupted. The same command continues: {shlex.join([str(self.name), *sys.argv[1:]])}", 130)
+        except BrokenPipeError:  # `| head` has read enough
+            _silence()
+            sys.exit(0)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except Exception as error:
+            if os.environ.get("CORE_TENSOR_TRACEBACK") or not is_bad_input(error):
                 raise
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
+            _stop(f"Error: {one_line(error)}", 2)
+        sys.exit(result if isinstance(result, int) else 0)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List every command with its whole first sentence; click would cut it at the end of the line.
@@ -58,8 +61,55 @@ class CommandLine(click.Group):
             formatter: Where the help is written.
         """
         commands = [self.commands[name] for name in self.list_commands(ctx)]
-        with formatter.section("Commands"):
-            formatter.write_dl([(str(c.name), c.get_short_help_str(limit=1000)) for c in commands if not c.hidden])
+        rows = [(str(c.name), c.get_short_help_str(limit=1000)) for c in commands if not c.hidden]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+
+def _stop(line: str, code: int) -> NoReturn:
+    """Print a last line, where standard error still takes one, and leave."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence()
+    sys.exit(code)
+
+
+def _silence() -> None:
+    """Let standard output go nowhere: what could not be written would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether an error means that what came from outside is at fault, not this code.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        True for bad arguments, files and machines; False for a bug.
+    """
+    kinds = [(kind.__module__, kind.__name__) for kind in type(error).__mro__]
+    foreign = any(kind in _FOREIGN or kind[0].split(".")[0] in _FILE_FORMATS for kind in kinds)
+    return isinstance(error, _BAD_INPUT) or foreign
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; what the operating system refused, in words and with the file's name.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The line.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = os.strerror(error.errno)
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def command_line(distribution: str) -> Callable[[Callable[..., Any]], CommandLine]:
@@ -80,7 +130,50 @@ def command_line(distribution: str) -> Callable[[Callable[..., Any]], CommandLin
     return decorate
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Options, which have the same name and meaning in every command
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def out_option(what: str, *, folder: bool = False, default: str | None = None, required: bool = False) -> Decorator:
+    """The option `-o/--out`, passed to the command as `out`, a `pathlib.Path` or None.
+
+    Args:
+        what: What is written there, for the help.
+        folder: Whether it is a folder, not a file.
+        default: Default path.
+        required: Whether the command needs it.
+
+    Returns:
+        A decorator of commands.
+    """
+    kind = click.Path(path_type=Path, dir_okay=folder, file_okay=not folder)
+    return click.option("--out", "-o", type=kind, default=default, required=required, help=what)
+
+
+def _set_threads(context: click.Context, parameter: click.Parameter, count: int | None) -> int | None:
+    """Tell torch, if the user said anything."""
+    del context, parameter
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+    return count
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+seed_option = click.option("--seed", default=0, type=click.IntRange(0), help="Seed of everything random.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), callback=_set_threads, expose_value=False, help="Threads. [default: torch's]"
+)
+device_option = click.option("--device", default="cpu", help="Device to compute on, such as cpu or cuda:0.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Start anew where an earlier run has written.")
+quick_option = click.option("--quick", is_flag=True, help="A smaller run that ends sooner.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output
 
 
 def emit(result: Mapping[str, Any], as_json: bool, text: str | Callable[[], str]) -> None:
@@ -98,7 +191,7 @@ def emit(result: Mapping[str, Any], as_json: bool, text: str | Callable[[], str]
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":
-    """A progress bar with ETA on standard error, silent when that is not a terminal.
+    """A progress bar with the time left on standard error, silent when that is not a terminal.
 
     Args:
         items: What to iterate over.

@@ -22,22 +22,17 @@ def require(module: str, extra: str) -> Any:
         MissingExtraError: If the module's distribution is not installed.
         ModuleNotFoundError: If it is installed, but something it needs is not.
     """
+    top = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name.split(".")[0]):
+        if error.name is None or error.name.split(".")[0] != top:
             raise  # the module is there, something it needs is not
-        raise MissingExtraError(f"{module} is not installed: pip install '{extra}'") from error
+        raise MissingExtraError(f"this needs {top}, which is not installed: pip install '{extra}'") from error
 
 
 def pyplot(extra: str) -> Any:
-    """Matplotlib's pyplot with a backend that needs no screen.
+    """Moved to `core_tensor.app.figures`; goes when the last caller has followed."""
+    from core_tensor.app import figures
 
-    Args:
-        extra: Requirement that brings matplotlib, such as `"quantease[plot]"`.
-
-    Returns:
-        The module `matplotlib.pyplot`.
-    """
-    require("matplotlib", extra).use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
+    return figures.pyplot(extra)

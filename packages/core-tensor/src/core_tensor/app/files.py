@@ -1,40 +1,104 @@
-"""Files that are either whole or absent: every write goes to a temporary file that is then renamed."""
+"""Files that are either complete or absent, and readers whose every failure names the file.
+
+A write goes to a temporary file that is then renamed. The temporary file keeps the final name, since writers choose a
+format by it, and lies in a hidden folder `.partial-<process>-...` beside it, so that no reader's pattern matches it.
+`sweep` removes what killed processes left.
+"""
 
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
+import struct
+import sys
 import tempfile
+import tomllib
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_PARTIAL = ".partial-"
+_READERS = frozenset(
+    {"safetensors", "safetensors_rust", "pyarrow", "PIL", "yaml", "msgspec", "lmdb", "sqlite3", "polars", "csv", "gguf"}
+)
+"""Packages whose own exceptions mean that a file is broken or foreign."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on an exception it is removed.
+    """Yield a temporary path; on success it replaces `path`, on an exception it is removed.
 
     Args:
         path: Final path; its folder is created.
 
     Yields:
-        Path to write to, with the suffix of the final one (writers choose a format by it).
+        Path to write to, in a hidden folder beside `path` and with the same name.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=final.suffix, dir=final.parent)
-    os.close(handle)
-    temporary = Path(name)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{_owner(os.getpid())}-", dir=final.parent))
+    temporary = folder / final.name
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the final one follows the user's umask
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(final)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner(process: int) -> str:
+    """This machine and a process, as part of a file name."""
+    return f"{re.sub(r'[^A-Za-z0-9]', '', socket.gethostname()) or 'host'}-{process}"
+
+
+def sweep(folder: str | os.PathLike[str]) -> int:
+    """Remove the temporary files of killed processes; those of live processes, and of other machines, stay.
+
+    Args:
+        folder: Folder to look at, without its subfolders. It may be absent.
+
+    Returns:
+        How many were removed.
+    """
+    here = _owner(0).removesuffix("-0")
+    removed = 0
+    for partial in Path(folder).glob(f"{_PARTIAL}{here}-*"):
+        process = partial.name.removeprefix(f"{_PARTIAL}{here}-").split("-")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(partial, ignore_errors=True)
+            removed += 1
+    return removed
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a path is a folder of `atomic_path`, whose owner may be another machine.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        True or false, by the name.
+    """
+    return path.name.startswith(_PARTIAL)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OverflowError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -58,8 +122,49 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+@contextmanager
+def reading(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """Turn every way in which a broken or foreign file can fail a reader into one error that names the file.
+
+    The body reads one file and checks what it found. Errors of the operating system (absent file, no permission) pass
+    through, since they name the file themselves, and so does a ValueError that already does.
+
+        with reading(path, "the policy of polytope-lp"):
+            arrays = numpy.load(path, allow_pickle=False)
+
+    Args:
+        path: File being read.
+        expected: What it should hold, for the message.
+
+    Raises:
+        ValueError: If the body fails to parse the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
+        if not _means_broken_file(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: expected {expected} ({why})") from error
+
+
+def _means_broken_file(error: Exception) -> bool:
+    """Whether parsing untrusted bytes can raise this error; a failed assertion, for one, is a bug."""
+    parsing = (
+        *(OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, MemoryError),
+        *(ZeroDivisionError, RecursionError, NotImplementedError, SyntaxError, struct.error, zlib.error),
+        zipfile.BadZipFile,
+    )
+    kinds = type(error).__mro__
+    return isinstance(error, parsing) or any(kind.__module__.split(".")[0] in _READERS for kind in kinds)
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON, with an error that names the file.
+    """Read JSON.
 
     Args:
         path: File to read.
@@ -70,10 +175,50 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: If the file is not JSON.
     """
-    try:
+    with reading(path, "a JSON file"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a JSON file ({error})") from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read TOML.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        The parsed table.
+
+    Raises:
+        ValueError: If the file is not TOML.
+    """
+    with reading(path, "a TOML file"):
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_npz(path: str | os.PathLike[str], *names: str) -> dict[str, Any]:
+    """Read all arrays of an npz file; nothing is ever unpickled.
+
+    Args:
+        path: File to read.
+        names: Arrays that must be there.
+
+    Returns:
+        Name to numpy array.
+
+    Raises:
+        ValueError: If the file is no complete npz file of plain arrays, or an array is missing.
+    """
+    import numpy as np
+
+    with reading(path, "an npz file of arrays"), Path(path).open("rb") as stream:
+        loaded = np.load(stream, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("a single array (npy)")
+        arrays = {name: loaded[name] for name in loaded.files}
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f"no array {', '.join(missing)}; it has {', '.join(arrays) or 'none'}")
+        return arrays
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -87,3 +232,60 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(*parts: Any) -> str:
+    """128-bit digest of data: what a run folder records of its inputs, so that other data of the same shape is refused.
+
+    Args:
+        parts: Tensors, numpy arrays, bytes, strings, numbers or None; a path stands for the content of the file, or of
+            all files below the folder with their names.
+
+    Returns:
+        32 hexadecimal digits. Shape and dtype count, memory layout and device do not.
+
+    Raises:
+        TypeError: If a part is of another kind.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for piece in _pieces(part):
+            total.update(piece)
+        total.update(b"|")
+    return total.hexdigest()
+
+
+def _pieces(part: Any) -> Iterator[bytes | memoryview]:
+    """The bytes that stand for one part of a digest."""
+    if isinstance(part, bytes | bytearray | memoryview):
+        yield f"bytes {len(part)} ".encode()
+        yield bytes(part)
+    elif part is None or isinstance(part, str | bool | int | float):
+        yield f"{type(part).__name__} {part!r}".encode()
+    elif isinstance(part, Path):
+        files = [part] if part.is_file() else sorted(p for p in part.rglob("*") if p.is_file())
+        for file in files:
+            name = "" if part.is_file() else file.relative_to(part).as_posix()
+            yield f"file {name} {sha256(file)} ".encode()
+    elif hasattr(part, "detach"):  # a tensor, without importing torch to ask
+        plain = part.detach().cpu().contiguous()
+        yield f"array {tuple(plain.shape)} {str(plain.dtype).removeprefix('torch.')} ".encode()
+        yield from _raw(plain.reshape(-1).view(sys.modules["torch"].uint8).numpy())
+    elif hasattr(part, "__array_interface__"):
+        import numpy as np
+
+        plain = np.ascontiguousarray(part)
+        if plain.dtype.hasobject:
+            raise TypeError("digest: expected plain arrays, got an array of Python objects")
+        yield f"array {tuple(part.shape)} {plain.dtype} ".encode()
+        yield from _raw(plain.reshape(-1).view(np.uint8))
+    else:
+        raise TypeError(
+            f"digest: expected tensors, arrays, bytes, strings, numbers or paths, got {type(part).__name__}"
+        )
+
+
+def _raw(flat: Any) -> Iterator[memoryview]:
+    """The bytes of a flat array, where there are any."""
+    if flat.size:
+        yield flat.data
