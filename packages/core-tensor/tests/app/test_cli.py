@@ -1,4 +1,8 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import click
 import pytest
@@ -86,3 +90,87 @@ def test_table_is_aligned_markdown():
         "| name | value |\n|------|-------|\n| a    | 1.235 |\n| bcd  | -     |"
     )
     assert table([]) == ""
+
+
+SCRIPT = """
+import sys, zipfile, zlib, time, os, errno
+import click
+from core_tensor.app.cli import *
+
+@command_line("core-tensor")
+def main():
+    "A command line."
+
+@main.command()
+@click.argument("what")
+@threads_option
+@out_option("A file.")
+def fail(what, out):
+    "Fail in some way."
+    if what == "zip": raise zipfile.BadZipFile("not a zip")
+    if what == "zlib": zlib.decompress(b"x")
+    if what == "disk": raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.npz")
+    if what == "readonly": raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    if what == "write": out.write_text("x")
+    if what == "print": click.echo("x" * 100)
+    if what == "lines": raise ValueError("first\\nsecond")
+    if what == "bug": raise KeyError("bug")
+    if what == "slow": print("ready", flush=True); time.sleep(30)
+
+main()
+"""
+
+
+def _script(*arguments, **options):
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("zip",), "Error: not a zip\n"),
+        (("zlib",), "Error: Error -5 while decompressing data: incomplete or truncated stream\n"),
+        (("disk",), "Error: out.npz: No space left on device\n"),
+        (("readonly",), "Error: Read-only file system\n"),
+        (("write", "-o", "/proc/nowhere/x"), "Error: /proc/nowhere/x: No such file or directory\n"),
+        (("lines",), "Error: first second\n"),
+    ],
+)
+def test_what_comes_from_outside_is_one_line(arguments, message):
+    done = _script("fail", *arguments)
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_a_full_disk_behind_the_output_is_one_line():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = _script("fail", "print", stdout=full)
+    assert (done.returncode, done.stderr) == (2, "Error: No space left on device\n")
+
+
+def test_bugs_keep_their_traceback():
+    done = _script("fail", "bug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_no_threads_are_refused():
+    done = _script("fail", "print", "--threads", "0")
+    assert done.returncode == 2
+    assert "0 is not in the range x>=1" in done.stderr
+
+
+def test_ctrl_c_says_that_the_same_command_continues():
+    command = [sys.executable, "-c", SCRIPT, "fail", "slow"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert "The same command continues: core-tensor fail slow\n" in process.stderr.read()
+    assert process.returncode == 130
+
+
+def test_the_shell_loads_no_torch():
+    code = "import sys, core_tensor.app.cli, core_tensor.app.runs, core_tensor.app.ranks, core_tensor.app.figures\n"
+    code += "import core_tensor.app.files, core_tensor.app.exports\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,8 +3,20 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
-from core_tensor.app.files import atomic_path, read_json, sha256, write_json, write_text
+import torch
+from core_tensor.app.files import (
+    atomic_path,
+    digest,
+    read_json,
+    read_npz,
+    reading,
+    sha256,
+    sweep,
+    write_json,
+    write_text,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -44,3 +56,90 @@ def test_json_refuses_nan_and_names_a_broken_file(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_reader_matches_no_file_in_the_making(tmp_path):
+    with atomic_path(tmp_path / "part.parquet") as temporary:
+        temporary.write_bytes(b"half")
+        assert temporary.name == "part.parquet"
+        assert not list(tmp_path.glob("*.parquet"))
+    assert [p.name for p in tmp_path.iterdir()] == ["part.parquet"]
+
+
+def test_sweep_leaves_live_processes_and_other_machines_alone(tmp_path):
+    with atomic_path(tmp_path / "x") as temporary:
+        live = temporary.parent.name
+        (tmp_path / live.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")).mkdir()  # above the largest process id
+        (tmp_path / ".partial-elsewhere-1-abc").mkdir()
+        assert sweep(tmp_path) == 1
+        temporary.write_text("done")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".partial-elsewhere-1-abc", "x"]
+    assert sweep(tmp_path / "absent") == 0
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30, 200])
+def test_a_truncated_npz_is_named(tmp_path, keep):
+    np.savez_compressed(tmp_path / "a.npz", x=np.arange(1000.0))
+    data = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(data[:keep])
+    with pytest.raises(ValueError, match=r"a\.npz: expected an npz file"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_npz_names_what_is_missing_and_never_unpickles(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.arange(3))
+    assert read_npz(tmp_path / "a.npz", "x")["x"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="no array y; it has x"):
+        read_npz(tmp_path / "a.npz", "y")
+    np.save(tmp_path / "b.npy", np.arange(3))
+    with pytest.raises(ValueError, match="expected an npz file"):
+        read_npz(tmp_path / "b.npy")
+    np.savez(tmp_path / "c.npz", x=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match=r"c\.npz: expected"):
+        read_npz(tmp_path / "c.npz")
+    with pytest.raises(FileNotFoundError):
+        read_npz(tmp_path / "absent.npz")
+
+
+def test_reading_passes_bugs_and_errors_of_the_system_through(tmp_path):
+    with pytest.raises(AssertionError), reading("x", "anything"):
+        raise AssertionError
+    with pytest.raises(FileNotFoundError), reading("x", "anything"):
+        open(tmp_path / "absent")  # noqa: PTH123, SIM115
+    with pytest.raises(ValueError, match=r"^x: expected a policy \(KeyError: 'price'\)$"), reading("x", "a policy"):
+        {}["price"]
+    with pytest.raises(ValueError, match=r"^x: column 3$"), reading("x", "a policy"):
+        raise ValueError("x: column 3")
+
+
+def test_a_digest_knows_values_shapes_and_kinds_but_not_layouts(tmp_path):
+    x = torch.arange(6.0).reshape(2, 3)
+    assert digest(x) == digest(x.numpy()) == digest(x.T.contiguous().T)
+    different = [
+        x,
+        x.T,
+        x.double(),
+        x.reshape(3, 2),
+        x + 1,
+        None,
+        "x",
+        b"x",
+        0,
+        0.0,
+        False,
+        torch.zeros(0),
+        torch.tensor(0.0),
+    ]
+    different += [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.bool)]
+    assert len({digest(part) for part in different}) == len(different)
+    assert digest("ab", "c") != digest("a", "bc")
+    for name, text in (("a", "1"), ("b/c", "2")):
+        write_text(tmp_path / name, text)
+    before = digest(tmp_path)
+    assert digest(tmp_path) == before
+    (tmp_path / "b" / "c").rename(tmp_path / "b" / "d")
+    assert digest(tmp_path) != before
+    with pytest.raises(TypeError, match="got list"):
+        digest([1])
+    with pytest.raises(TypeError, match="Python objects"):
+        digest(np.array([{}]))
