@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from core_tensor.dev.benchmarking import Comparison, compare, run_bars
 from msam import MSAM
-from msam.cost import model_and_batch
-from msam.data import mnist1d
-from msam.training import train
+from msam.study.cost import model_and_batch
+from msam.study.data import mnist1d
+from msam.study.training import train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode

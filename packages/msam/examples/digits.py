@@ -2,8 +2,8 @@
 
 import torch
 from msam import MSAM
-from msam.data import mlp
-from msam.flatness import flatness
+from msam.study.data import mlp
+from msam.study.flatness import flatness
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 

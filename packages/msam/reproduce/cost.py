@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from core_tensor.app.files import read_json, write_json
-from msam import plots
-from msam.cost import MODELS, MODES, ratios
+from msam.study import plots
+from msam.study.cost import MODELS, MODES, ratios
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (2, 4, 8, 16, 32)

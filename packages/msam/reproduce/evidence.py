@@ -15,11 +15,11 @@ import statistics
 from pathlib import Path
 
 import torch
-from msam import plots
 from msam.cli import draw_portrait
-from msam.compare import Job, Ledger, paired, summarise
-from msam.compare import sensitivity as by_m_and_rho
-from msam.data import TASKS, Task, load, noisy
+from msam.study import plots
+from msam.study.compare import Job, Ledger, paired, summarise
+from msam.study.compare import sensitivity as by_m_and_rho
+from msam.study.data import TASKS, Task, load, noisy
 
 RESULTS = Path(__file__).parent / "results"
 RADII = (0.025, 0.05, 0.1, 0.2, 0.4)

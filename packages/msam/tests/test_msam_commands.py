@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from core_tensor.dev.testing import shared_data
-from msam import compare, plots
 from msam.cli import draw_portrait, main
-from msam.data import digits, load, noisy
-from msam.training import Run
+from msam.study import compare, plots
+from msam.study.data import digits, load, noisy
+from msam.study.training import Run
 
 
 @pytest.mark.slow
@@ -70,8 +70,8 @@ def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
     ids=" ".join,
 )
 def test_a_picture_of_no_known_kind_is_refused_before_any_work(tmp_path, monkeypatch, arguments):
-    monkeypatch.setattr("msam.compare.train", None)
-    monkeypatch.setattr("msam.cli.ratios", None)
+    monkeypatch.setattr("msam.study.compare.train", None)
+    monkeypatch.setattr("msam.study.cost.ratios", None)
     result = CliRunner().invoke(main, [*arguments, str(tmp_path / "picture.foo")])
     assert result.exit_code == 2
     name = arguments[-1].removeprefix("--")

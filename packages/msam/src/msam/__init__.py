@@ -1,12 +1,17 @@
 """mSAM: micro-batch-averaged sharpness-aware minimization, exact and cheaper than SAM."""
 
-from msam.batches import micro_batches
-from msam.functional import Aux, msam_grad
-from msam.ghost import UnsupportedError
-from msam.optim import MSAM, msam_step
-from msam.options import Options, auto_rho
-from msam.record import StepRecord
-from msam.telemetry import Check, Explanation
+from typing import TYPE_CHECKING
+
+from core_tensor.app.exports import lazy
+
+if TYPE_CHECKING:
+    from msam.engines.ghost.errors import UnsupportedError
+    from msam.optimizer.optim import MSAM, msam_step
+    from msam.optimizer.telemetry import Check, Explanation
+    from msam.step.batches import micro_batches
+    from msam.step.functional import Aux, msam_grad
+    from msam.step.options import Options, auto_rho
+    from msam.step.record import StepRecord
 
 __all__ = [
     "MSAM",
@@ -21,3 +26,16 @@ __all__ = [
     "msam_grad",
     "msam_step",
 ]
+
+__getattr__, __dir__, _ = lazy(
+    __name__,
+    {
+        "engines.ghost.errors": ["UnsupportedError"],
+        "optimizer.optim": ["MSAM", "msam_step"],
+        "optimizer.telemetry": ["Check", "Explanation"],
+        "step.batches": ["micro_batches"],
+        "step.functional": ["Aux", "msam_grad"],
+        "step.options": ["Options", "auto_rho"],
+        "step.record": ["StepRecord"],
+    },
+)

@@ -9,12 +9,12 @@ import torch
 from core_tensor.app.cli import command_line, emit, json_option, progress, table
 from core_tensor.checks import check_choice
 
-from msam import plots
-from msam.compare import Job, Ledger, as_row, sensitivity, summarise
-from msam.cost import MODELS, MODES, ratios
-from msam.data import TASKS, Task, digits, load, noisy
-from msam.flatness import loss_slice
-from msam.training import METHODS, Run, mean_loss, train
+from msam.study import plots
+from msam.study.compare import Job, Ledger, as_row, sensitivity, summarise
+from msam.study.cost import MODELS, MODES, ratios
+from msam.study.data import TASKS, Task, digits, load, noisy
+from msam.study.flatness import loss_slice
+from msam.study.training import METHODS, Run, mean_loss, train
 
 
 def _picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:

@@ -1,0 +1,1 @@
+"""Ways to compute mSAM's gradient, which all give the same one."""

@@ -1,0 +1,1 @@
+"""How a tracked parameter may be used, each with an exact rule for both passes."""

@@ -1,0 +1,1 @@
+"""mSAM inside training frameworks."""

@@ -1,0 +1,1 @@
+"""The optimizer `MSAM`, and a look at what its steps do."""

@@ -1,0 +1,1 @@
+"""Training runs that compare methods: data, flatness, cost, pictures."""
