@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from core_tensor.app.files import read_json, write_json
 from msam.study import plots
-from msam.study.cost import MODELS, MODES, ratios
+from msam.study.cost import ratios
+from msam.study.names import MODELS, MODES
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (2, 4, 8, 16, 32)

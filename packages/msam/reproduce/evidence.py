@@ -15,11 +15,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from msam.cli import draw_portrait
 from msam.study import plots
 from msam.study.compare import Job, Ledger, paired, summarise
 from msam.study.compare import sensitivity as by_m_and_rho
-from msam.study.data import TASKS, Task, load, noisy
+from msam.study.data import Task, load, noisy
+from msam.study.names import TASKS
+from msam.study.portrait import draw_portrait
 
 RESULTS = Path(__file__).parent / "results"
 RADII = (0.025, 0.05, 0.1, 0.2, 0.4)

@@ -1,22 +1,26 @@
 """The commands, from end to end on few epochs."""
 
 import json
+import pathlib
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from core_tensor.dev.testing import shared_data
-from msam.cli import draw_portrait, main
+from msam.cli import main
 from msam.study import compare, plots
 from msam.study.data import digits, load, noisy
+from msam.study.portrait import draw_portrait
 from msam.study.training import Run
 
 
 @pytest.mark.slow
 def test_demo_writes_a_picture(tmp_path):
     picture = tmp_path / "demo.png"
-    result = CliRunner().invoke(main, ["demo", "--seeds", "1", "--epochs", "6", "--out", str(picture), "--json"])
+    result = CliRunner().invoke(main, ["demo", "--quick", "-o", str(picture), "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout.splitlines()[-1])
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -27,11 +31,11 @@ def test_demo_writes_a_picture(tmp_path):
 
 @pytest.mark.slow
 def test_compare_writes_every_run(tmp_path):
-    out = tmp_path / "runs.json"
+    out = tmp_path / "runs"
     arguments = ["compare", "--seeds", "2", "--epochs", "1", "--methods", "sgd,half,chained", "--out", str(out)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    saved = json.loads(out.read_text())
+    saved = json.loads((out / "runs.json").read_text())
     assert [row["method"] for row in saved["rows"]] == ["sgd", "half", "chained"]
     assert len(saved["runs"]) == 6
     assert saved["rows"][0]["difference"] == 0.0
@@ -39,7 +43,7 @@ def test_compare_writes_every_run(tmp_path):
 
 @pytest.mark.slow
 def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
-    out, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    out, plot = tmp_path / "sweep", tmp_path / "sweep.png"
     arguments = ["sweep", "--seeds", "1", "--epochs", "1", "--rho", "0.05,0.2", "--micro-batches", "1,4"]
     arguments += ["--out", str(out), "--plot", str(plot), "--json"]
     first = CliRunner().invoke(main, arguments)
@@ -47,10 +51,10 @@ def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
     told = json.loads(first.stdout.splitlines()[-1])
     assert [(row["m"], row["rho"]) for row in told["rows"]] == [(1, 0.05), (1, 0.2), (4, 0.05), (4, 0.2)]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    saved = json.loads(out.read_text())
+    saved = json.loads((out / "runs.json").read_text())
     lost = list(saved["runs"])[-1]
     del saved["runs"][lost]  # as if it had been killed before the last run
-    out.write_text(json.dumps(saved))
+    (out / "runs.json").write_text(json.dumps(saved))
     trained = []
     train = compare.train
     monkeypatch.setattr(compare, "train", lambda *a, **k: trained.append(a[1]) or train(*a, **k))
@@ -61,7 +65,8 @@ def test_sweep_goes_on_from_its_file_and_draws(tmp_path, monkeypatch):
     ]
     other = CliRunner().invoke(main, [*arguments, "--epochs", "2"])
     assert other.exit_code == 2
-    assert "out: expected a file with runs of" in other.output
+    assert "epochs: 1 then, 2 now" in other.output
+    assert other.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -74,8 +79,7 @@ def test_a_picture_of_no_known_kind_is_refused_before_any_work(tmp_path, monkeyp
     monkeypatch.setattr("msam.study.cost.ratios", None)
     result = CliRunner().invoke(main, [*arguments, str(tmp_path / "picture.foo")])
     assert result.exit_code == 2
-    name = arguments[-1].removeprefix("--")
-    assert result.stderr.startswith(f"Error: {name}: expected a file ending in .")
+    assert result.stderr.startswith(f"Error: {tmp_path / 'picture.foo'}: expected a picture's name, ending in .png")
     assert result.stderr.count("\n") == 1
 
 
@@ -138,3 +142,74 @@ def test_shared_data_sets_load_and_fit_their_models(name):
         assert float(counts.min()) > 0.5 * float(counts.max())
     classes = int(task.train[1].max()) + 1
     assert task.model()(task.train[0][:4]).shape == (4, classes)
+
+
+def test_help_loads_no_torch():
+    code = "import sys, msam.cli; assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plain_import_loads_no_sharding():
+    code = "import sys; from msam import MSAM; assert 'torch.distributed.fsdp' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _one_run() -> Run:
+    return Run("sam", 0.1, 1, 0, validation=90.0, test=91.0, train_loss=0.1, step_ms=2.0, lambda_max=3.0, trace=4.0)
+
+
+def test_a_run_that_diverged_is_kept_and_told(tmp_path, monkeypatch):
+    """JSON has no NaN; a loss that is none must not end hours of runs, nor come back as another number."""
+    lost = replace(_one_run(), train_loss=float("nan"), lambda_max=None)
+    monkeypatch.setattr(compare, "train", lambda *a, **k: lost)
+    job = compare.Job("sam", 0.1, 1, 0)
+    compare.Ledger(tmp_path / "runs.json").run(digits(), job)
+    monkeypatch.setattr(compare, "train", None)
+    again = compare.Ledger(tmp_path / "runs.json").run(digits(), job)
+    assert str(again) == str(lost)
+    assert compare.summarise([again])[0]["train_loss"] is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"runs": []}', '{"runs": {"a": 3}}', '{"runs": {"a": {"rho": 1}}}', '{"runs": {"a": null}}'],
+)
+def test_a_broken_ledger_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "runs.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"runs\.json: expected"):
+        compare.Ledger(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--out", "/proc/msam"], ["--out", "/dev/full/runs"], ["--plot", "/proc/picture.png"]],
+    ids=["read-only folder", "a file as folder", "read-only picture"],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch, arguments):
+    monkeypatch.setattr("msam.study.compare.train", lambda *a, **k: _one_run())
+    result = CliRunner().invoke(main, ["compare", "--methods", "sam", "--seeds", "1", *arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.splitlines()[-1].count("/") >= 1
+
+
+def test_a_full_disk_behind_standard_output_is_one_line():
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pathlib.Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "msam", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_data_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("msam.study.compare.train", lambda *a, **k: _one_run())
+    arguments = ["compare", "--methods", "sam", "--seeds", "1", "--out", str(tmp_path / "runs")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    other = CliRunner().invoke(main, [*arguments, "--label-noise", "0.2"])
+    assert other.exit_code == 2
+    assert "label_noise: 0.0 then, 0.2 now" in other.stderr
+    assert CliRunner().invoke(main, [*arguments, "--label-noise", "0.2", "--overwrite"]).exit_code == 0

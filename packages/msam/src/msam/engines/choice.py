@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from msam.engines.ghost import Ghost, UnsupportedError
 from msam.engines.sequential import LossFunction, Scale, Sequential
 from msam.engines.vectorised import vectorised_gradient
 from msam.step.batches import Shards
 from msam.step.options import Options
+from msam.step.passes import is_sharded
 from msam.step.perturbation import Tracked
 from msam.step.record import StepRecord
 
@@ -35,7 +35,7 @@ class Engines:
 
     def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
         possible = options.ascent != "chained" and options.scaling != "element"
-        if isinstance(model, FSDPModule) and (options.mode in {"sequential", "vmap"} or not possible):
+        if is_sharded(model) and (options.mode in {"sequential", "vmap"} or not possible):
             raise ValueError(
                 "mode: a model sharded by FSDP2 has no whole weights to perturb; expected mode='ghost' with an "
                 f"ascent and scaling it supports, got mode={options.mode!r}, ascent={options.ascent!r}, "
@@ -84,7 +84,7 @@ class Engines:
             try:
                 record = self._ghost.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
             except UnsupportedError as error:
-                if isinstance(self._model, FSDPModule):
+                if is_sharded(self._model):
                     raise ValueError(
                         f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {error}"
                     ) from error

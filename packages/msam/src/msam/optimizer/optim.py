@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
+from core_tensor.modules import unwrap
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from msam.engines.byhand import ByHand
@@ -18,7 +18,7 @@ from msam.step.batches import batch_size, cut
 from msam.step.checks import check_closure_loss, check_finite_loss
 from msam.step.groups import Own, make_base, take_own
 from msam.step.options import Options, Rho
-from msam.step.passes import norm_parameters, uncompiled, world_size
+from msam.step.passes import is_sharded, norm_parameters, world_size
 from msam.step.perturbation import Tracked
 from msam.step.record import StepRecord
 
@@ -87,10 +87,20 @@ class MSAM(Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.options = Options(
-            rho, num_micro_batches, micro_batch_size, mode, ascent, adaptive, every, bn, rng, clip_norm, shard_weight,
-            check_finite,
-        )  # fmt: skip
-        self.model = uncompiled(model)
+            rho=rho,
+            num_micro_batches=num_micro_batches,
+            micro_batch_size=micro_batch_size,
+            mode=mode,
+            ascent=ascent,
+            adaptive=adaptive,
+            every=every,
+            bn=bn,
+            rng=rng,
+            clip_norm=clip_norm,
+            shard_weight=shard_weight,
+            check_finite=check_finite,
+        )
+        self.model = unwrap(model, parallel=False)
         self.base, self._own = make_base(model, optimizer, params, base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self._alias()
@@ -128,7 +138,7 @@ class MSAM(Optimizer):
         Args:
             model: The model that the loss function calls from now on, with the same parameters.
         """
-        model = uncompiled(model)
+        model = unwrap(model, parallel=False)
         if model is self.model:
             return
         engines = Engines(model, self.options, self.trainable())
@@ -318,7 +328,7 @@ class MSAM(Optimizer):
                 f"ascent: every={self.options.every} makes this a plain step, which has no pass 1; enter ascent() only "
                 "if `perturbs`, and descent() always"
             )
-        if isinstance(self.model, FSDPModule):
+        if is_sharded(self.model):
             raise ValueError(
                 "ascent: a model sharded by FSDP2 has no whole weights to perturb; use step(loss_fn, batch)"
             )

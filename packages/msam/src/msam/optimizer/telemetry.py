@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from msam.engines.sequential import GradientDrawer, shard_shares
 from msam.step.batches import Shards, batch_size, cut, narrow
 from msam.step.checks import check_loss
-from msam.step.passes import Generators, kept_statistics, norm_layers, unsynchronised
+from msam.step.passes import Generators, is_sharded, kept_statistics, norm_layers, unsynchronised
 from msam.step.perturbation import Tracked, moved, norm_of, perturbation, size_of
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def undisturbed(optimizer: MSAM) -> Iterator[list[Tensor]]:
     Raises:
         ValueError: If the model is sharded by FSDP2.
     """
-    if isinstance(optimizer.model, FSDPModule):
+    if is_sharded(optimizer.model):
         raise ValueError("model: a sharded model cannot be looked at in weight space; use `record` after a step")
     trainable = optimizer.trainable()
     generators, drawer = Generators({p.device for p in trainable}), GradientDrawer(trainable)

@@ -1,12 +1,12 @@
 """What must hold around the two passes: batch norm statistics, dropout masks, gradient synchronisation."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -134,11 +134,11 @@ def unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
     """
     if isinstance(model, DistributedDataParallel):
         return cast(AbstractContextManager[None], model.no_sync())
-    return _unsynchronised(model) if isinstance(model, FSDPModule) else nullcontext()
+    return _unsynchronised(model) if is_sharded(model) else nullcontext()
 
 
 @contextmanager
-def _unsynchronised(model: FSDPModule) -> Iterator[None]:
+def _unsynchronised(model: Any) -> Iterator[None]:
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -146,17 +146,17 @@ def _unsynchronised(model: FSDPModule) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s wrapper, behind which DDP and FSDP2 would not be seen.
+def is_sharded(module: object) -> bool:
+    """Whether FSDP2 shards a module. Nothing can be before its code was imported, which takes most of a second.
 
     Args:
-        model: The model, wrapped or not.
+        module: A module.
 
     Returns:
-        The module that was compiled, or the model itself.
+        True if so.
     """
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def world_size(model: Any) -> int:
@@ -168,7 +168,7 @@ def world_size(model: Any) -> int:
     Returns:
         The size of the process group for DDP and FSDP2 models, otherwise 1.
     """
-    if isinstance(model, DistributedDataParallel | FSDPModule):
+    if isinstance(model, DistributedDataParallel) or is_sharded(model):
         group = model.process_group if isinstance(model, DistributedDataParallel) else None
         return torch.distributed.get_world_size(group)
     return 1

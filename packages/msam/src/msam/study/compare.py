@@ -5,12 +5,13 @@ import os
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from core_tensor.app.files import read_json, write_json
+from core_tensor.app.files import read_json, reading, write_json
 
 from msam.study.data import Task
+from msam.study.names import METHODS
 from msam.study.training import Run, train
 
 
@@ -51,7 +52,7 @@ def summarise(runs: Iterable[Run], baseline: str = "sgd") -> list[dict[str, Any]
         }
         for key in ("test", "validation", "train_loss", "lambda_max", "trace", "step_ms"):
             values = [getattr(run, key) for run in members if getattr(run, key) is not None]
-            values = [value for value in values if not math.isnan(value)]
+            values = [value for value in values if math.isfinite(value)]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_se"] = standard_error(values) if values else None
         row |= paired(members, reference)
@@ -95,8 +96,11 @@ def sensitivity(runs: Iterable[Run]) -> list[dict[str, Any]]:
     return [summarise(members)[0] for members in groups.values()]
 
 
+_FIGURES = ("rho", "validation", "test", "train_loss", "step_ms", "lambda_max", "trace")
+
+
 def as_row(run: Run) -> dict[str, Any]:
-    """A run for JSON, without its history.
+    """A run for JSON, without its history; None stands for a figure that is not finite.
 
     Args:
         run: The run.
@@ -104,9 +108,13 @@ def as_row(run: Run) -> dict[str, Any]:
     Returns:
         A dictionary.
     """
-    row = asdict(run)
+    row = {name: None if name in _FIGURES and not _finite(value) else value for name, value in asdict(run).items()}
     del row["history"]
     return row
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Job:
     """One run that is asked for.
 
     Attributes:
-        method: One of `msam.study.training.METHODS`.
+        method: One of `msam.study.names.METHODS`.
         rho: Radius.
         num_micro_batches: Micro-batches m.
         seed: Of everything random.
@@ -139,19 +147,30 @@ class Ledger:
 
     Args:
         path: JSON file, created at the first run; None keeps the runs in memory.
-        settings: What the runs depend on beside their jobs, such as the task and its epochs.
+        settings: What the runs depend on beside their jobs, where no run folder has made sure of it.
+
+    Attributes:
+        content: What the file holds: `runs` by `Job.key`, and whatever the caller adds, such as `rows`.
 
     Raises:
-        ValueError: If the file holds runs of other settings.
+        ValueError: If the file holds something else, or runs of other settings.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any] | None = None) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"settings": dict(settings), "runs": {}}
+        self.content: dict[str, Any] = {"runs": {}} if settings is None else {"settings": dict(settings), "runs": {}}
+        self._runs: dict[str, Run] = {}
         if path is not None and pathlib.Path(path).exists():
             self.content = read_json(path)
-            if not isinstance(self.content, dict) or self.content.get("settings") != dict(settings):
-                raise ValueError(f"out: expected a file with runs of {dict(settings)}, got other ones in {path}")
+            with reading(path, "finished runs of msam"):
+                self._runs = {str(key): _checked(row) for key, row in self.content["runs"].items()}
+                if settings is not None and self.content.get("settings") != dict(settings):
+                    raise ValueError(f"runs of {dict(settings)} are asked for")
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The summary that `finish` wrote; empty before."""
+        return list(self.content.get("rows", []))
 
     def run(self, task: Task, job: Job, **options: Any) -> Run:
         """Look a run up, or do it and write it down.
@@ -164,17 +183,42 @@ class Ledger:
         Returns:
             The run.
         """
-        if job.key not in self.content["runs"]:
+        if job.key not in self._runs:
             done = train(
                 task, job.method, rho=job.rho, num_micro_batches=job.num_micro_batches, seed=job.seed,
                 sharpness=job.sharpness, **options,
             )  # fmt: skip
-            gaps = [{"sharpness_gap": h["sharpness_gap"]} for h in done.history if job.sharpness]  # what is drawn
-            self.content["runs"][job.key] = asdict(done) | {"history": gaps}
+            gaps = tuple({"sharpness_gap": h["sharpness_gap"]} for h in done.history if job.sharpness)  # what is drawn
+            self._runs[job.key] = replace(done, history=gaps)
+            self.content["runs"][job.key] = as_row(done) | {"history": list(gaps)}
             self.save()
-        return Run(**self.content["runs"][job.key])
+        return self._runs[job.key]
+
+    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the summary.
+
+        Args:
+            rows: What `summarise` or `sensitivity` returned.
+        """
+        self.content["rows"] = [dict(row) for row in rows]
+        self.save()
 
     def save(self) -> None:
         """Write everything, atomically."""
         if self.path is not None:
             write_json(self.path, self.content)
+
+
+def _checked(row: Mapping[str, Any]) -> Run:
+    """A run as the ledger's file holds it; the caller turns every error into one that names the file."""
+    history = tuple({"sharpness_gap": float(figures["sharpness_gap"])} for figures in row.get("history", ()))
+    run = Run(**{**row, "history": history})
+    if run.method not in METHODS or not all(isinstance(n, int) for n in (run.num_micro_batches, run.seed)):
+        raise ValueError(f"method {run.method!r}, m = {run.num_micro_batches!r}, seed {run.seed!r}")
+    figures = [getattr(run, name) for name in _FIGURES]
+    if not all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in figures):
+        raise ValueError(f"figures {figures}")
+    unknown = {name: math.nan for name in ("validation", "train_loss") if getattr(run, name) is None}
+    if any(getattr(run, name) is None for name in ("rho", "test", "step_ms")):
+        raise ValueError("no rho, test or step_ms")
+    return replace(run, **unknown)  # type: ignore[arg-type]  # both are floats

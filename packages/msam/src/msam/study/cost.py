@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from msam.optimizer.optim import MSAM
 from msam.study.data import TextTransformer, mlp, small_cnn
+from msam.study.names import MODELS, MODES
 from msam.study.training import mean_loss
 
-MODELS = ("mlp", "large-mlp", "transformer", "cnn")
-MODES = ("ghost", "sequential", "vmap")
 TURN = 0.1
 """Seconds of plain steps that an engine's turn is made of; single small steps would run on other engines' caches."""
 

@@ -1,6 +1,5 @@
 """Data sets and small models of the demo, the comparisons and the evidence."""
 
-import gzip
 import io
 import itertools
 import zipfile
@@ -11,9 +10,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from core_tensor.app.datasets import digits as read_digits
+from core_tensor.app.datasets import read_idx
 from core_tensor.app.extras import require
+from core_tensor.app.files import read_npz, reading
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor, nn
+
+from msam.study.names import TASKS
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,12 @@ def split(
 
     Returns:
         Training, validation and test parts.
+
+    Raises:
+        ValueError: If there are too few examples, or not one label for each.
     """
+    if len(x) != len(y) or len(x) <= validation + test:
+        raise ValueError(f"data: expected over {validation + test} examples, got {len(x)} with {len(y)} labels")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = order.split([len(x) - validation - test, validation, test])
     train, held, final = ((x[i], y[i]) for i in parts)
@@ -157,9 +166,9 @@ def digits(seed: int = 0) -> Task:
     Returns:
         The task.
     """
-    bunch = require("sklearn.datasets", "msam[demo]").load_digits()
-    x = torch.tensor(bunch.data, dtype=torch.float32) / 16.0
-    parts = split(x, torch.tensor(bunch.target), 300, 500, seed)
+    images, labels = read_digits("msam[demo]")
+    x = torch.tensor(images.reshape(-1, 64), dtype=torch.float32) / 16.0
+    parts = split(x, torch.tensor(labels), 300, 500, seed)
     return Task("digits", *parts, lambda: mlp(64, 256, 256, 10), batch=128, epochs=40, lr=0.1)
 
 
@@ -193,6 +202,12 @@ def _file(folder: str | Path | None, name: str, *parts: str) -> Path:
     return path
 
 
+def _classes(name: str, labels: Tensor, classes: int) -> Tensor:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"{name}: expected labels below {classes}, got {int(labels.min())} to {int(labels.max())}")
+    return labels
+
+
 def mnist(folder: str | Path, train: int = 10_000, seed: int = 0) -> Task:
     """MNIST from its IDX files.
 
@@ -203,22 +218,28 @@ def mnist(folder: str | Path, train: int = 10_000, seed: int = 0) -> Task:
 
     Returns:
         The task.
+
+    Raises:
+        ValueError: If the files hold something else.
     """
 
-    def read(name: str) -> bytes:
-        return gzip.decompress(_file(folder, "mnist", "mnist", f"{name}-ubyte.gz").read_bytes())
+    def read(name: str, dims: int) -> Tensor:
+        found = read_idx(_file(folder, "mnist", "mnist", f"{name}-ubyte.gz"))
+        if found.ndim != dims:
+            raise ValueError(f"folder: expected {dims} dimensions in {name}-ubyte.gz, got {found.ndim}")
+        return torch.from_numpy(found)
 
     def images(part: str) -> Tensor:
-        raw = read(f"{part}-images-idx3")[16:]
-        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, 784).astype(np.float32)) / 255.0
+        return read(f"{part}-images-idx3", 3).flatten(1).float() / 255.0
 
     def labels(part: str) -> Tensor:
-        raw = read(f"{part}-labels-idx1")[8:]
-        return torch.from_numpy(np.frombuffer(raw, np.uint8).astype(np.int64))
+        return _classes("folder", read(f"{part}-labels-idx1", 1).long(), 10)
 
     x, y = images("train"), labels("train")
     parts = split(x, y, 2000, len(x) - 2000 - train, seed)
     test = (images("t10k"), labels("t10k"))
+    if len(test[0]) != len(test[1]) or x.shape[1] != 784 or test[0].shape[1] != 784:
+        raise ValueError(f"folder: expected images of 28 x 28 pixels with labels, got {x.shape} and {test[0].shape}")
     return Task("mnist", parts[0], parts[1], test, lambda: mlp(784, 128, 128, 10), batch=128, epochs=5, lr=0.1)
 
 
@@ -234,18 +255,24 @@ def cifar(folder: str | Path, train: int = 5000, seed: int = 0) -> Task:
         The task.
     """
     image = require("PIL.Image", "msam[evidence]")
-    with np.load(_file(folder, "cifar", "cifar10_subset", "cifar10_subset_jpeg.npz")) as packed:
+    path = _file(folder, "cifar", "cifar10_subset", "cifar10_subset_jpeg.npz")
+    packed = read_npz(path, *(f"{part}_{kind}" for part in ("train", "test") for kind in ("jpeg", "offsets", "labels")))
 
-        def part(name: str, count: int) -> tuple[Tensor, Tensor]:
-            jpeg, offsets = packed[f"{name}_jpeg"], packed[f"{name}_offsets"]
+    def part(name: str, count: int) -> tuple[Tensor, Tensor]:
+        jpeg, offsets = packed[f"{name}_jpeg"], packed[f"{name}_offsets"]
+        with reading(path, "JPEG images of 32 x 32 pixels"):
             pixels = [
                 np.asarray(image.open(io.BytesIO(jpeg[a:b].tobytes())))
                 for a, b in itertools.pairwise(offsets[: count + 1])
             ]
             x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            return nn.functional.avg_pool2d(x, 2), torch.from_numpy(packed[f"{name}_labels"][:count].astype(np.int64))
+            y = torch.from_numpy(packed[f"{name}_labels"][:count].astype(np.int64))
+            if x.shape[1:] != (3, 32, 32) or y.shape != x.shape[:1]:
+                raise ValueError(f"shapes {tuple(x.shape)} and {tuple(y.shape)}")
+            _classes("labels", y, 10)
+        return nn.functional.avg_pool2d(x, 2), y
 
-        parts, test = split(*part("train", train), 1000, 0, seed), part("test", 2000)
+    parts, test = split(*part("train", train), 1000, 0, seed), part("test", 2000)
     return Task("cifar", parts[0], parts[1], test, lambda: small_cnn(width=16), batch=128, epochs=10, lr=0.1)
 
 
@@ -262,12 +289,13 @@ def polarity(folder: str | Path, train: int = 5000, length: int = 24, vocabulary
     Returns:
         The task.
     """
-    archive = zipfile.ZipFile(_file(folder, "polarity", "nlp_classification", "sentence_polarity.zip"))
+    path = _file(folder, "polarity", "nlp_classification", "sentence_polarity.zip")
     sentences, labels = [], []
-    for label, part in enumerate(("neg", "pos")):
-        lines = archive.read(f"sentence_polarity/rt-polarity.{part}").decode("latin1").splitlines()
-        sentences += [line.split() for line in lines]
-        labels += [label] * len(lines)
+    with reading(path, "the sentences of Pang and Lee"), zipfile.ZipFile(path) as archive:
+        for label, part in enumerate(("neg", "pos")):
+            lines = archive.read(f"sentence_polarity/rt-polarity.{part}").decode("latin1").splitlines()
+            sentences += [line.split() for line in lines]
+            labels += [label] * len(lines)
     counts: dict[str, int] = {}
     for sentence in sentences:
         for token in sentence:
@@ -308,9 +336,6 @@ def noisy(task: Task, share: float, seed: int = 0) -> Task:
     labels = y.clone()
     labels[wrong] = (y[wrong] + shift) % classes
     return replace(task, name=f"{task.name}-noise", train=(x, labels))
-
-
-TASKS = ("digits", "mnist1d", "mnist", "cifar", "polarity")
 
 
 def load(name: str, folder: str | Path | None = None, seed: int = 0) -> Task:

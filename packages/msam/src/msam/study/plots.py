@@ -1,12 +1,10 @@
 """The pictures of the demo and the evidence."""
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core_tensor.app.extras import pyplot, require
-from core_tensor.app.files import atomic_path
+from core_tensor.app.figures import pyplot, save
 
 COLOURS = {
     "sgd": "#7f7f7f",
@@ -17,33 +15,6 @@ COLOURS = {
     "half": "#2ca02c",
     "chained": "#bcbd22",
 }
-
-
-def check_picture(name: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a picture of a kind that matplotlib does not write, before the work that it is to show.
-
-    Args:
-        name: What the user calls it.
-        path: The picture.
-
-    Raises:
-        ValueError: If the suffix is not that of a picture.
-    """
-    kinds = require("matplotlib.backend_bases", "msam[plot]").FigureCanvasBase.get_supported_filetypes()
-    if pathlib.Path(path).suffix[1:].lower() not in kinds:
-        raise ValueError(f"{name}: expected a file ending in .{', .'.join(sorted(kinds))}, got {os.fspath(path)!r}")
-
-
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure atomically and close it.
-
-    Args:
-        figure: A matplotlib figure.
-        path: PNG or SVG file.
-    """
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot("msam[plot]").close(figure)
 
 
 def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str, form: str = ".3g") -> None:
@@ -74,7 +45,6 @@ def bars(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, title: str, for
     axis.set_xticks(range(len(rows)), [n.replace("msam-", "msam\n") for n in names], fontsize=8)
     axis.set_title(title, fontsize=10)
     axis.margins(y=0.18)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def gap_curves(axis: Any, gaps: Mapping[str, Sequence[float]]) -> None:
@@ -89,8 +59,7 @@ def gap_curves(axis: Any, gaps: Mapping[str, Sequence[float]]) -> None:
     _logarithmic(axis)
     axis.set_title(r"sharpness gap $L(w+\epsilon)-L(w)$", fontsize=10)
     axis.set_xlabel("epoch", fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8)
 
 
 def comparison(
@@ -104,9 +73,7 @@ def comparison(
         path: Picture to write.
         title: Heading.
     """
-    figure, axes = pyplot("msam[plot]").subplots(
-        1, 4 + bool(gaps), figsize=(18 if gaps else 14.5, 3.8), layout="constrained"
-    )
+    figure, axes = pyplot("msam[plot]").subplots(1, 4 + bool(gaps), figsize=(18 if gaps else 14.5, 3.8))
     bars(axes[0], rows, "test", "test accuracy (%)", ".2f")
     values = [row["test"] for row in rows]
     spread = max(max(values) - min(values), 0.5)
@@ -140,7 +107,7 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
         path: Picture to write.
         title: Heading.
     """
-    figure, axes = pyplot("msam[plot]").subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = pyplot("msam[plot]").subplots(1, 3, figsize=(13, 3.8))
     radii = sorted({row["rho"] for row in rows})
     for m in sorted({row["m"] for row in rows}):
         own = sorted((row for row in rows if row["m"] == m), key=lambda row: row["rho"])
@@ -153,10 +120,9 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
         axis.set_xticks(radii, [f"{radius:g}" for radius in radii])
         axis.set_xlabel(r"$\rho$")
         axis.set_title(name, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1:]:
         _logarithmic(axis)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend(fontsize=8)
     figure.suptitle(f"{title}: sensitivity to m and rho (m = 1 is SAM)", fontsize=11)
     save(figure, path)
 
@@ -171,9 +137,7 @@ def cost(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title:
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     colours = {"ghost": COLOURS["msam"], "sequential": COLOURS["sam"], "vmap": COLOURS["half"]}
-    figure, axes = pyplot("msam[plot]").subplots(
-        1, len(models), figsize=(4.4 * len(models) + 0.6, 3.8), layout="constrained", squeeze=False
-    )
+    figure, axes = pyplot("msam[plot]").subplots(1, len(models), figsize=(4.4 * len(models) + 0.6, 3.8), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         own = [row for row in rows if row["model"] == model]
         for mode in dict.fromkeys(row["mode"] for row in own):
@@ -190,9 +154,8 @@ def cost(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title:
         axis.set_yticks(ticks, [str(t) for t in ticks])
         axis.set_xlabel("micro-batches m")
         axis.set_title(model, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("CPU time per step / SGD")
-    axes[0][0].legend(fontsize=8, frameon=False)
+    axes[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
@@ -213,14 +176,11 @@ def portrait(
         path: Picture to write.
         title: Heading.
     """
-    figure, axes = pyplot("msam[plot]").subplots(
-        1, 2 + len(slices), figsize=(3.9 * (2 + len(slices)), 3.8), layout="constrained"
-    )
+    figure, axes = pyplot("msam[plot]").subplots(1, 2 + len(slices), figsize=(3.9 * (2 + len(slices)), 3.8))
     for name, values in cosines.items():
         axes[0].hist(values, bins=30, range=(-0.2, 1.0), density=True, alpha=0.6, color=COLOURS.get(name), label=name)
     axes[0].set_title(r"$\cos(g_j, g)$ of micro-batch and mean gradients", fontsize=10)
-    axes[0].legend(fontsize=8, frameon=False)
-    axes[0].spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8)
     gap_curves(axes[1], gaps)
     low = max(min(float(losses.min()) for _, losses in slices.values()), 1e-4)
     high = max(max(float(losses.max()) for _, losses in slices.values()), 1.01 * low)

@@ -16,9 +16,7 @@ from msam.engines.sequential import LossFunction
 from msam.optimizer.optim import MSAM
 from msam.study.data import Task
 from msam.study.flatness import evaluating, flatness
-
-METHODS = ("sgd", "sam", "asam", "msam", "msam-sequential", "half", "chained")
-"""sgd, SAM (one micro-batch), ASAM (element-wise), mSAM by ghost and sequentially, and two cheaper surrogates."""
+from msam.study.names import METHODS
 
 
 @dataclass(frozen=True)

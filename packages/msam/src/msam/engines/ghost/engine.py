@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +22,7 @@ from msam.engines.sequential import Scale, backward, poison, shard_shares
 from msam.step.batches import Shards, pick
 from msam.step.checks import check_finite_norms, check_loss
 from msam.step.options import Options
-from msam.step.passes import Generators, norm_layers, statistics, undone, unsynchronised
+from msam.step.passes import Generators, is_sharded, norm_layers, statistics, undone, unsynchronised
 from msam.step.perturbation import Tracked
 from msam.step.record import StepRecord
 
@@ -46,7 +45,7 @@ class Ghost:
         self._paths: dict[bool, list[Path]] = {False: [], True: []}
         self._table: Table | None = None
         self._norms = norm_layers(model)
-        self._parallel = isinstance(model, DistributedDataParallel | FSDPModule)
+        self._parallel = isinstance(model, DistributedDataParallel) or is_sharded(model)
         self._compiled = False
         self._batches = 0  # since the last new path
 

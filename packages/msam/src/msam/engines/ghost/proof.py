@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +26,7 @@ from msam.engines.sequential import shard_shares
 from msam.step.batches import Shards, tree_map
 from msam.step.checks import check_loss
 from msam.step.options import Options
-from msam.step.passes import kept_statistics, norm_layers, unsynchronised
+from msam.step.passes import is_sharded, kept_statistics, norm_layers, unsynchronised
 from msam.step.perturbation import Tracked
 
 LossFunction = Callable[[Any], Tensor]
@@ -124,7 +123,7 @@ def prove(
         plain, equal = Tracked(tracked.parameters, tracked.radii), options.shard_weight is None
         with _replicas():
             plan, loss = capture(loss_fn, batch, shards, plain, table, [path], equal=equal)
-        sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+        sharded = any(is_sharded(m) for m in model.modules())
         collected = None if sharded else plan.collected()
         _compare(loss_fn, batch, shards, options, loss, plan, sharded=sharded)
         second = Tape(table, shards, "apply", RULES, [path], plan, equal=equal)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+from msam.step.passes import is_sharded
 
 _CONTAINERS = frozenset({tuple, list})
 
@@ -26,7 +27,7 @@ class Table:
         self._index: dict[int, int] = {id(p): i for i, p in enumerate(parameters)}
         self._parameters = tuple(parameters)  # keeps the ids alive, as does the next one
         self._held: list[Tensor] = []
-        self.sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+        self.sharded = any(is_sharded(m) for m in model.modules())
         self.exact = exact and not self.sharded
         self._model = model
         self._names: dict[str, int] = {}
