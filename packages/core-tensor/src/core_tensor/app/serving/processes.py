@@ -1,0 +1,108 @@
+"""Worker processes that share one port."""
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from core_tensor.app.extras import require
+from core_tensor.app.serving.bodies import EXTRA
+from core_tensor.app.serving.service import SHARED_METRICS
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_LOGGER = logging.getLogger(__name__)
+_SHORTEST_LIFE = 5.0
+"""Seconds; a worker that ends earlier could not start, and another would not either."""
+
+
+def serve(
+    build: "Callable[[], FastAPI]",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    workers: int = 1,
+    started: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; requests at work are then finished. A worker that dies is replaced.
+
+    Args:
+        build: Makes the application, once in every worker; with several workers it must pickle.
+        host: Address to listen on; the default takes connections of this machine only.
+        port: Port to listen on; 0 for any free one.
+        workers: Processes that share the port.
+        started: Called with the address, such as `http://127.0.0.1:8080`, once the port is taken.
+
+    Raises:
+        OSError: If the port is taken.
+        RuntimeError: If a worker cannot start.
+        MissingExtraError: If the extra is not installed.
+    """
+    require("uvicorn", EXTRA)
+    listener = socket.create_server((host, port), backlog=2048)
+    try:
+        if started is not None:
+            started(f"http://{host}:{listener.getsockname()[1]}")
+        if workers == 1:
+            _work(build, listener)
+        else:
+            _supervise(build, listener, workers)
+    finally:
+        listener.close()
+
+
+def _work(build: "Callable[[], FastAPI]", listener: socket.socket) -> None:
+    """One worker."""
+    uvicorn = require("uvicorn", EXTRA)
+    options = {"factory": True, "log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
+    with _on_signals(lambda: None):  # uvicorn repeats the signal when it has finished; that is the end
+        uvicorn.Server(uvicorn.Config(build, **options)).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _on_signals(action: Callable[[], object]) -> Iterator[None]:
+    """Do this on SIGINT and SIGTERM, in place of ending; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: action()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _supervise(build: "Callable[[], FastAPI]", listener: socket.socket, workers: int) -> None:
+    """Keep several workers on one port."""
+    context = multiprocessing.get_context("spawn")
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="metrics-") as folder, _on_signals(stop.set):
+        os.environ[SHARED_METRICS] = folder  # before a worker imports prometheus_client
+        born: dict[Any, float] = {}
+        try:
+            while not stop.is_set():
+                for process in [process for process in born if not process.is_alive()]:
+                    if time.monotonic() - born.pop(process) < _SHORTEST_LIFE:
+                        raise RuntimeError("a worker ended as soon as it had started; its error stands above")
+                    _LOGGER.error("worker %d ended (%s); another takes its place", process.pid, process.exitcode)
+                while len(born) < workers:
+                    process = context.Process(target=_work, args=(build, listener))
+                    process.start()
+                    born[process] = time.monotonic()
+                multiprocessing.connection.wait([process.sentinel for process in born], timeout=0.5)
+        finally:
+            for process in born:
+                process.terminate()
+            for process in born:
+                process.join()
+            os.environ.pop(SHARED_METRICS)
