@@ -4,8 +4,9 @@ Operators are imported when they are first named, so that `core_tensor.app`, on 
 no torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from core_tensor.app.exports import lazy
 
 if TYPE_CHECKING:
     from core_tensor.ops import backends
@@ -20,12 +21,10 @@ if TYPE_CHECKING:
     from core_tensor.ops.ghost_norms import ghost_norms
     from core_tensor.ops.gptq_block import gptq_block
     from core_tensor.ops.low_rank_add import low_rank_add
+    from core_tensor.ops.map_head import map_head
     from core_tensor.ops.project_assignment import project_assignment
     from core_tensor.ops.project_blocks import project_blocks
     from core_tensor.ops.quantized_linear import quantized_linear
-
-_FOLDERS = {"BlockData": "dual_pass", "pack_bits": "bit_packing", "unpack_bits": "bit_packing"}
-"""Folders of the names that are not called like theirs."""
 
 __all__ = [
     "BlockData",
@@ -40,21 +39,11 @@ __all__ = [
     "ghost_norms",
     "gptq_block",
     "low_rank_add",
+    "map_head",
     "pack_bits",
     "project_assignment",
     "project_blocks",
     "quantized_linear",
     "unpack_bits",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "core_tensor.ops" if name == "backends" else f"core_tensor.ops.{_FOLDERS.get(name, name)}"
-    value = globals()[name] = getattr(importlib.import_module(module), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, _ = lazy(__name__)

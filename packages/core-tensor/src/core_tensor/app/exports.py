@@ -1,5 +1,6 @@
 """Names of a package that are imported when they are first used (PEP 562), so that its command line starts at once."""
 
+import ast
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,27 +8,38 @@ from typing import Any
 
 
 def lazy(
-    package: str, names: Mapping[str, Sequence[str]]
+    package: str, names: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Build `__getattr__`, `__dir__` and `__all__` of a package whose public names live in its submodules.
+    """Build `__getattr__` and `__dir__` of a package whose public names live in its submodules.
 
-    A type checker does not see through this: the package repeats the imports under `if TYPE_CHECKING:`.
+    The package imports its names under `if TYPE_CHECKING:`, where type checkers and readers see them; this reads the
+    same block, and imports each name when it is first asked for.
 
-        __getattr__, __dir__, __all__ = lazy(__name__, {"theory.bounds": ["sharp_bounds"]})
+        if TYPE_CHECKING:
+            from sgd_stability.theory.bounds import Bound
+
+        __all__ = ["Bound"]
+        __getattr__, __dir__, _ = lazy(__name__)
 
     Args:
         package: `__name__` of the package.
-        names: Submodule, without the package's name, to the names that it provides.
+        names: Submodule, without the package's name, to the names that it provides, in place of that block.
 
     Returns:
-        The three, to be assigned in the package's `__init__`. `__getattr__` raises AttributeError for other names.
+        The two, to be assigned in the package's `__init__`, and the names. `__getattr__` raises AttributeError for
+        other names.
     """
-    home = {name: f"{package}.{module}" for module, provided in names.items() for name in provided}
+    if names is None:
+        home = _imports_for_type_checkers(package)
+    else:
+        home = {name: (f"{package}.{module}", name) for module, provided in names.items() for name in provided}
 
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(home[name]), name)
+        module, attribute = home[name]
+        found = importlib.import_module(module)
+        value = getattr(found, attribute) if attribute else found
         setattr(sys.modules[package], name, value)  # the next access finds it without coming here
         return value
 
@@ -35,3 +47,20 @@ def lazy(
         return sorted({*vars(sys.modules[package]), *home})
 
     return get, names_of_package, sorted(home)
+
+
+def _imports_for_type_checkers(package: str) -> dict[str, tuple[str, str]]:
+    """Module and attribute of every name that a package imports under `if TYPE_CHECKING:`; no attribute is a module."""
+    spec = sys.modules[package].__spec__
+    source = spec.loader.get_source(package)  # type: ignore[union-attr]
+    home = {}
+    for block in ast.parse(source).body:
+        if not (isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"):
+            continue
+        for statement in block.body:
+            if isinstance(statement, ast.ImportFrom) and statement.module:
+                for alias in statement.names:
+                    name = alias.asname or alias.name
+                    is_module = statement.module == package  # `from package import module`
+                    home[name] = (f"{package}.{alias.name}", "") if is_module else (statement.module, alias.name)
+    return home
