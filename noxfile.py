@@ -1,12 +1,12 @@
 """Every gate of the repository: `uvx nox --list` names them, `uvx nox -s test` is the one to know.
 
-The gates share one environment, `.nox/workspace`, which `uv sync` keeps equal to the lock: making one per session would
-install torch a dozen times to learn nothing new. What needs an environment of its own makes it: `matrix` one per
-Python, `bench` one per package with its peers, `wheels` a throw-away one outside the tree.
+The gates share one environment, `.nox/workspace`, installed from the tracked lock: one per session would install torch
+a dozen times to learn nothing new. What needs an environment of its own makes it: `matrix` one per Python, `bench` one
+per package with its peers, `wheels` a throw-away one outside the tree.
 """
 
 import argparse
-import difflib
+import hashlib
 import os
 import shutil
 import subprocess
@@ -26,8 +26,9 @@ nox.options.sessions = ["test"]
 ROOT = Path(__file__).parent.resolve()
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 PYTHONS = ("3.11", "3.12", "3.13")
+LOCK = ROOT / "tools" / "requirements.lock"
 UV = os.environ.get("UV", "uv")  # uvx says where it stands, even if it is not on the PATH
-PYTEST = ("-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
+PYTEST = ("-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of these processes
 BY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
 BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for name in [*PACKAGES, "tools"]])
@@ -37,16 +38,44 @@ BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for 
 # Environments and arguments
 
 
-def sync(session: nox.Session, *arguments: str, environment: str = "workspace") -> Path:
-    """Bring `.nox/<environment>` to the lock (written first where it is absent) and return its folder of commands."""
-    folder = ROOT / ".nox" / environment
-    session.run(UV, "sync", *arguments, env={"UV_PROJECT_ENVIRONMENT": str(folder)}, external=True)
+def environment(session: nox.Session, name: str, python: str = ">=3.11") -> Path:
+    """Make `.nox/<name>` from the tracked lock, with every package in editable form, and return its commands.
+
+    What it was made from stands in it, so that a second call costs nothing.
+    """
+    folder = ROOT / ".nox" / name
+    stamp = folder / "made-from"
+    wanted = fingerprint()
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        target = ("--python", str(folder / "bin" / "python"))
+        editable = [argument for package in PACKAGES for argument in ("--editable", f"packages/{package}")]
+        stamp.unlink(missing_ok=True)
+        session.run(UV, "venv", "--quiet", "--allow-existing", "--python", python, str(folder), external=True)
+        sync = (UV, "pip", "sync", "--quiet", "--require-hashes", "--compile-bytecode")
+        session.run(*sync, *target, str(LOCK), external=True)
+        install = (UV, "pip", "install", "--quiet", "--no-deps", "--reinstall-package", "core-tensor")
+        session.run(*install, *target, *editable, external=True)
+        stamp.write_text(wanted)
     return folder / "bin"
+
+
+def fingerprint() -> str:
+    """Digest of what an environment is made from: the lock, every package's metadata, and what is compiled.
+
+    Of core-tensor's Python files only the names count: its editable install maps them one by one.
+    """
+    core = ROOT / "packages" / "core-tensor"
+    contents = [LOCK, *ROOT.glob("packages/*/pyproject.toml"), core / "CMakeLists.txt", *core.glob("csrc/*")]
+    total = hashlib.sha256()
+    for path in sorted(contents):
+        total.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode())
+    total.update(" ".join(sorted(str(path.relative_to(core)) for path in core.glob("src/**/*.py"))).encode())
+    return total.hexdigest()
 
 
 def workspace(session: nox.Session) -> Path:
     """The environment that the gates share: every package with every extra, every dependency group."""
-    return sync(session, "--all-groups")
+    return environment(session, "workspace")
 
 
 def run(session: nox.Session, program: Path, *arguments: str, **options: object) -> None:
@@ -118,7 +147,7 @@ def matrix(session: nox.Session) -> None:
         session.warn(f"SKIPPED: no working Python {version} on this machine")
 
     def step(version: str) -> None:
-        commands = sync(session, "--python", str(found[version]), environment=f"matrix-{version}")
+        commands = environment(session, f"matrix-{version}", str(found[version]))
         for package in PACKAGES:
             folder = f"packages/{package}/tests"
             run(session, commands / "python", *PYTEST, "-m", "not slow", folder, *session.posargs, env=ONE_THREAD)
@@ -164,7 +193,7 @@ def lint(session: nox.Session) -> None:
     def step(package: str) -> None:
         with session.chdir(ROOT / "packages" / package):
             # Extras are imported by name (`core_tensor.app.extras.require`), which no static reader can follow: they
-            # count as declared wherever they are imported. What is required must be declared and used, without exception.
+            # count as declared wherever they are imported. What is required must be declared and used.
             extras = ",".join(project(package).get("optional-dependencies", {}))
             run(session, commands / "deptry", "src", "--optional-dependencies-dev-groups", extras, "--ignore", "DEP004")
 
@@ -181,14 +210,21 @@ def types(session: nox.Session, package: str) -> None:
 
 @nox.session
 def layers(session: nox.Session) -> None:
-    """The paper packages import core_tensor and never one another."""
-    run(session, workspace(session) / "lint-imports")
+    """Papers stand on core_tensor and never on one another; the rooms of each package, and no circle of modules."""
+    commands = workspace(session)
+    run(session, commands / "lint-imports")
+
+    def step(package: str) -> None:
+        run(session, commands / "lint-imports", "--no-cache", "--config", f"packages/{package}/pyproject.toml")
+
+    run_all(session, PACKAGES, step)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site, strictly; every name in a paper map exists and every table is what reproduce/ wrote: `-- [--serve]`."""
+    """The site, strictly; public names documented, paper maps true, tables as reproduce/ wrote them: `-- [--serve]`."""
     commands = workspace(session)
+    run(session, commands / "python", "tools/public_docs.py")
     run(session, commands / "python", "tools/paper_map.py")
     run(session, commands / "python", "tools/report.py", "--check")
     command = ["serve"] if "--serve" in session.posargs else ["build", "--strict"]
@@ -213,7 +249,7 @@ def wheels(session: nox.Session) -> None:
     chosen = affected_packages(options.affected) if options.affected else PACKAGES
     with tempfile.TemporaryDirectory(prefix="wheels-") as name:
         outside = Path(name)
-        session.run(*EXPORT, "--no-hashes", "--output-file", str(outside / "pins.txt"), external=True)
+        (outside / "pins.txt").write_text(pins())
         session.run(UV, "venv", "--quiet", "--python", python_of_workspace(), str(outside / "venv"), external=True)
         shutil.copy(ROOT / "pyproject.toml", outside)  # pytest's configuration
         run_all(session, chosen, lambda package: test_wheel(session, package, outside, options.rest))
@@ -259,32 +295,30 @@ def shared_data() -> dict[str, str]:
     return {"CORE_TENSOR_SHARED_DATA": folder} if folder else {}
 
 
-EXPORT = (
-    *(UV, "export", "--quiet", "--all-packages", "--all-extras", "--all-groups"),
-    *("--no-emit-workspace", "--no-header", "--no-annotate"),
-)
+def pins() -> str:
+    """The lock without its hashes: constraints for environments that hold a part of it."""
+    lines = (line.removesuffix(" \\") for line in LOCK.read_text().splitlines())
+    return "".join(f"{line}\n" for line in lines if line and not line.startswith((" ", "#")))
 
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Resolve anew and write `tools/requirements.lock`; `-- --check` compares instead of writing."""
+    """Resolve anew, write `tools/requirements.lock`; `-- --check`: it satisfies every pyproject.toml and installs."""
+    if "--check" in session.posargs:
+        commands = workspace(session)
+        run(session, commands / "python", "tools/lock.py", "check")
+        session.run(UV, "pip", "check", "--quiet", "--python", str(commands / "python"), external=True)
+        return
     (ROOT / "uv.lock").unlink(missing_ok=True)  # an existing lock would keep its versions
     session.run(UV, "lock", external=True)
-    fresh = LOCK_HEADER + session.run(*EXPORT, external=True, silent=True)
-    file = ROOT / "tools" / "requirements.lock"
-    if "--check" not in session.posargs:
-        file.write_text(fresh)
-        return
-    tracked = file.read_text() if file.exists() else ""
-    if tracked != fresh:
-        difference = difflib.unified_diff(tracked.splitlines(), fresh.splitlines(), "tracked", "fresh", "", "", 0, "")
-        print("\n".join(line for line in difference if "--hash" not in line))
-        session.error("tools/requirements.lock does not follow from pyproject.toml: run `uvx nox -s lock`, commit it")
+    export = (UV, "export", "--quiet", "--all-packages", "--all-extras", "--all-groups")
+    export = (*export, "--no-emit-workspace", "--no-header", "--no-annotate")
+    LOCK.write_text(LOCK_HEADER + session.run(*export, external=True, silent=True))
 
 
 LOCK_HEADER = """\
 # The resolution of this workspace with hashes and without addresses, so that it holds for any mirror of the index.
-# Written by `uvx nox -s lock`; CI compares it with a fresh resolution.
+# Written by `uvx nox -s lock`; the gates install exactly this.
 """
 
 
@@ -302,9 +336,7 @@ def release(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Benchmarks of one package against its peers: `-- PACKAGE [--quick] [--json] [--only KEY]`."""
     options = parse(session, package=True)
-    environment = f"bench-{options.package}"
-    selection = ("--package", options.package, "--all-extras", "--no-default-groups", "--inexact")
-    python = sync(session, *selection, environment=environment) / "python"
+    python = bench_environment(session, options.package)
     folder = ROOT / "packages" / options.package / "benchmarks"
     peers = folder / "peers.txt"
     if peers.exists():
@@ -312,6 +344,19 @@ def bench(session: nox.Session) -> None:
     scripts = [folder / "bench.py"] if (folder / "bench.py").exists() else sorted(folder.glob("bench_*.py"))
     for script in scripts:
         run(session, python, str(script), *options.rest)
+
+
+def bench_environment(session: nox.Session, package: str) -> Path:
+    """`.nox/bench-<package>`: the package with its extras at the lock's versions; peers of an earlier call stay."""
+    folder = ROOT / ".nox" / f"bench-{package}"
+    session.run(UV, "venv", "--quiet", "--allow-existing", "--python", ">=3.11", str(folder), external=True)
+    constraints = folder / "pins.txt"
+    constraints.write_text(pins())
+    extras = ",".join(project(package).get("optional-dependencies", {}))
+    editable = ("--editable", "packages/core-tensor", "--editable", f"packages/{package}[{extras}]")
+    install = (UV, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"))
+    session.run(*install, "--constraint", str(constraints), *editable, external=True)
+    return folder / "bin" / "python"
 
 
 def install_peers(session: nox.Session, python: Path, peers: Path) -> None:
@@ -345,6 +390,21 @@ def reproduce(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The main job of one package: `-- PACKAGE [--quick] [--json]`."""
-    options = parse(session, package=True)
-    run(session, workspace(session) / options.package, "demo", *options.rest)
+    """The main job of one package, or of each: `-- [PACKAGE] [--quick] [--json]`."""
+    named = [argument for argument in session.posargs if argument in PACKAGES]
+    rest = [argument for argument in session.posargs if argument not in PACKAGES]
+    commands = workspace(session)
+    folder = ROOT / "out" / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def step(package: str) -> None:
+        with session.chdir(folder):  # where their pictures go
+            run(session, commands / package, "demo", *rest)
+
+    run_all(session, named or [name for name in PACKAGES if project(name).get("scripts")], step)
+
+
+@nox.session
+def hostile(session: nox.Session) -> None:
+    """Mutated calls on sanitized kernels, mutated files on every reader; see `tools/hostile.py --help`."""
+    run(session, workspace(session) / "python", "tools/hostile.py", *session.posargs)
