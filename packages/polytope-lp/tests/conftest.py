@@ -1,5 +1,8 @@
 """Shared by the tests: random problems and HiGHS as the oracle."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -70,3 +73,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def wide_markets():
+    """The module of random markets, which the benchmark's campaign uses, too."""
+    spec = importlib.util.spec_from_file_location("wide_markets", Path(__file__).parent / "wide_markets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -244,12 +244,12 @@ def pacing(out: Path, spent: Path, elapsed: float, report: Path | None, as_json:
     import pyarrow.parquet as pq
     from core_tensor.app.files import atomic_path
 
-    from polytope_lp.runs.folders import solution_again
-    from polytope_lp.serving.pacing import spent_by_row
+    from polytope_lp.runs.folders import read_prices
+    from polytope_lp.serving.pacing import pacing_report, spent_by_row
     from polytope_lp.tables.tables import read_table
 
-    solution = solution_again(out)
-    found = solution.pacing(spent_by_row(read_table(spent), solution.problem), elapsed)
+    plan = read_prices(out)
+    found = pacing_report(plan, spent_by_row(read_table(spent), plan), elapsed)
     if report is not None:
         with atomic_path(report) as temporary:
             pq.write_table(found, temporary)
@@ -309,9 +309,9 @@ def _columns(named: tuple[str, ...]) -> dict[str, Any]:
 def _prices(out: Path, rows: int) -> Any:
     import numpy as np
 
-    from polytope_lp.tables.tables import read_table
+    from polytope_lp.runs.folders import read_prices
 
-    lam = np.asarray(read_table(out / "prices.parquet").column("price"), dtype=np.float64).copy()
+    lam = np.asarray(read_prices(out).column("price"), dtype=np.float64).copy()
     if lam.shape[0] != rows:
         raise ValueError(f"--warm-start: {out} has {lam.shape[0]} prices, but this problem has {rows} rows")
     return lam

@@ -12,6 +12,7 @@ from polytope_lp.matching.options import Options
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.search import Search
 from polytope_lp.matching.solution import Solution
+from polytope_lp.matching.statistics import presolve
 from polytope_lp.runs import checkpoint
 
 Report = Callable[[dict[str, Any]], None]
@@ -80,11 +81,12 @@ def solve(
         raise TypeError(f"problem: expected a MatchingProblem or a BlockLP, got {type(problem).__name__}")
     chosen = options or Options(tol=tol, time_limit=time_limit)
     chosen = dataclasses.replace(chosen, **changes)
-    dual = FusedDual(problem, group)
+    presolved = presolve(problem, group)
+    dual = FusedDual(presolved.problem, group, presolved.statistics)
     search = Search(dual, chosen, report)
     stage = checkpoint.load(chosen.checkpoint, search, problem) if chosen.checkpoint else None
     if stage is None and warm_start is not None:
         stage = continuation.warm(search, warm_start)
     saver = checkpoint.Saver(chosen, search, problem)
     status = continuation.run(search, stage, saver)
-    return Solution.from_search(problem, search, status, group)
+    return Solution.from_search(problem, presolved, search, status, group)

@@ -135,7 +135,7 @@ def _step(search: Search, state: State) -> State:
         def hessian(mu: Tensor) -> Tensor:
             return dual.scale[:, None] * dual.curvature(mu * dual.scale, search.gamma, search.anchor) * dual.scale
 
-        size = 1e-3 + float((dual.scale * dual.budgets).norm())
+        size = float((dual.scale * dual.row_unit).norm())
         return second_order.step(search.objective, hessian, state, dual.free, search.gamma, size)
     if isinstance(state, accelerated.AcceleratedState):
         return accelerated.step(search.objective, state, dual.free)

@@ -11,9 +11,12 @@ from core_tensor.ops.dual_pass import TOTALS
 from torch import Tensor
 
 from polytope_lp.matching.problem import MatchingProblem
+from polytope_lp.matching.statistics import Statistics, measure
 
 KEEP = 1.0 - 1e-12
 """Budgets are met up to this factor, so that no order of summation finds them exceeded."""
+ROUND = 2.0**-53
+"""Relative rounding error of one operation in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +32,10 @@ class Evaluation:
         upper: Cost of the repaired primal, an upper bound; infinite where shrinking does not repair.
         cost: $c'x$ of the primal as projected.
         shrink: Factors per row that repair the primal, shape (rows,), float64, or None.
-        violation: Greatest violation of a row over $1 + |b|$, before repair.
+        violation: Greatest violation of a row over its unit (`Statistics.row_unit`), before repair.
         fractional: Blocks away from a vertex of their polytope.
         nonzero: Variables above zero.
+        rounding: What `lower` leaves for the rounding of float64.
     """
 
     lam: Tensor
@@ -45,11 +49,12 @@ class Evaluation:
     violation: float
     fractional: int
     nonzero: int
+    rounding: float
 
     @property
     def smoothing(self) -> float:
         r"""What the ridge costs: $\sum_i r_i'x_i - \min_{v \in C_i} r_i'v \ge 0$, zero when every x_i is LP-optimal."""
-        return self.cost + float(self.lam @ self.gradient) - self.lower
+        return self.cost + float(self.lam @ self.gradient) - (self.lower + self.rounding)
 
 
 class Dual(Protocol):
@@ -62,6 +67,8 @@ class Dual(Protocol):
         blocks: Number of blocks of the whole problem.
         variables: Number of variables of the whole problem.
         ceiling: Greatest value that c'x takes on the blocks: a lower bound above it proves infeasibility.
+        unit: What gaps are relative to where the bounds are smaller: the most that one edge can add to the objective.
+        row_unit: What violations of each row are relative to, shape (rows,), float64.
         gamma_start: Ridge weight at which smoothing is comparable to the costs themselves.
     """
 
@@ -71,6 +78,8 @@ class Dual(Protocol):
     blocks: int
     variables: int
     ceiling: float
+    unit: float
+    row_unit: Tensor
     gamma_start: float
 
     def evaluate(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Evaluation:
@@ -114,58 +123,53 @@ class FusedDual:
     Args:
         problem: The problem, or this rank's shard of it.
         group: Process group over which sums are taken, or None.
+        statistics: What `measure` finds in the problem; measured here if None.
     """
 
-    def __init__(self, problem: MatchingProblem, group: Any = None) -> None:
-        self.problem, self.group = problem, group
-        self.budgets, self.free = problem.budgets, problem.equality
+    def __init__(self, problem: MatchingProblem, group: Any = None, statistics: Statistics | None = None) -> None:
         self._start = time.monotonic()
         self._mean_elapsed = 0.0
-        m = problem.rows
-        statistics = torch.zeros(3 * m + 5, dtype=torch.float64)
-        square, load, spent, totals = statistics.split([m, m, m, 5])
-        for begin, end in problem.pieces():
-            part = problem.slice(begin, end)
-            u = problem.limits(begin, end)
-            rows = part.index.reshape(part.variables, -1)
-            c = part.cost.double().abs()
-            a = torch.ones(rows.shape, dtype=torch.float64) if part.coefficient is None else part.coefficient.double()
-            a = a.reshape(rows.shape)
-            square.index_add_(0, rows.ravel(), a.square().ravel())
-            load.index_add_(0, rows.ravel(), (a.abs() * u[:, None]).ravel())
-            if rows.shape[1] == 1:
-                spent.index_add_(0, rows[:, 0], c * u)
-            lengths = part.offsets[1:] - part.offsets[:-1]
-            totals += torch.stack([(c * u).sum(), u.square().sum(), lengths.sum(), c.sum(), u.sum()])
-        nonnegative = torch.tensor([int(problem.nonnegative), problem.data.blocks, problem.skipped])
-        if group is not None:
-            torch.distributed.all_reduce(statistics, group=group)
-            each = torch.tensor([1, 0, 0]) * nonnegative
-            torch.distributed.all_reduce(each, op=torch.distributed.ReduceOp.MIN, group=group)
-            torch.distributed.all_reduce(nonnegative, group=group)
-            nonnegative[0] = each[0]
-        self.repairable = bool(nonnegative[0]) and not problem.data.equality
-        self.blocks, self.variables = int(nonnegative[1]), int(totals[2])
-        self._square = square
-        self.scale = torch.exp2(-torch.round(torch.log2(torch.where(square > 0, square, 1.0)) / 2))
-        self.ceiling = float(totals[0]) * (1 + 1e-9)
-        self.gamma_start = float(totals[3] / totals[2].clamp_min(1)) / max(
-            float(totals[4] / totals[2].clamp_min(1)), 1e-300
-        )
-        cost, square, variables = totals[0], totals[1], totals[2]
-        last = torch.stack([cost, 2.0 * square, cost, variables, variables])
-        self._scale_now = _fixed_point(torch.cat([torch.stack([load, spent], 1).ravel(), last]))
-        self._cost_bound, self._load_bound, self._exponent = float(cost), load, math.frexp(float(cost))[1]
+        found = measure(problem, group) if statistics is None else statistics
+        self.problem, self.group, self.statistics = problem, group, found
+        self.budgets, self.free = problem.budgets, problem.equality
+        self.repairable, self.blocks, self.variables = found.repairable, found.blocks, found.variables
+        self.unit, self.row_unit = found.unit, found.row_unit
+        square = torch.where(found.square > 0, found.square, 1.0)
+        self.scale = torch.exp2(-torch.round(torch.log2(square) / 2))
+        self.ceiling = math.inf if found.repairable else found.tight_cost * (1 + 1e-9)
+        some = found.cost_sum > 0 and found.amount_sum > 0
+        self.gamma_start = found.cost_sum / found.amount_sum if some else 1.0
+        # Fixed-point factors: bounds of every sum are known, but that of the least values needs the multipliers.
+        rows = torch.stack([found.load, found.spent], 1).ravel()
+        totals = [found.cost, 2.0 * found.amount_square, found.cost, float(self.variables), float(self.variables)]
+        self._scale_now = _fixed_point(torch.cat([rows, torch.tensor(totals, dtype=torch.float64)]))
+        self._exponent = math.frexp(found.cost)[1]
         self._equations = self.free if bool(self.free.any()) else None
-        self._single = problem.data.index.ndim == 1 or problem.data.index.shape[1] == 1
+        single = problem.data.index.ndim == 1 or problem.data.index.shape[1] == 1
+        # `dual_bounds` shrinks all that a row spends; edges that take nothing from it keep their amounts.
+        self._one_pass_repairs = single and not found.free_edges
+        lengths = problem.data.offsets[1:] - problem.data.offsets[:-1]
+        longest = int(lengths.max()) if lengths.numel() else 0
+        self._terms = longest + self.variables // max(1, problem.bounds.shape[0] - 1) + problem.rows + 8
 
     def _scale(self, lam: Tensor) -> Tensor:
         # Bounds of every sum are known before it is taken; only that of the least values depends on the multipliers.
-        exponent = math.frexp(self._cost_bound + float(lam.abs() @ self._load_bound))[1]
+        exponent = math.frexp(self._magnitude(lam))[1]
         if exponent != self._exponent:
             self._exponent, self._scale_now = exponent, self._scale_now.clone()
             self._scale_now[2 * lam.shape[0] + TOTALS.index("least")] = 2.0 ** min(60 - exponent, 900)
         return self._scale_now
+
+    def _magnitude(self, lam: Tensor) -> float:
+        # Bound of the sum of |r_e| t_e at these multipliers.
+        return self.statistics.cost + float(lam.abs() @ self.statistics.load)
+
+    def _rounding(self, lam: Tensor, least: float) -> float:
+        # Most by which float64 can have got the lower bound wrong: in the reduced costs, and in the sums.
+        products, budget = self._magnitude(lam), float(lam.abs() @ self.budgets.abs())
+        summed = (abs(least) if not self.problem.data.equality else products) + budget
+        per_variable = self.problem.data.index.reshape(self.problem.data.variables, -1).shape[1] + 3
+        return ROUND * (per_variable * products + self._terms * summed)
 
     def _sums(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor | None) -> tuple[Tensor, Tensor]:
         scale = self._scale(lam)
@@ -195,19 +199,22 @@ class FusedDual:
         gradient, shrink, found = dual_bounds(sums, scale, lam, self.budgets, free=self._equations, keep=KEEP)
         upper = math.inf
         if self.repairable:
-            upper = found["repaired"] if self._single else self._repaired_cost(lam, gamma, anchor, shrink)
+            upper = found["repaired"] if self._one_pass_repairs else self._repaired_cost(lam, gamma, anchor, shrink)
+        rounding = self._rounding(lam, found["least"])
+        excess = gradient.clamp_min(0) if self._equations is None else torch.where(self.free, gradient.abs(), gradient)
         return Evaluation(
             lam=lam,
             gamma=gamma,
             value=found["cost"] + gamma / 2 * found["square"] + found["priced"],
             gradient=gradient,
-            lower=found["least"] - found["budget"],
+            lower=found["least"] - found["budget"] - rounding,
             upper=upper,
             cost=found["cost"],
             shrink=shrink if self.repairable else None,
-            violation=found["violation"],
+            violation=max(float((excess / self.row_unit).max()), 0.0) if excess.numel() else 0.0,
             fractional=round(found["fractional"]),
             nonzero=round(found["nonzero"]),
+            rounding=rounding,
         )
 
     def _repaired_cost(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor) -> float:
@@ -246,7 +253,7 @@ class FusedDual:
             Shape (rows, rows), float64.
         """
         problem, rows, origin = self.problem, self.budgets.shape[0], self.problem.data.offsets[0]
-        factor = 2.0 ** math.floor(60.0 - math.log2(max(float(self._square.max()), 1e-300)))
+        factor = 2.0 ** math.floor(60.0 - math.log2(max(float(self.statistics.square.max()), 1e-300)))
         total = torch.zeros(rows, rows, dtype=torch.int64)
         for begin, end in problem.pieces():
             at = slice(int(problem.data.offsets[begin] - origin), int(problem.data.offsets[end] - origin))

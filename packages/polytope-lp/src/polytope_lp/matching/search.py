@@ -11,6 +11,22 @@ from torch import Tensor
 from polytope_lp.matching.evaluation import Dual, Evaluation
 from polytope_lp.matching.options import Options
 
+CROSSED = 1e-9
+"""Relative gap below zero at which bounds contradict each other."""
+
+
+def gap_unit(lower: float, unit: float) -> float:
+    """What a gap is relative to.
+
+    Args:
+        lower: Lower bound of the optimum.
+        unit: The most that one edge can add to the objective.
+
+    Returns:
+        max(|lower|, unit); 1 where both are zero or the bound is not finite.
+    """
+    return max(abs(lower) if math.isfinite(lower) else 0.0, unit) or 1.0
+
 
 class FinishedError(Exception):
     """Ends a run from inside an evaluation; its argument is the status."""
@@ -61,8 +77,8 @@ class Search:
 
     @property
     def size(self) -> float:
-        """What gaps are relative to, max(1, |lower bound|)."""
-        return max(1.0, abs(self.lower)) if math.isfinite(self.lower) else 1.0
+        """What gaps are relative to: |lower bound|, but no less than what one edge can add to the objective."""
+        return gap_unit(self.lower, self.dual.unit)
 
     @property
     def upper(self) -> float:
@@ -115,11 +131,12 @@ class Search:
     def _stop(self, found: Evaluation, seconds: float) -> None:
         tol = self.options.tol
         if self.gap <= tol:
-            raise FinishedError("optimal")
+            # Bounds that cross by more than rounding contradict each other: nothing is claimed.
+            raise FinishedError("optimal" if self.gap >= -CROSSED else "stalled")
         if math.isinf(found.upper) and found.violation <= tol and abs(found.cost - self.lower) <= tol * self.size:
             self.incumbent = Incumbent(found, self.anchor)
             raise FinishedError("optimal_residual")
-        if self.lower > self.dual.ceiling + 1e-9 * abs(self.dual.ceiling):
+        if self.lower > self.dual.ceiling:
             raise FinishedError("infeasible")
         if self.options.time_limit is not None and seconds >= self.options.time_limit:
             raise FinishedError("time_limit")

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from polytope_lp.matching.evaluation import primal_piece
+from polytope_lp.matching.evaluation import FusedDual, primal_piece
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.search import Search
-
-if TYPE_CHECKING:
-    from polytope_lp.serving.rounding import Rounded
+from polytope_lp.matching.statistics import Presolved
+from polytope_lp.matching.verify import check_claims
+from polytope_lp.serving.pacing import pacing_report
+from polytope_lp.serving.rounding import Rounded, round_allocation
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +29,9 @@ class Solution:
         objective: Cost $c'x$ of the primal.
         lower_bound: Certified lower bound of the optimum.
         upper_bound: Cost of the feasible primal, infinite if shrinking cannot repair one.
-        gap: (upper - lower) / max(1, |lower|).
-        max_violation: Greatest violation of a row by the primal, over 1 + |b|; zero after repair.
+        gap: (upper - lower) / max(|lower|, unit).
+        max_violation: Greatest violation of a row by the primal, over its unit (the budget; without a repair the
+            greatest of the budget and what one edge can take from it); zero after repair.
         load: $A x$ of the primal, shape (rows,), float64.
         evaluations: Evaluations of the dual.
         seconds: Wall time of the run.
@@ -39,6 +41,9 @@ class Solution:
         shrink: Repair factors of the primal per row, or None.
         anchor: Proximal centre of the primal, or None.
         problem: The problem (or this rank's shard).
+        tol: Gap that was asked for.
+        unit: The most that one edge can add to the objective; where shrinking repairs, the optimum is no smaller.
+        presolved: The problem in the units in which it was solved.
     """
 
     status: str
@@ -57,13 +62,19 @@ class Solution:
     shrink: Tensor | None = field(repr=False)
     anchor: Tensor | None = field(repr=False)
     problem: MatchingProblem = field(repr=False)
+    tol: float
+    unit: float
+    presolved: Presolved = field(repr=False)
 
     @classmethod
-    def from_search(cls, problem: MatchingProblem, search: Search, status: str, group: Any = None) -> "Solution":
+    def from_search(
+        cls, problem: MatchingProblem, presolved: Presolved, search: Search, status: str, group: Any = None
+    ) -> "Solution":
         """Gather what a finished run found.
 
         Args:
             problem: The problem, or this rank's shard.
+            presolved: The same in the units in which it was solved.
             search: The run.
             status: How it ended.
             group: Process group of the shards, or None.
@@ -94,6 +105,9 @@ class Solution:
             shrink=best.shrink,
             anchor=anchor,
             problem=problem,
+            tol=search.options.tol,
+            unit=presolved.statistics.unit,
+            presolved=presolved,
         )
         return draft if best.shrink is None else draft._with_repaired_load(search.dual.budgets, group)
 
@@ -110,18 +124,18 @@ class Solution:
                 load.index_add_(0, rows.ravel(), (a.double().reshape(rows.shape) * x[:, None]).ravel())
             if group is not None:
                 torch.distributed.all_reduce(load, group=group)
-        excess = ((load - budgets) / (1 + budgets.abs())).clamp_min(0)
+        excess = ((load - budgets) / self.presolved.statistics.row_unit).clamp_min(0)
         values = {**self.__dict__, "load": load, "max_violation": float(excess.max()) if excess.numel() else 0.0}
         return Solution(**values)
 
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """First block, block after the last, and primal of every run of blocks."""
-        offsets = self.problem.data.offsets
+        offsets, work = self.problem.data.offsets, self.presolved
         for begin, end in self.problem.pieces():
-            anchor = None
-            if self.anchor is not None:
-                anchor = self.anchor[int(offsets[begin] - offsets[0]) : int(offsets[end] - offsets[0])]
-            yield begin, end, primal_piece(self.problem, begin, end, self.primal_lam, self.gamma, anchor, self.shrink)
+            at = slice(int(offsets[begin] - offsets[0]), int(offsets[end] - offsets[0]))
+            anchor = None if self.anchor is None else self.anchor[at]
+            x = primal_piece(work.problem, begin, end, self.primal_lam, self.gamma, anchor, self.shrink)
+            yield begin, end, x if work.column is None else x * work.column[at]
 
     def x(self) -> Tensor:
         """The whole primal of this process's blocks.
@@ -222,9 +236,7 @@ class Solution:
         Returns:
             Amounts, value, and how far it is at most from the best.
         """
-        from polytope_lp.serving.rounding import round_allocation
-
-        return round_allocation(self, method, seed)
+        return round_allocation(self.problem, self.x().numpy(), self.lam.numpy(), -self.lower_bound, method, seed)
 
     def pacing(self, spent: Any, elapsed: float) -> pa.Table:
         """Live spending against this plan; see `polytope_lp.serving.pacing.pacing_report`.
@@ -236,9 +248,23 @@ class Solution:
         Returns:
             One row per budget.
         """
-        from polytope_lp.serving.pacing import pacing_report
+        return pacing_report(self.prices(), spent, elapsed)
 
-        return pacing_report(self, spent, elapsed)
+    def policy_ridge(self) -> float:
+        """The ridge at which the prices alone allocate best.
+
+        Returns:
+            The run's own; where sources at request time lack what the run had (a proximal centre, or other units of
+            their amounts), the one of a few smaller ones with the best repaired value on the problem itself.
+        """
+        if self.anchor is None and self.presolved.column is None:
+            return self.gamma
+        dual = FusedDual(self.problem)
+        first = self.gamma if self.presolved.column is None else dual.gamma_start
+        grid = [first * 10.0**-k for k in range(5)]
+        if not dual.repairable:
+            return grid[2]
+        return min(grid, key=lambda gamma: dual.evaluate(self.primal_lam, gamma).upper)
 
     def certificate(self) -> dict[str, Any]:
         """The claims of this solution as JSON; infinities stand as null.
@@ -254,6 +280,8 @@ class Solution:
             "upper_bound": self.upper_bound if finite[0] else None,
             "gap": self.gap if finite[1] else None,
             "max_violation": self.max_violation,
+            "tol": self.tol,
+            "unit": self.unit,
             "gamma": self.gamma,
             "proximal": self.anchor is not None,
             "evaluations": self.evaluations,
@@ -270,9 +298,7 @@ class Solution:
         Returns:
             See `polytope_lp.matching.verify.check_claims`.
         """
-        from polytope_lp.matching.verify import verify_solution
-
-        return verify_solution(self)
+        return check_claims(self.problem, self.x().numpy(), self.lam.numpy(), self.certificate())
 
 
 def row_columns(problem: MatchingProblem) -> dict[str, pa.Array]:

@@ -12,6 +12,7 @@ enough, and the loop ends after finitely many centres because the problem is an 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -89,15 +90,20 @@ def step(
     while damping <= MOST_DAMPING:
         damped = H.copy()
         damped.flat[:: H.shape[0] + 1] += damping * relative / gamma + 1e-13 / gamma
-        solved = scipy.linalg.solve(damped, -rest.numpy(), assume_a="pos", overwrite_a=True, check_finite=False)
+        try:
+            factor = scipy.linalg.cho_factor(damped, overwrite_a=True, check_finite=False)
+        except np.linalg.LinAlgError:  # not positive definite in float64: only more damping helps
+            damping *= 100.0
+            continue
+        solved = scipy.linalg.cho_solve(factor, -rest.numpy(), check_finite=False)
         direction = torch.zeros_like(state.point)
         direction[moving] = torch.from_numpy(solved)
         found = _backtrack(objective, state, direction, free)
         if found is not None:
             t, point, value, gradient = found
-            factor = 0.1 if t == 1.0 else 1.0 if t > 0.1 else 10.0
+            change = 0.1 if t == 1.0 else 1.0 if t > 0.1 else 10.0
             decrement = -float(direction @ state.gradient) / 2
-            return NewtonState(point, value, gradient, max(damping * factor, LEAST_DAMPING), decrement)
+            return NewtonState(point, value, gradient, max(damping * change, LEAST_DAMPING), decrement)
         damping *= 100.0
     return replace(state, stalled=True)
 

@@ -206,7 +206,7 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
 
 def _put(name: str, found: Evaluation, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
     meta[name] = {
-        key: repr(getattr(found, key)) for key in ("gamma", "value", "lower", "upper", "cost", "violation")
+        key: repr(getattr(found, key)) for key in ("gamma", "value", "lower", "upper", "cost", "violation", "rounding")
     } | {"fractional": found.fractional, "nonzero": found.nonzero}
     arrays[f"{name}_lam"], arrays[f"{name}_gradient"] = found.lam, found.gradient
     if found.shrink is not None:

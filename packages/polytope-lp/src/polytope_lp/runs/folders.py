@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from core_tensor.app.files import atomic_path, read_json, write_json
 from numpy.typing import NDArray
 
@@ -19,7 +18,7 @@ from polytope_lp.matching.solution import Solution
 from polytope_lp.matching.verify import check_claims
 from polytope_lp.serving.policy import Policy
 from polytope_lp.tables.columns import columns_of
-from polytope_lp.tables.tables import input_hashes, polytope_of, read_problem
+from polytope_lp.tables.tables import input_hashes, polytope_of, read_problem, read_table
 
 BATCHES_PER_FILE = 64
 EDGES = pa.schema(
@@ -143,9 +142,9 @@ def verify_folder(out: str | Path) -> dict[str, Any]:
     try:
         with pa.OSFile(str(root / "primal.arrow"), "rb") as file:
             primal = pa.ipc.open_stream(file).read_all()
-        prices = pq.read_table(root / "prices.parquet")
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{root}: not a readable solution ({error})") from error
+    prices = read_prices(root)
     lam = np.asarray(prices.column("price"), dtype=np.float64)
     if lam.shape[0] != problem.rows:
         raise ValueError(f"{root}: prices of {lam.shape[0]} destinations, but the problem has {problem.rows}")
@@ -178,42 +177,27 @@ def problem_again(given: dict[str, Any]) -> MatchingProblem:
     )
 
 
-def solution_again(out: str | Path) -> Solution:
-    """A solution folder as a `Solution`, for reports that need its prices and loads (not its primal).
+def read_prices(out: str | Path) -> pa.Table:
+    """The prices of a solution folder, checked.
 
     Args:
         out: Folder that `write_solution` wrote.
 
     Returns:
-        The solution.
+        What `Solution.prices` gave.
 
     Raises:
-        ValueError: If a file is missing or unreadable.
+        ValueError: If the file is missing or unreadable, or lacks a column.
     """
-    root = Path(out)
-    if not (root / "certificate.json").exists():
-        raise ValueError(f"{root}: expected a solution folder with certificate.json")
-    claims, problem = read_json(root / "certificate.json"), problem_again(read_json(root / "input.json"))
-    try:
-        prices = pq.read_table(root / "prices.parquet")
-        history = pq.read_table(root / "history.parquet").to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{root}: not a readable solution ({error})") from error
-    lam, load = (torch.from_numpy(np.asarray(prices.column(name)).copy()) for name in ("price", "load"))
-    if lam.shape[0] != problem.rows:
-        raise ValueError(f"{root}: prices of {lam.shape[0]} rows, but the problem has {problem.rows}")
-    infinite = {name: float("inf") for name in ("upper_bound", "gap") if claims[name] is None}
-    names = ("status", "objective", "lower_bound", "upper_bound", "gap", "max_violation", "evaluations", "seconds")
-    return Solution(
-        **{name: (claims | infinite)[name] for name in (*names, "gamma")},
-        lam=lam,
-        load=load,
-        history=history,
-        primal_lam=torch.from_numpy(Policy.load(root / "policy.npz").lam),
-        shrink=None,
-        anchor=None,
-        problem=problem,
-    )
+    file = Path(out) / "prices.parquet"
+    prices = read_table(file)
+    for name, kind in (("budget", "float"), ("load", "float"), ("price", "float"), ("destination", None)):
+        if name not in prices.column_names:
+            raise ValueError(f"{file}: expected a column {name!r}, got {', '.join(prices.column_names)}")
+        column = prices.column(name)
+        if kind and (not pa.types.is_floating(column.type) or column.null_count):
+            raise ValueError(f"{file}: expected numbers without nulls in column {name!r}")
+    return prices
 
 
 def dense_primal(problem: MatchingProblem, primal: pa.Table) -> NDArray[np.float64]:

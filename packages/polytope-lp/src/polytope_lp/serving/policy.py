@@ -57,7 +57,7 @@ class Policy:
         """
         data, keys = solution.problem.data, solution.problem.destination_keys
         if gamma is None:
-            gamma = solution.gamma if solution.anchor is None else _best_ridge(solution)
+            gamma = solution.policy_ridge()
         fixed = data.upper is None or data.upper.numel() == 1
         several = {
             "cap": data.cap.numel() > 1 and bool((data.cap != data.cap[0]).any()),
@@ -313,13 +313,3 @@ def _project(v: Array, gamma: float, cap: float, u: Array, equality: bool, w: Ar
         left = cap - w[at_upper] @ u[at_upper]
         theta = (w[free] @ v[free] - gamma * left) / (w[free] @ w[free])
     return np.asarray(np.clip((v - theta * w) / gamma, 0.0, u))
-
-
-def _best_ridge(solution: "Solution") -> float:
-    from polytope_lp.matching.evaluation import FusedDual
-
-    dual = FusedDual(solution.problem)
-    grid = [solution.gamma * 10.0**-k for k in range(5)]
-    if not dual.repairable:
-        return grid[2]
-    return min(grid, key=lambda gamma: dual.evaluate(solution.primal_lam, gamma).upper)

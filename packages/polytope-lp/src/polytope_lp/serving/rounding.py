@@ -14,7 +14,7 @@ from core_tensor.checks import check_choice
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from polytope_lp.matching.solution import Solution
+    from polytope_lp.matching.problem import MatchingProblem
 
 Array = NDArray[np.float64]
 SAFE = 1.0 - 1e-12
@@ -45,12 +45,16 @@ class Rounded:
         return (self.bound - self.value) / max(1.0, abs(self.bound))
 
 
-def round_allocation(solution: "Solution", method: str = "greedy", seed: int = 0) -> Rounded:
-    """Round a solution to whole amounts within budgets.
+def round_allocation(
+    problem: "MatchingProblem", amounts: Array, lam: Array, bound: float, method: str = "greedy", seed: int = 0
+) -> Rounded:
+    """Round an allocation to whole amounts within budgets.
 
     Args:
-        solution: A solution of a whole problem (no shard) that shrinking repairs: A and b at least 0, rows and blocks
-            `<=`.
+        problem: A whole problem (no shard) that shrinking repairs: A and b at least 0, rows and blocks `<=`.
+        amounts: The allocation, within budgets and blocks, shape (variables,), float64.
+        lam: Prices of the rows, shape (rows,), float64.
+        bound: Certified upper bound of the value of any allocation.
         method: `greedy` gives units back by the size of their fractions; `random` with probabilities equal to the
             fractions, so that over seeds every edge is treated alike.
         seed: Seed of `random`.
@@ -61,12 +65,11 @@ def round_allocation(solution: "Solution", method: str = "greedy", seed: int = 0
     Raises:
         ValueError: If the problem has equations or negative coefficients, where rounding down is not safe.
     """
-    problem = solution.problem
     check_choice("method", method, ("greedy", "random"))
     if not problem.nonnegative or problem.data.equality or problem.sharded:
-        raise ValueError("solution: expected a whole problem with A, b >= 0 and inequalities only")
-    state = _State(solution)
-    fraction = solution.x().numpy() - state.x
+        raise ValueError("problem: expected a whole problem with A, b >= 0 and inequalities only")
+    state = _State(problem, amounts, lam)
+    fraction = amounts - state.x
     fraction[fraction < 1e-9] = 0.0
     changed = int(np.unique(state.block[fraction > 0]).size)
     rank = fraction
@@ -76,14 +79,14 @@ def round_allocation(solution: "Solution", method: str = "greedy", seed: int = 0
     state.give(state.profit)
     state.give(state.value)  # what is left goes to whoever fits: no unit can be added in the end
     value = float(state.value @ state.x)
-    return Rounded(state.x, value, -solution.lower_bound, state.load(), changed)
+    return Rounded(state.x, value, bound, state.load(), changed)
 
 
 class _State:
     """Whole amounts, and what sources and budgets have left."""
 
-    def __init__(self, solution: "Solution") -> None:
-        problem, d = solution.problem, solution.problem.data
+    def __init__(self, problem: "MatchingProblem", amounts: Array, lam: Array) -> None:
+        d = problem.data
         n = d.variables
         self.rows = d.index.numpy().reshape(n, -1)
         ones = np.ones(self.rows.shape)
@@ -94,8 +97,8 @@ class _State:
         whole = np.bincount(self.rows.ravel(), (self.a != np.round(self.a)).ravel(), problem.rows) == 0
         self.budgets = problem.budgets.numpy() * np.where(whole, 1.0, SAFE)
         self.limit = np.floor(problem.limits(0, d.blocks).numpy() + 1e-9)
-        self.x = np.minimum(np.floor(solution.x().numpy()), self.limit)
-        self.profit = self.value - (self.a * solution.lam.numpy()[self.rows]).sum(1)
+        self.x = np.minimum(np.floor(amounts), self.limit)
+        self.profit = self.value - (self.a * lam[self.rows]).sum(1)
         self.profit[self.value <= 0] = 0.0
         used = np.bincount(self.block, self.weight * self.x, d.blocks)
         self.room = np.broadcast_to(d.cap.numpy(), (d.blocks,)) - used
