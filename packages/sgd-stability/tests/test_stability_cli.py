@@ -1,5 +1,8 @@
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ def build():
 
 
 def data():
-    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     return torch.utils.data.TensorDataset(x, torch.arange(20) % 3)
 """
 
@@ -36,7 +39,7 @@ def project(tmp_path, monkeypatch):
 
 def test_quadratic_prints_json_and_draws(tmp_path):
     picture = tmp_path / "map.png"
-    result = _run("quadratic", "--n", 12, "--coherence", 3, "--plot", picture, "--json")
+    result = _run("quadratic", "--n", 12, "--coherence", 3, "--out", picture, "--json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["thresholds"]
     assert [row["B"] for row in rows] == [1, 2, 4, 8, 12]
@@ -56,15 +59,15 @@ def test_analyze_and_map(project):
     assert "most curved samples" in text.stdout
     again = _run(
         "analyze", "stability_cli_model.py:build", "stability_cli_model:data", "--method", "truncated", "--k", 8,
-        "--pictures", "pictures", "--json",
+        "--out", "pictures", "--json",
     )  # fmt: skip
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["n"] == 20
     assert {path.name for path in (project / "pictures").iterdir()} == {"map.png", "curvature.png", "density.png"}
-    exact = _run("analyze", "stability_cli_model.py:build", "data.npz", "--pictures", "pictures")
+    exact = _run("analyze", "stability_cli_model.py:build", "data.npz", "--out", "pictures")
     assert exact.exit_code == 0, exact.output
     assert (project / "pictures" / "coherence.png").stat().st_size > 10_000
-    drawn = _run("map", "stability_cli_model:build", "data.npz", "--plot", "out.png", "--json")
+    drawn = _run("map", "stability_cli_model:build", "data.npz", "-o", "out.png", "--json")
     assert drawn.exit_code == 0, drawn.output
     assert (project / "out.png").stat().st_size > 10_000
 
@@ -76,33 +79,75 @@ def test_analyze_and_map(project):
         (("analyze", "stability_cli_model:missing", "data.npz"), "MODEL: .*missing"),
         (("analyze", "nowhere.py:build", "data.npz"), "MODEL: nowhere.py: no such file"),
         (("analyze", "stability_cli_model:data", "data.npz"), "MODEL: expected .* nn.Module"),
-        (("analyze", "stability_cli_model:build", "pickled.npz"), "DATA: .*pickle"),
-        (("analyze", "stability_cli_model:build", "absent.npz"), "DATA: "),
-        (("analyze", "stability_cli_model:build", "data.npz", "--weights", "bad.npz"), "--weights: "),
+        (("analyze", "stability_cli_model:build", "pickled.npz"), "pickled.npz: .*allow_pickle"),
+        (("analyze", "stability_cli_model:build", "absent.npz"), "absent.npz: No such file"),
+        (("analyze", "stability_cli_model:build", "data.npz", "--weights", "bad.npz"), "bad.npz: expected safetensors"),
         (("analyze", "stability_cli_model:build", "data.npz", "--lr", "0.1"), "--lr: expected together"),
-        (("analyze", "stability_cli_model:build", "bad.npz"), "DATA: expected an npz"),
+        (("analyze", "stability_cli_model:build", "bad.npz"), "bad.npz: expected an npz"),
         (("analyze", "stability_cli_model:build", "data.npz", "--loss", "hinge"), "loss: expected one of"),
         (("analyze", "stability_cli_model:build", "data.npz", "--lr", "-1", "--batch-size", "2"), "lr: "),
         (("analyze", "stability_cli_model:build", "data.npz", "--lr", "1", "--batch-size", "21"), "batch_size: "),
         (("quadratic", "--coherence", "0.5"), "sigma: "),
+        (("analyze", "stability_cli_model:build", "single.npy"), "single.npy: expected an npz"),
+        (("analyze", "stability_cli_model:build", "renamed.npz"), "renamed.npz: .*no array y; it has x, z"),
+        (("analyze", "stability_cli_model:build", "text.npz"), "text.npz: expected arrays x and y of numbers"),
+        (("analyze", "stability_cli_model:build", "classes.npz"), "targets: expected classes from 0 to 2"),
+        (("analyze", "stability_cli_model:build", "wide.npz"), "model: cannot be evaluated on the data"),
+        (("analyze", "stability_cli_model:build", "nan.npz"), "model: expected finite outputs"),
+        (("analyze", "stability_cli_model:build", "cut.npz"), "cut.npz: expected an npz"),
+        (("analyze", "stability_cli_model:build", "data.npz", "--out", "/proc/none"), "/proc/none"),
+        (("analyze", "stability_cli_model:build", "data.npz", "--device", "nowhere"), "--device: "),
+        (("map", "stability_cli_model:build", "data.npz", "--out", "map.txt"), "map.txt: expected a picture's name"),
+        (("map", "stability_cli_model:build", "data.npz", "--threads", "0"), "threads"),
+        (("demo", "--out", "demo.xyz"), "demo.xyz: expected a picture's name"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(project, arguments, message):
     (project / "bad.npz").write_text("no archive")
+    x, y = np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 3
     np.savez(project / "pickled.npz", x=np.array([{}], dtype=object), y=np.zeros(1))
+    np.save(project / "single.npy", x)
+    np.savez(project / "renamed.npz", x=x, z=y)
+    np.savez(project / "text.npz", x=x.astype(str), y=y)
+    np.savez(project / "classes.npz", x=x, y=y + 1)
+    np.savez(project / "wide.npz", x=np.ones((20, 7)), y=y)
+    np.savez(project / "nan.npz", x=np.full((20, 4), np.nan), y=y)
+    (project / "cut.npz").write_bytes((project / "data.npz").read_bytes()[:-40])
     result = _run(*arguments)
-    assert result.exit_code == 2
-    lines = [line for line in result.stderr.splitlines() if line]
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1
-
     assert re.search(message, lines[0])
+    assert "Traceback" not in result.output
+
+
+def test_the_command_line_loads_no_torch():
+    code = "import sys, sgd_stability.cli; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_disk_is_one_line(project):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    command = [sys.executable, "-m", "sgd_stability", "quadratic", "--n", "4", "--coherence", "2", "--json"]
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.strip() == "Error: No space left on device"
+
+
+@pytest.mark.slow
+def test_a_float32_dataset_of_the_readme_is_mapped(project):
+    result = _run("map", "stability_cli_model.py:build", "stability_cli_model.py:data", "--momentum", 0.9)
+    assert result.exit_code == 0, result.output
+    assert (project / "map.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_demo(tmp_path):
     pytest.importorskip("sklearn")
     picture = tmp_path / "demo.png"
-    result = _run("demo", "--output", picture, "--json")
+    result = _run("demo", "--out", picture, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["correct"] == found["runs"] == 18

@@ -2,7 +2,6 @@ import pytest
 import torch
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, Update, all_bounds, lr_threshold, quadratic
 from sgd_stability.theory.bounds import (
-    Bound,
     curvature_stability,
     momentum_stability,
     paper_instability,
@@ -84,6 +83,10 @@ def test_zero_noise_leaves_gradient_descent():
         Update(momentum=0.5, dampening=0.5),
         Update(momentum=0.9, weight_decay=0.1),
         Update(weight_decay=0.3),
+        Update(momentum=0.9, nesterov=True),
+        Update(momentum=0.5, nesterov=True, weight_decay=0.1),
+        Update(momentum=0.9, dampening=0.9, weight_decay=0.1, decoupled=True),
+        Update(weight_decay=0.5, decoupled=True),
     ],
 )
 def test_momentum_bound_certifies_stability(scheme, update, oracle):
@@ -94,9 +97,31 @@ def test_momentum_bound_certifies_stability(scheme, update, oracle):
         assert 0 < bound.lr <= update_threshold(family, sampling, update).value * (1 + 1e-8)
 
 
-def test_no_momentum_bound_where_none_is_proved():
-    update = Update(momentum=0.9, nesterov=True)
-    assert momentum_stability(1.0, 2.0, Sampling(8, 2), update) == Bound("curvature", 0.0, "stable_below")
+@pytest.mark.parametrize(
+    "update",
+    [
+        Update(momentum=0.9),
+        Update(momentum=0.5, dampening=0.5),
+        Update(momentum=0.9, dampening=0.9, weight_decay=0.2),
+        Update(momentum=0.9, nesterov=True),
+        Update(momentum=0.9, dampening=0.9, weight_decay=0.2, decoupled=True),
+    ],
+)
+def test_momentum_bound_is_as_large_as_its_proof_allows(update):
+    """Without noise it is the full-batch edge; with noise s L h K_hh reaches 1 for some h, and not before."""
+    assert momentum_stability(3.0, 5.0, Sampling(8, 8), update).lr == pytest.approx(update.edge(3.0), rel=1e-5)
+    sampling = Sampling(4, 1, "bernoulli")
+    bound = momentum_stability(1.0, 4.0, sampling, update).lr
+    h = torch.linspace(1e-3, 1, 400, dtype=torch.float64)
+    for factor, most in ((0.5, 1.0), (1.0, 1.0 + 1e-3)):
+        assert sampling.s * 4.0 * float((h * update.response(factor * bound, h).diagonal()).max()) <= most
+    assert sampling.s * 4.0 * float((h * update.response(1.01 * bound, h).diagonal()).max()) > 1
+
+
+def test_momentum_bound_of_numbers_worked_out_by_hand():
+    # s = 3/7, beta = 1/2, tau = 1/2: 2 * 1.5 / (0.5 * (1 + 3/7 * 2 * 3)) with s = (8 - 2) / (2 * 7)
+    found = momentum_stability(1.0, 2.0, Sampling(8, 2), Update(momentum=0.5, dampening=0.5)).lr
+    assert found == pytest.approx(3.0 / (0.5 * (1 + 3 / 7 * 2 * 3)), rel=1e-12)
 
 
 def test_truncated_and_indefinite_families_certify_no_stability():

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_tensor.app.extras import pyplot
+from core_tensor.app.figures import pyplot, save
 
 from sgd_stability.report.maps import stability_map
-from sgd_stability.report.plots import EXTRA, STYLES, draw_map, save
+from sgd_stability.report.plots import EXTRA, STYLES, draw_map
 from sgd_stability.theory.bounds import all_bounds, paper_instability, paper_stability
 from sgd_stability.theory.dynamics import SGD
 from sgd_stability.theory.family import CurvatureFamily
@@ -83,7 +83,8 @@ def plot_quadratic(
     left.legend(fontsize=8, loc="lower right")
     left.set_title(f"n = {n}, $\\sigma$ = {sigma:g}, $\\lambda_1$ = {lambda1:g}, {scheme}")
     _draw_cells(right, n, lambda1, lr, scheme, seed)
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)
 
 
 def _draw_cells(axes: Any, n: int, lambda1: float, lr: float, scheme: Scheme, seed: int) -> None:

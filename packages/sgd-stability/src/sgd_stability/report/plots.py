@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from core_tensor.app.extras import pyplot, require
-from core_tensor.app.files import atomic_path
+from core_tensor.app.extras import require
+from core_tensor.app.figures import pyplot, save
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,22 +24,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "paper's Theorem 1": {"color": "#762a83", "linestyle": ":", "linewidth": 2},
     "paper's Theorem 2": {"color": "#2166ac", "linestyle": "-.", "linewidth": 1.5},
 }
-
-
-def save(figure: Any, path: str | Path) -> Path:
-    """Write a figure atomically and close it.
-
-    Args:
-        figure: A matplotlib figure.
-        path: Picture to write.
-
-    Returns:
-        The path.
-    """
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, bbox_inches="tight")
-    pyplot(EXTRA).close(figure)
-    return Path(path)
 
 
 def plot_map(found: "StabilityMap", path: str | Path, title: str = "", marks: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -72,7 +56,8 @@ def plot_map(found: "StabilityMap", path: str | Path, title: str = "", marks: Se
             )
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     axes.set_title(title)
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)
 
 
 def draw_map(axes: Any, found: "StabilityMap", figure: Any) -> None:
@@ -130,7 +115,8 @@ def plot_coherence(matrix: Tensor, labels: Tensor, path: str | Path) -> Path:
     axes.set_xticks(middles, classes.tolist())
     axes.set_yticks(middles, classes.tolist())
     axes.set_title("coherence of per-sample Hessians, by class")
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)
 
 
 def plot_sample_curvature(curvature: Tensor, lambda1: float, path: str | Path) -> Path:
@@ -152,7 +138,8 @@ def plot_sample_curvature(curvature: Tensor, lambda1: float, path: str | Path) -
     axes.set_xlabel("$\\lambda_1(H_i)$")
     axes.set_ylabel("samples")
     axes.legend()
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)
 
 
 def plot_spectral_density(grid: Tensor, density: Tensor, path: str | Path) -> Path:
@@ -172,7 +159,8 @@ def plot_spectral_density(grid: Tensor, density: Tensor, path: str | Path) -> Pa
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
     axes.set_ylim(1e-6, None)
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)
 
 
 def plot_growth(curves: Mapping[str, "Growth"], path: str | Path, title: str = "") -> Path:
@@ -200,7 +188,8 @@ def plot_growth(curves: Mapping[str, "Growth"], path: str | Path, title: str = "
     axes.set_ylabel("$E\\|\\delta\\|^2$, relative to the start")
     axes.legend(fontsize=8, ncols=2)
     axes.set_title(title)
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)
 
 
 def plot_history(
@@ -256,4 +245,5 @@ def plot_history(
     for panel in (curvature, rates):
         panel.legend(fontsize=8, loc="best")
     panels[0].set_title("checks that say unstable are marked red", fontsize=9)
-    return save(figure, path)
+    save(figure, path)
+    return Path(path)

@@ -7,18 +7,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from core_tensor.app.extras import require
+from core_tensor.app.files import read_npz, reading
 
 
-def load_model(target: str, weights: str | None = None) -> torch.nn.Module:
+def load_model(target: str, weights: str | None = None, device: str = "cpu") -> torch.nn.Module:
     """Build a model.
 
     Args:
         target: `package.module:function` (the current folder is importable) or `file.py:function`; the function takes
             no arguments and returns an nn.Module.
         weights: Safetensors file to load into it.
+        device: Where to put it.
 
     Returns:
         The model, in evaluation mode.
@@ -30,21 +31,30 @@ def load_model(target: str, weights: str | None = None) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"MODEL: expected {target} to return an nn.Module, got {type(model).__name__}")
     if weights is not None:
-        safetensors = require("safetensors", "sgd-stability[files]")
         load = require("safetensors.torch", "sgd-stability[files]").load_file
+        with reading(weights, "safetensors"):
+            state = load(weights)
         try:
-            model.load_state_dict(load(weights))
-        except (RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"--weights: {' '.join(str(error).split())}") from error
-    return model.eval()
+            model.load_state_dict(state)
+        except RuntimeError as error:  # names or shapes of another model
+            raise ValueError(f"{weights}: expected the weights of MODEL ({' '.join(str(error).split())})") from error
+    return _moved(model.eval(), device)
+
+
+def _moved(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The model on a device; torch reports one that does not exist as a RuntimeError or an AssertionError."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {' '.join(str(error).split())}") from error
 
 
 def load_data(source: str) -> Any:
     """Load data.
 
     Args:
-        source: An npz file with arrays x (inputs) and y (targets), or a function as in `load_model` that returns a data
-            set, a loader, or (inputs, targets).
+        source: An npz file with arrays x (inputs) and y (targets), or a function as in `load_model` that returns a
+            dataset, a loader, or (inputs, targets).
 
     Returns:
         What `analyze` takes.
@@ -54,26 +64,9 @@ def load_data(source: str) -> Any:
     """
     if ":" in source and not Path(source).exists():
         return _call("DATA", source)
-    try:
-        with np.load(source, allow_pickle=False) as file:
-            x, y = file["x"], file["y"]
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"DATA: expected an npz file with arrays x and y, or module:function; {error}") from error
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-def as_double(data: Any) -> Any:
-    """Tensors in double precision; other data as they are.
-
-    Args:
-        data: What `load_data` returned.
-
-    Returns:
-        The same, where it is a pair of tensors with floating values as float64.
-    """
-    if isinstance(data, tuple) and all(isinstance(part, torch.Tensor) for part in data):
-        return tuple(part.double() if part.is_floating_point() else part for part in data)
-    return data
+    arrays = read_npz(source, "x", "y")
+    with reading(source, "arrays x and y of numbers"):
+        return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
 
 
 def _call(argument: str, target: str) -> Any:

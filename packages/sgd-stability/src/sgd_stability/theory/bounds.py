@@ -76,10 +76,11 @@ def curvature_stability(lambda1: float, L: float, sampling: Sampling) -> Bound:
 
 
 def momentum_stability(lambda1: float, L: float, sampling: Sampling, update: Update) -> Bound:
-    """Stable if eta (1 - tau) (lambda1 + s L (1 + beta) / (1 - beta)) < 2 (1 + beta), heavy ball with dampening tau.
+    """Stable if s L h K_hh(eta) < 1 for all 0 < h <= lambda1, and eta is below the full-batch edge.
 
-    Follows from N(I) <= s L H and the response kernel K being positive semidefinite: the noise gain is at most
-    s L max_h h K_hh. Weight decay in the gradient enters as lambda1 + lambda.
+    Follows from N(I) <= s L H and the response kernel K being positive semidefinite. For heavy ball with dampening tau
+    that is eta (1 - tau) (lambda1 + s L (1 + beta) / (1 - beta)) < 2 (1 + beta); for Nesterov momentum and weight decay
+    the first crossing is found on a grid.
 
     Args:
         lambda1: Largest eigenvalue of H.
@@ -88,15 +89,34 @@ def momentum_stability(lambda1: float, L: float, sampling: Sampling, update: Upd
         update: Update rule.
 
     Returns:
-        The bound; rate 0 (nothing certified) for Nesterov momentum and decoupled decay.
+        The bound.
     """
     if update.plain:
         return curvature_stability(lambda1, L, sampling)
-    if update.nesterov or (update.decoupled and update.weight_decay > 0):
-        return Bound("curvature", 0.0, "stable_below")
+    if update.nesterov or update.weight_decay > 0:
+        return Bound("curvature", _first_crossing(lambda1, sampling.s * L, update), "stable_below")
     beta = update.momentum
-    slope = (1 - update.dampening) * (lambda1 + update.weight_decay + sampling.s * L * (1 + beta) / (1 - beta))
+    slope = (1 - update.dampening) * (lambda1 + sampling.s * L * (1 + beta) / (1 - beta))
     return Bound("curvature", _over(2 * (1 + beta), slope), "stable_below")
+
+
+def _first_crossing(lambda1: float, noise: float, update: Update) -> float:
+    """The least rate at which noise * max_h h K_hh reaches 1, from below; the edge of full-batch training at most."""
+    edge = update.edge(lambda1)
+    if noise <= 0 or lambda1 <= 0 or math.isinf(edge):
+        return edge
+    h = lambda1 * torch.logspace(-6, 0, 61, dtype=torch.float64)
+    low, high = -14.0, 14.0  # of x in eta = edge / (1 + exp(-x)), in which the gain is nearly a straight line
+    for _ in range(3):
+        x = torch.linspace(low, high, 57, dtype=torch.float64)
+        rates = edge * torch.sigmoid(x)[:, None]
+        crossed = (noise * (h * update.response_to_itself(rates, h)).amax(1) >= 1).nonzero()
+        if len(crossed) == 0:
+            low = high  # below the edge nothing crosses
+            break
+        first = int(crossed[0])
+        low, high = float(x[max(first - 1, 0)]), float(x[first])
+    return edge / (1 + math.exp(-low))
 
 
 def lyapunov_stability(family: CurvatureFamily, sampling: Sampling) -> Bound:

@@ -78,11 +78,11 @@ class Update:
             slope = (1 - self.dampening) * (lambda1 + decay) * ((1 + 2 * beta) if self.nesterov else 1.0)
         return 2 * (1 + beta) / slope if slope > 0 else math.inf
 
-    def modes(self, lr: float, h: Tensor) -> tuple[Tensor, Tensor, float, float, float]:
+    def modes(self, lr: float | Tensor, h: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float, float]:
         """Coefficients of the scalar recursions.
 
         Args:
-            lr: Learning rate.
+            lr: Learning rate; a tensor broadcasts against h.
             h: Eigenvalues of H, shape (r,).
 
         Returns:
@@ -94,8 +94,23 @@ class Update:
             return beta * (1 - step), step, lr, 1 + beta, -beta
         gain = lr * (1 - self.dampening)
         if self.decoupled:
-            return torch.full_like(h, beta * (1 - lr * decay)), gain * h + lr * decay * (1 - beta), gain, 1.0, 0.0
+            return beta * (1 - lr * decay) + 0 * h, gain * h + lr * decay * (1 - beta), gain, 1.0, 0.0
         return torch.full_like(h, beta), gain * (h + decay), gain, 1.0, 0.0
+
+    def response_to_itself(self, lr: Tensor, h: Tensor) -> Tensor:
+        """The diagonal K_hh of the kernel, for many rates and eigenvalues at once.
+
+        Args:
+            lr: Learning rates below the full-batch edge, shape (m, 1).
+            h: Eigenvalues, shape (r,).
+
+        Returns:
+            Shape (m, r).
+        """
+        q, u, gain, b0, b1 = self.modes(lr, h)
+        r0 = (1 + q) / (u * (2 * (1 - q * q) - (1 - q) * u))
+        r1 = 2 * (1 + q - u) / (1 + q) * r0
+        return gain**2 * ((b0**2 + b1**2) * r0 + b0 * b1 * r1)
 
     def response(self, lr: float, h: Tensor) -> Tensor:
         """The kernel K_ab = sum_t u_a(t) u_b(t), in closed form.

@@ -14,14 +14,14 @@ known on a subsample only, with n the size of the whole data set.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor
 
-Scheme = Literal["bernoulli", "with_replacement", "without_replacement"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+from sgd_stability.theory.schemes import SCHEMES, Scheme
+
+__all__ = ["SCHEMES", "Sampling", "Scheme", "powers_of_two"]
 
 
 def powers_of_two(n: int) -> list[int]:
