@@ -90,6 +90,46 @@ class ScaledIdentity:
 
 
 @dataclass(frozen=True)
+class DiagonalFactor:
+    """W_i diagonal, of a loss of every output by itself.
+
+    Attributes:
+        root: Square roots of |Lambda_i|, shape (n, O).
+        signs: Shape (n, O), or None.
+    """
+
+    root: Tensor
+    signs: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """O."""
+        return int(self.root.shape[1])
+
+    def trace(self) -> Tensor:
+        """See `OutputFactor.trace`.
+
+        Returns:
+            Shape (n,).
+        """
+        return self.root.square().sum(1)
+
+    def transpose_times(self, x: Tensor) -> Tensor:
+        """See `OutputFactor.transpose_times`.
+
+        Args:
+            x: Shape (n, O, k).
+
+        Returns:
+            Shape (n, R, k).
+        """
+        scaled: Tensor = x * self.root[:, :, None]
+        return scaled
+
+    times = transpose_times
+
+
+@dataclass(frozen=True)
 class SoftmaxFactor:
     """W = diag(sqrt p) (I - sqrt p sqrt p') at every position: W W' = diag(p) - p p' (cross-entropy).
 
@@ -194,31 +234,24 @@ class DenseFactor:
         return self.W @ u
 
 
-def softmax_factor(z: Tensor) -> SoftmaxFactor:
-    """Factor of cross-entropy, the mean over positions.
+def elementwise_factor(losses: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor) -> "DiagonalFactor":
+    """Factor of the mean over the outputs of a loss of every output by itself: one double backward pass.
 
     Args:
-        z: Logits, shape (n, V, ...).
+        losses: `(outputs, targets) -> losses` of the outputs' shape.
+        z: Outputs, shape (n, ...).
+        y: Targets.
 
     Returns:
         The factor.
     """
-    unit = z.detach().reshape(z.shape[0], z.shape[1], -1).softmax(1).sqrt()  # (n, V, P)
-    return SoftmaxFactor(unit / unit.shape[2] ** 0.5, unit)
-
-
-def token_factor(z: Tensor, weights: Tensor) -> SoftmaxFactor:
-    """Factor of cross-entropy over tokens.
-
-    Args:
-        z: Logits, shape (n, P, V).
-        weights: Weight of every token in its sequence's loss, shape (n, P).
-
-    Returns:
-        The factor.
-    """
-    unit = z.detach().softmax(2).sqrt()  # (n, P, V)
-    return SoftmaxFactor(unit * weights.sqrt()[:, :, None], unit, axis=2)
+    leaf = z.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(losses(leaf, y).sum(), leaf, create_graph=True)
+        curvature = _gradient(slope.sum(), leaf)
+    second = curvature.reshape(len(z), -1) / leaf[0].numel()
+    signs = None if bool((second >= 0).all()) else torch.sign(second)
+    return DiagonalFactor(second.abs().sqrt(), signs)
 
 
 def dense_factor(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor) -> DenseFactor:

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from core_tensor.linalg.spectrum import SymmetricOperator
 from torch import Tensor
-from torch.func import functional_call
 
-from sgd_stability.curvature.network import Network, arguments, unflatten
+from sgd_stability.curvature.jacobian import outputs_and_tangent
+from sgd_stability.curvature.network import Network
 
 
 @dataclass(frozen=True)
@@ -19,20 +18,19 @@ class GaussNewtonProduct:
         product: (1/n) sum_i H_i v, shape (d,).
         forms: v'H_i v, shape (n,).
         output_curvature: Trace of |Lambda_i|, the loss's curvature in the outputs, shape (n,).
+        losses: Loss of every sample, shape (n,).
     """
 
     product: Tensor
     forms: Tensor
     output_curvature: Tensor
+    losses: Tensor
 
 
 def gauss_newton_product(
     network: Network, v: Tensor, *, scale: Tensor | None = None, chunk: int = 64
 ) -> GaussNewtonProduct:
-    """One product, by forward-over-reverse in a single pass over the samples.
-
-    The forward pass carries the tangent along and records the graph of the primal only, so the product costs about
-    1.4 gradients.
+    """One product; where the model has forward mode, in a single pass over the samples that costs about 1.4 gradients.
 
     Args:
         network: The network; its ranks share the samples.
@@ -44,19 +42,19 @@ def gauss_newton_product(
         The product and its parts.
     """
     total = torch.zeros_like(v)
-    direction = unflatten(v if scale is None else v * scale, network.parameters)
+    direction = network.direction(v if scale is None else v * scale)
 
     def compute(start: int, stop: int) -> Tensor:
         rows = []
         for part in network.chunks(chunk, start, stop):
-            gradient, row = _part(part, direction)
+            gradient, row = _part(part, direction, v.dtype)
             total.add_(gradient)
             rows.append(row)
         return torch.cat(rows)
 
-    rows = network.ranks.rows(network.n, compute)  # (n, 2)
+    rows = network.ranks.rows(network.n, compute)  # (n, 3)
     network.ranks.sum(total)
-    return GaussNewtonProduct((total if scale is None else total * scale) / network.n, rows[:, 0], rows[:, 1])
+    return GaussNewtonProduct((total if scale is None else total * scale) / network.n, *rows.T)
 
 
 def gauss_newton_operator(network: Network, *, chunk: int = 64, scale: Tensor | None = None) -> SymmetricOperator:
@@ -70,26 +68,23 @@ def gauss_newton_operator(network: Network, *, chunk: int = 64, scale: Tensor | 
     Returns:
         The operator on flat vectors in the order of the network's parameters.
     """
-    first = next(iter(network.parameters.values()))
     return SymmetricOperator(
         lambda v: gauss_newton_product(network, v, scale=scale, chunk=chunk).product,
         network.size,
-        first.dtype,
-        first.device,
+        network.dtype,
+        network.device,
     )
 
 
-def _part(part: Network, direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    # Sum of H_i v over a few samples, shape (d,), and forms beside traces, shape (n, 2).
-    args, kwargs = arguments(part.inputs)
-    with torch.enable_grad(), forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in part.parameters.items()}
-        outputs, tangent = forward_ad.unpack_dual(functional_call(part.model, duals, args, kwargs))
-        tangent = torch.zeros_like(outputs) if tangent is None else tangent.detach()
-    factor = part.loss.factor(outputs.detach(), part.targets)
+def _part(part: Network, direction: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum of H_i v over a few samples, shape (d,); and forms, traces and losses side by side, shape (n, 3)."""
+    outputs, tangent = outputs_and_tangent(part, direction)
+    z = outputs.detach()
+    factor = part.loss.factor(z, part.targets)
     u = factor.transpose_times(tangent.reshape(part.n, -1, 1))  # (n, R, 1)
     signed = u if factor.signs is None else u * factor.signs[:, :, None]
     pulled = factor.times(signed).reshape(outputs.shape)
     gradients = torch.autograd.grad(outputs, list(part.parameters.values()), pulled, materialize_grads=True)
-    rows = torch.stack([(u * signed).sum((1, 2)), factor.trace().to(u)], 1)
-    return torch.cat([g.reshape(-1) for g in gradients]), rows
+    losses = part.loss.values(z, part.targets)
+    rows = torch.stack([(u * signed).sum((1, 2)), factor.trace().to(u), losses.to(u)], 1)
+    return torch.cat([g.reshape(-1) for g in gradients]).to(dtype), rows

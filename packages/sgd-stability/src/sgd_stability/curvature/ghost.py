@@ -1,81 +1,33 @@
-r"""Gram matrices of per-sample gradients without the gradients ("ghost" route), exact.
+r"""Gram matrices of per-sample gradients without the gradients ("ghost" route), exact: see `curvature.signals`.
 
-For a linear layer the gradient of output c of sample i is the outer product g_ic a_i' of the layer's back-propagated
-signal and its input, so layers contribute
-
-    K[ic, jc'] += (a_i . a_j + 1) (g_ic . g_jc')            (the 1 is the bias)
-
-and with T positions per sample (sequences, the patches of a convolution) the sum over both positions. Where T is large
-the layer's own gradients (n, R, in out) are formed instead, whichever costs less. Parameters of other layers, of shared
-layers and of layers called more than once go through `sgd_stability.curvature.jacobian`.
+Linear layers, convolutions, embeddings and norms are handled by their signals. Parameters of other layers, of shared
+layers, of layers called more than once or with a reparametrized weight (weight norm) go through the explicit gradients
+of `curvature.jacobian`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgd_stability.curvature.jacobian import output_jacobian
-from sgd_stability.curvature.network import Network, call
+from sgd_stability.curvature.jacobian import pulled
+from sgd_stability.curvature.network import Network, call, unflatten
+from sgd_stability.curvature.signals import Explicit, Lookup, Outer, Signal
 
-
-@dataclass(frozen=True)
-class LayerSignal:
-    """What one layer contributes to per-sample gradients.
-
-    Attributes:
-        a: Inputs of the layer, shape (n, T, in).
-        g: Back-propagated signals, shape (n, R, T, out).
-        weight: Whether the weight is trained.
-        bias: Whether there is a trained bias.
-    """
-
-    a: Tensor
-    g: Tensor
-    weight: bool
-    bias: bool
-
-    def gradients(self) -> Iterator[Tensor]:
-        """The layer's gradients for every sample and cotangent.
-
-        Yields:
-            Weight and bias part, each of shape (n, R, size).
-        """
-        if self.weight:
-            yield torch.einsum("nrto,nti->nroi", self.g, self.a).flatten(2)
-        if self.bias:
-            yield self.g.sum(2)
-
-    def blocks(self) -> Tensor:
-        """Inner products of every sample's own gradients, by whichever way is smaller.
-
-        Returns:
-            Shape (n, R, R), float64.
-        """
-        n, R, T, out = self.g.shape
-        if out * self.a.shape[2] < R * T * T:
-            return torch.stack([(Z @ Z.mT).double() for Z in self.gradients()]).sum(0)
-        a, g = self.a.double(), self.g.double().reshape(n, R * T, out)
-        inputs = a @ a.mT * self.weight + self.bias  # (n, T, T)
-        return torch.einsum("nrtsu,ntu->nrs", (g @ g.mT).reshape(n, R, T, R, T), inputs)
-
-    def ghost_is_cheaper(self) -> bool:
-        """Whether inner products of signals cost less than explicit gradients.
-
-        Returns:
-            True if they do.
-        """
-        _, R, T, out = self.g.shape
-        size = self.a.shape[2]
-        return T * T * (out + 2 + size / R**2) < size * out
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_PLAIN = (nn.Linear, *_CONVOLUTIONS, nn.Embedding, nn.LayerNorm)
+_NUMBERS = 2**27
+"""Most numbers of the explicit gradients of a group of samples."""
+Inverse = Mapping[str, Tensor] | None
+"""P^-1 of every parameter by name, in the parameter's shape; None for P = I."""
 
 
 @dataclass
 class _Recorded:
-    module: nn.Linear | nn.Conv1d | nn.Conv2d
+    name: str
+    module: nn.Module
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs, outputs
 
 
@@ -89,30 +41,29 @@ def gram(network: Network, *, dtype: torch.dtype = torch.float64) -> Tensor:
     Returns:
         K[ic, jc'] = z_ic . z_jc', shape (n R, n R), sample-major.
     """
-    signals, rest = layer_signals(network, _columns(network))
     size = network.n * network.factor.rank
-    K = torch.zeros(size, size, dtype=dtype, device=network.targets.device)
-    for signal in signals:
-        _add_gram(K, signal)
-    if rest is not None:
-        Z = rest.reshape(size, -1).to(dtype)
-        K.addmm_(Z, Z.T)
+    K = torch.zeros(size, size, dtype=dtype, device=network.device)
+    for signal in layer_signals(network, _columns(network)):
+        signal.add_gram(K)
     return K
 
 
-def sample_blocks(network: Network, *, chunk: int = 64) -> Tensor:
-    """The diagonal blocks Z_i Z_i' of the Gram matrix, in pieces: any number of samples.
+def sample_blocks(network: Network, *, scale: Tensor | None = None, chunk: int = 64) -> Tensor:
+    """The diagonal blocks Z_i P^-1 Z_i' of the Gram matrix, in pieces: any number of samples.
 
     Args:
         network: The network; its ranks share the samples.
+        scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
         chunk: Samples at a time.
 
     Returns:
-        Shape (n, R, R).
+        Shape (n, R, R), float64.
     """
+    inverse = None if scale is None else unflatten(scale.square(), network.parameters)
 
     def compute(start: int, stop: int) -> Tensor:
-        return torch.cat([_blocks(part, _columns(part)) for part in network.chunks(chunk, start, stop)])
+        parts = network.chunks(chunk, start, stop)
+        return torch.cat([_blocks(part, _columns(part), inverse) for part in parts])
 
     return network.ranks.rows(network.n, compute)
 
@@ -129,101 +80,150 @@ def gradient_norms(network: Network, *, chunk: int = 64) -> Tensor:
     """
 
     def compute(start: int, stop: int) -> Tensor:
-        parts = network.chunks(chunk, start, stop)
+        parts = network.chunks(max(1, min(chunk, _NUMBERS // network.size)), start, stop)
         return torch.cat([_blocks(part, part.output_gradient()[:, None]).reshape(-1) for part in parts])
 
     return network.ranks.rows(network.n, compute).clamp_min(0).sqrt()
 
 
-def layer_signals(network: Network, cotangents: Tensor) -> tuple[list[LayerSignal], Tensor | None]:
-    """Back-propagate cotangents of the outputs and record what every linear layer sees.
+def layer_signals(network: Network, cotangents: Tensor, inverse: Inverse = None) -> list[Signal]:
+    """Back-propagate cotangents of the outputs and record what every layer sees.
 
     Args:
         network: The network.
         cotangents: u_ir, shape (n, R, O); row r of sample i gives the gradient J_i' u_ir.
+        inverse: P^-1 by name.
 
     Returns:
-        The signals of the layers handled here, and the explicit gradients (n, R, size) by all other parameters, or
-        None if there are none.
+        One signal per layer, and one for the explicit gradients of all other parameters, if there are any.
     """
-    recorded = {name: _Recorded(module) for name, module in _layers(network)}
-    handles = [record.module.register_forward_hook(_hook(record)) for record in recorded.values()]
+    # 1. forward, with every known layer recorded
+    recorded = [_Recorded(name, module) for name, module in _layers(network)]
+    handles = [record.module.register_forward_hook(_hook(record)) for record in recorded]
     try:
         with torch.enable_grad():
             outputs = call(network.model, network.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    used = {
-        name: record
-        for name, record in recorded.items()
-        if len(record.calls) == 1 and len(record.calls[0][0]) == network.n and record.calls[0][0].ndim >= 2
-    }
+    used = [r for r in recorded if len(r.calls) == 1 and _is_per_sample(r, network.n)]
+    # 2. backward to their outputs, once per cotangent
     flat = outputs.reshape(network.n, -1)
-    sources = [record.calls[0][1] for record in used.values()]
+    sources = [record.calls[0][1] for record in used]
     rows = cotangents.to(flat.dtype).unbind(1) if sources else ()
     per_row = [torch.autograd.grad(flat, sources, row, retain_graph=True, materialize_grads=True) for row in rows]
-    signals = [
-        _signal(record, torch.stack([grads[i] for grads in per_row], 1), network)
-        for i, record in enumerate(used.values())
-    ]
-    covered = {id(p) for record in used.values() for p in record.module.parameters(recurse=False)}
+    names = {id(p): name for name, p in network.parameters.items()}
+    signals: list[Signal] = []
+    for i, record in enumerate(used):
+        signals += _signals(record, torch.stack([grads[i] for grads in per_row], 1), names, inverse)
+    # 3. explicit gradients by what is left
+    covered = {id(p) for record in used for p in record.module.parameters(recurse=False)}
     others = [name for name, p in network.parameters.items() if id(p) not in covered]
-    if not others:
-        return signals, None
-    return signals, cotangents.to(flat.dtype) @ output_jacobian(network, others, chunk=64)
+    if others:
+        Z = pulled(network, cotangents.to(flat.dtype), others, chunk=64)
+        if inverse is not None:
+            Z = Z * torch.cat([inverse[name].reshape(-1) for name in others]).sqrt()
+        signals.append(Explicit(Z))
+    return signals
 
 
 def _columns(network: Network) -> Tensor:
-    # W_i' as rows of cotangents, shape (n, R, O).
+    """W_i' as rows of cotangents, shape (n, R, O)."""
     factor = network.factor
-    eye = torch.eye(factor.rank, dtype=network.outputs.dtype, device=network.outputs.device)
+    eye = torch.eye(factor.rank, dtype=network.outputs.dtype, device=network.device)
     return factor.times(eye.expand(network.n, -1, -1)).mT
 
 
-def _layers(network: Network) -> Iterator[tuple[str, nn.Linear | nn.Conv1d | nn.Conv2d]]:
-    """Layers whose gradients are outer products and whose parameters belong to them alone."""
+def _layers(network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of a known type whose trained parameters are a weight and a bias that belong to them alone."""
     owners: dict[int, int] = {}
     for module in network.model.modules():
         for p in module.parameters(recurse=False):
             owners[id(p)] = owners.get(id(p), 0) + 1
     chosen = {id(p) for p in network.parameters.values()}
     for name, module in network.model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if not any(id(p) in chosen for p in own) or any(owners[id(p)] > 1 for p in own):
+        own = dict(module.named_parameters(recurse=False))
+        if not any(id(p) in chosen for p in own.values()) or any(owners[id(p)] > 1 for p in own.values()):
             continue
-        if type(module) is nn.Linear or _is_plain_convolution(module):
-            yield name, cast("nn.Linear | nn.Conv1d | nn.Conv2d", module)
+        if type(module) in _PLAIN and own.keys() <= {"weight", "bias"} and "weight" in own and _is_plain(module):
+            yield name, module
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
-    if type(module) is not nn.Conv1d and type(module) is not nn.Conv2d:
-        return False
-    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the layer does nothing beyond its formula."""
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return True
+
+
+def _is_per_sample(record: _Recorded, n: int) -> bool:
+    """Whether the layer was called with the samples along the first dimension."""
+    x, least = record.calls[0][0], 1 if isinstance(record.module, nn.Embedding) else 2
+    return x.ndim >= least and len(x) == n
 
 
 def _hook(record: _Recorded) -> Callable[..., Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        record.calls.append((inputs[0].detach(), output))
+        record.calls.append((inputs[0].detach() if inputs else output.new_zeros(()), output))
         return output.clone()  # an in-place activation must not overwrite what is differentiated
 
     return hook
 
 
-def _signal(record: _Recorded, gradients: Tensor, network: Network) -> LayerSignal:
+def _signals(record: _Recorded, gradients: Tensor, names: Mapping[int, str], inverse: Inverse) -> Iterator[Signal]:
+    """The signals of one layer, from its input and the gradients (n, R, ...) at its output."""
     module, x = record.module, record.calls[0][0]
-    if isinstance(module, nn.Linear):
+    own = dict(module.named_parameters(recurse=False))
+
+    def of(name: str) -> Tensor | float:
+        """P^-1 of a parameter, 1 without one, 0 where it is not trained."""
+        if name not in own or id(own[name]) not in names:
+            return 0.0
+        return 1.0 if inverse is None else inverse[names[id(own[name])]]
+
+    weight, bias = of("weight"), of("bias")
+    if isinstance(module, nn.Embedding):
+        yield _lookup(module, x, gradients, weight)
+    elif isinstance(module, nn.LayerNorm):
+        yield from _norm(module, x, gradients, weight, bias)
+    elif isinstance(module, nn.Linear):
         a = x.reshape(len(x), -1, x.shape[-1])  # (n, T, in)
         g = gradients.reshape(*gradients.shape[:2], -1, gradients.shape[-1])  # (n, R, T, out)
-    else:
-        a = _patches(module, x)
-        g = gradients.flatten(3).mT
-    trained = {id(p) for p in network.parameters.values()}
-    return LayerSignal(a, g, id(module.weight) in trained, module.bias is not None and id(module.bias) in trained)
+        yield Outer(a, g, weight, bias)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        flat = weight.flatten(1) if isinstance(weight, Tensor) else weight
+        yield Outer(_patches(module, x), gradients.flatten(3).mT, flat, bias)
+
+
+def _lookup(module: nn.Embedding, x: Tensor, gradients: Tensor, weight: Tensor | float) -> Lookup:
+    tokens = x.reshape(len(x), -1)
+    g = gradients.reshape(*gradients.shape[:2], -1, gradients.shape[-1])
+    if isinstance(weight, Tensor):
+        g = g * weight.sqrt()[tokens][:, None]
+    if module.padding_idx is not None:
+        g = g * (tokens != module.padding_idx)[:, None, :, None]
+    return Lookup(tokens, g)
+
+
+def _norm(
+    module: nn.LayerNorm, x: Tensor, gradients: Tensor, weight: Tensor | float, bias: Tensor | float
+) -> Iterator[Explicit]:
+    """sum_t g_t * (normalized x)_t for the gain and sum_t g_t for the bias."""
+    shape, kept = module.normalized_shape, len(module.normalized_shape)
+    size = gradients.shape[-kept:].numel()
+    normalized = F.layer_norm(x, shape, None, None, module.eps).reshape(len(x), 1, -1, size)
+    g = gradients.reshape(*gradients.shape[:2], -1, size)  # (n, R, T, size)
+    for inverse, Z in ((weight, g * normalized), (bias, g)):
+        if isinstance(inverse, Tensor):
+            yield Explicit(Z.sum(2) * inverse.reshape(-1).sqrt())
+        elif inverse:
+            yield Explicit(Z.sum(2))
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    # Unfolded inputs of a convolution, shape (n, positions, in * kernel).
+    """Unfolded inputs of a convolution, shape (n, positions, in * kernel)."""
     kernel, dilation, padding, stride = (
         tuple(int(v) for v in value) for value in (module.kernel_size, module.dilation, module.padding, module.stride)
     )
@@ -232,29 +232,10 @@ def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation, padding, stride).mT
 
 
-def _add_gram(K: Tensor, signal: LayerSignal) -> None:
-    n, R, T, _ = signal.g.shape
-    if not signal.ghost_is_cheaper():
-        for Z in signal.gradients():
-            flat = Z.reshape(n * R, -1).to(K.dtype)
-            K.addmm_(flat, flat.T)
-        return
-    view = K.view(n, R, n, R)
-    for t in range(T):
-        a, g = signal.a[:, t].to(K.dtype), signal.g[:, :, t].reshape(n * R, -1).to(K.dtype)
-        for u in range(T):
-            b, f = signal.a[:, u].to(K.dtype), signal.g[:, :, u].reshape(n * R, -1).to(K.dtype)
-            inputs = a @ b.T * signal.weight + signal.bias
-            view.addcmul_((g @ f.T).view(n, R, n, R), inputs[:, None, :, None])
-
-
-def _blocks(network: Network, cotangents: Tensor) -> Tensor:
-    # Per-sample inner products of the gradients J_i' u_ir, shape (n, R, R).
-    signals, rest = layer_signals(network, cotangents)
-    total = torch.zeros(network.n, cotangents.shape[1], cotangents.shape[1], dtype=torch.float64)
-    total = total.to(network.targets.device)
-    for signal in signals:
+def _blocks(network: Network, cotangents: Tensor, inverse: Inverse = None) -> Tensor:
+    """Per-sample inner products of the gradients J_i' u_ir, shape (n, R, R)."""
+    R = cotangents.shape[1]
+    total = torch.zeros(network.n, R, R, dtype=torch.float64, device=network.device)
+    for signal in layer_signals(network, cotangents, inverse):
         total += signal.blocks()
-    if rest is not None:
-        total += (rest @ rest.mT).double()
     return total

@@ -2,18 +2,26 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+from core_tensor.app.ranks import ALONE, Ranks
 from core_tensor.linalg.spectrum import check_parameters
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgd_stability.curvature.factors import OutputFactor
 from sgd_stability.curvature.losses import SampleLoss, check_additive
-from sgd_stability.distributed import ALONE, Ranks, bare
 
 Inputs = Tensor | Mapping[str, Tensor]
+_NUMBERS = 2**24
+"""Most output numbers held at once: a language model's logits for 256 x 1,024 tokens would take 53 GB."""
+_COMPARED = 64
+"""Samples on which the independence of the others is tested."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Network:
         targets: Targets, n along the first dimension.
         parameters: The trainable parameters by name; curvature is taken over these.
         ranks: Who shares the work; all of them hold all of the samples.
+        known: What was found out once about the model; shared by all of its parts.
     """
 
     model: nn.Module
@@ -35,6 +44,7 @@ class Network:
     targets: Tensor
     parameters: dict[str, Tensor]
     ranks: Ranks = ALONE
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -57,6 +67,29 @@ class Network:
         """Number of parameters d."""
         return sum(p.numel() for p in self.parameters.values())
 
+    @property
+    def rank(self) -> int:
+        """R, the rows of every Z_i: one per output of a sample."""
+        if "rank" not in self.known:
+            self.known["rank"] = self.part(0, 1).outputs.numel()
+        return int(self.known["rank"])
+
+    @property
+    def convex(self) -> bool:
+        """Whether no sample's loss is concave in its outputs in any direction."""
+        return self.loss.convex or all(part.factor.signs is None for part in self.chunks(256))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of flat vectors: the parameters', or float32 where those have half precision."""
+        own = next(iter(self.parameters.values())).dtype
+        return torch.float32 if own in {torch.float16, torch.bfloat16} else own
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self.parameters.values())).device
+
     def detached(self) -> dict[str, Tensor]:
         """The parameters without their graph.
 
@@ -64,6 +97,14 @@ class Network:
             Parameters by name.
         """
         return {name: p.detach() for name, p in self.parameters.items()}
+
+    def mean_loss(self) -> float:
+        """Mean loss of the samples.
+
+        Returns:
+            The loss.
+        """
+        return math.fsum(float(p.loss.values(p.outputs, p.targets).sum()) for p in self.chunks(256)) / self.n
 
     def output_gradient(self) -> Tensor:
         """Gradient of every sample's loss in its outputs.
@@ -84,13 +125,15 @@ class Network:
         Returns:
             rms ||dl_i/dz_i|| / (rms (tr Lambda_i / O) rms ||z_i||); 0 if all slopes vanish.
         """
-        slope = float(self.output_gradient().double().square().sum(1).mean().sqrt())
+        slope = curvature = size = 0.0
+        for part in self.chunks(256):
+            slope += float(part.output_gradient().double().square().sum())
+            curvature += float((part.factor.trace().double() / self.rank).square().sum())
+            size += float(part.outputs.double().square().sum())
         if slope == 0:
             return 0.0
-        z = self.outputs.double().reshape(self.n, -1)
-        curvature = float(self.factor.trace().double().square().mean().sqrt()) / z.shape[1]
-        size = float(z.square().sum(1).mean().sqrt())
-        return slope / (curvature * size) if curvature * size > 0 else math.inf
+        product = math.sqrt(curvature) * math.sqrt(size / self.n)
+        return math.sqrt(slope) / product if product > 0 else math.inf
 
     def part(self, start: int, stop: int) -> "Network":
         """The same model on a range of the samples, for this process alone.
@@ -113,13 +156,13 @@ class Network:
         Returns:
             The smaller network.
         """
-        return Network(self.model, self.loss, take(self.inputs, which), self.targets[which], self.parameters)
+        return replace(self, inputs=take(self.inputs, which), targets=self.targets[which], ranks=ALONE)
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator["Network"]:
-        """The samples of a range, a few at a time.
+        """The samples of a range, a few at a time: fewer than asked for where a sample has many outputs.
 
         Args:
-            size: Samples at a time.
+            size: Most samples at a time.
             start: First sample.
             stop: One past the last; n if absent.
 
@@ -127,45 +170,95 @@ class Network:
             Smaller networks.
         """
         stop = self.n if stop is None else stop
+        size = max(1, min(size, _NUMBERS // max(self.rank, 1)))
         if (start, stop) == (0, self.n) and self.n <= size and self.ranks is ALONE:
             yield self  # with what it has computed
             return
         for first in range(start, stop, size):
             yield self.part(first, min(first + size, stop))
 
+    def direction(self, v: Tensor) -> dict[str, Tensor]:
+        """A flat vector as a direction of the parameters.
 
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
+        The row of an embedding that pads has no gradient; its component is dropped, so that forward mode agrees.
+
+        Args:
+            v: Shape (d,).
+
+        Returns:
+            Pieces by name, in the parameters' dtypes.
+        """
+        pieces = unflatten(v, self.parameters)
+        if "padding" not in self.known:
+            self.known["padding"] = _padding(self.model, self.parameters)
+        for name, row in self.known["padding"]:
+            pieces[name] = pieces[name].clone()
+            pieces[name][row] = 0
+        return {name: piece.to(self.parameters[name].dtype) for name, piece in pieces.items()}
+
+
+def _padding(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """Rows that pad, of embeddings whose weight belongs to no other module."""
+    names = {id(p): name for name, p in parameters.items()}
+    owners = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
+    return [
+        (names[id(module.weight)], module.padding_idx)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.padding_idx is not None
+        and id(module.weight) in names
+        and owners.count(id(module.weight)) == 1
+    ]
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Kernels that can be differentiated forward and twice: plain attention, and recurrent cells step by step.
+
+    Args:
+        model: The model that is about to be evaluated.
+
+    Yields:
+        Nothing.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def call(model: nn.Module, inputs: Inputs, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
     """Evaluate a model.
 
     Args:
-        model: The model; must return a tensor.
+        model: The model; returns a tensor, or something with a field `logits`, as transformers' models do.
         inputs: A tensor, or keyword arguments.
+        parameters: What stands in for its parameters.
 
     Returns:
         Outputs, shape (n, ...).
 
     Raises:
-        TypeError: If the model does not return a tensor.
+        TypeError: If the model returns neither.
     """
-    args, kwargs = arguments(inputs)
-    outputs = model(*args, **kwargs)
+    args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
+    with differentiable(model):
+        outputs = (
+            model(*args, **kwargs) if parameters is None else functional_call(model, dict(parameters), args, kwargs)
+        )
+    outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"model: expected a tensor of outputs, got {type(outputs).__name__}; wrap the model so that it returns one"
         )
     return outputs
-
-
-def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Inputs as arguments of the model.
-
-    Args:
-        inputs: A tensor, or keyword arguments.
-
-    Returns:
-        Positional and keyword arguments.
-    """
-    return ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
 
 
 def unflatten(vector: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,18 +290,16 @@ def take(inputs: Inputs, which: slice | Tensor) -> Inputs:
     return inputs[which]
 
 
-def single(sample: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """One sample, without its batch dimension, as arguments of the model.
+def batch_of_one(sample: Inputs) -> Inputs:
+    """One sample, without its batch dimension, as a batch.
 
     Args:
         sample: A tensor, or a mapping of tensors.
 
     Returns:
-        Positional and keyword arguments, a batch of one.
+        The batch.
     """
-    if isinstance(sample, Mapping):
-        return (), {name: value[None] for name, value in sample.items()}
-    return (sample[None],), {}
+    return {name: value[None] for name, value in sample.items()} if isinstance(sample, Mapping) else sample[None]
 
 
 def make_network(
@@ -233,7 +324,8 @@ def make_network(
         The network.
 
     Raises:
-        ValueError: If the model has no (real) parameters, mixes samples, or the loss is not a finite sum over samples.
+        ValueError: If the model has no (real) parameters, cannot be evaluated on the data, mixes samples, or the loss
+            is not a finite sum over samples.
         TypeError: If parameters or outputs are not real floating tensors.
     """
     model = bare(model)
@@ -246,12 +338,37 @@ def make_network(
     if names is not None and names - chosen.keys():
         raise ValueError(f"parameters: expected names of trainable parameters, got {sorted(names - chosen.keys())}")
     check_parameters(chosen.values())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"model: expected a loss that is a sum over samples, but {name or type(module).__name__} normalizes "
+                "over the batch; call model.eval() or freeze its statistics"
+            )
     network = Network(model, loss, inputs, targets, chosen, ranks)
     if network.n == 0:
         raise ValueError("data: expected at least one sample, got none")
+    first = _first(network)
+    if loss.fit is not None:
+        network = replace(network, loss=loss.fit(first.outputs, targets))
     check_independent(network)
-    check_additive(loss, network.outputs, targets)
+    for part in network.chunks(256):
+        check_additive(network.loss, part.outputs, part.targets)
     return network
+
+
+def _first(network: Network) -> Network:
+    """The first sample, evaluated: what fails here is the caller's model on the caller's data."""
+    first = network.part(0, 1)
+    try:
+        outputs = first.outputs
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"model: cannot be evaluated on the data ({type(error).__name__}: {why})") from error
+    if outputs.ndim == 0 or len(outputs) != 1:
+        raise ValueError(f"model: expected one output per sample, got shape {tuple(outputs.shape)} for one sample")
+    return first
 
 
 def check_independent(network: Network) -> None:
@@ -263,22 +380,36 @@ def check_independent(network: Network) -> None:
     Raises:
         ValueError: If it does.
     """
-    for name, module in network.model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"model: expected a loss that is a sum over samples, but {name or type(module).__name__} normalises "
-                "over the batch; call model.eval() or freeze its statistics"
-            )
-    outputs = network.outputs
-    if not bool(outputs.isfinite().all()):
-        raise ValueError("model: expected finite outputs, got NaN or infinite ones")
-    half = (network.n + 1) // 2
+    for part in network.chunks(256):
+        if not bool(part.outputs.isfinite().all()):
+            raise ValueError("model: expected finite outputs, got NaN or infinite ones")
+        if len(part.outputs) != part.n:
+            raise ValueError(f"model: expected {part.n} outputs, one per sample, got {len(part.outputs)}")
+    some = next(iter(network.part(0, min(network.n, _COMPARED)).chunks(_COMPARED)))
+    half = (some.n + 1) // 2
     with torch.no_grad():
-        alone = call(network.model, take(network.inputs, slice(0, half)))
-    if len(outputs) != network.n:
-        raise ValueError(f"model: expected {network.n} outputs, one per sample, got {len(outputs)}")
-    if bool(((outputs[:half] - alone).abs() > 1e-3 * (outputs.abs().max() + 1e-6)).any()):
+        together = call(network.model, some.inputs)
+        alone = call(network.model, take(some.inputs, slice(0, half)))
+    if bool(((together[:half] - alone).abs() > 1e-3 * (together.abs().max() + 1e-6)).any()):
         raise ValueError(
             "model: expected outputs that depend on their own sample only and repeat from call to call; "
             "switch off dropout and layers that mix the batch (model.eval())"
         )
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, which torch.func cannot differentiate.
+
+    Args:
+        model: A model, perhaps wrapped.
+
+    Returns:
+        The model itself; parameters are shared.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model

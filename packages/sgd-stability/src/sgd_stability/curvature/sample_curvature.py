@@ -6,7 +6,6 @@ from torch import Tensor
 
 from sgd_stability.curvature.gauss_newton import gauss_newton_operator
 from sgd_stability.curvature.ghost import sample_blocks
-from sgd_stability.curvature.jacobian import weighted_jacobian
 from sgd_stability.curvature.network import Network
 
 _BLOCK = 256
@@ -23,14 +22,14 @@ def sample_curvature(network: Network, *, scale: Tensor | None = None) -> Tensor
     Returns:
         Shape (n,), float64.
     """
-    if network.factor.rank > _BLOCK:
+    if network.rank > _BLOCK:
 
         def top(start: int, stop: int) -> Tensor:
             return torch.cat([_top(network, i, scale).values for i in range(start, stop)])
 
         return network.ranks.rows(network.n, top)
-    blocks = sample_blocks(network) if scale is None else _scaled_blocks(network, scale)
-    signs = network.factor.signs
+    blocks = sample_blocks(network, scale=scale)
+    signs = None if network.loss.convex else network.factor.signs
     if signs is None:
         psd: Tensor = torch.linalg.eigvalsh(blocks)[:, -1].clamp_min(0)
         return psd
@@ -60,11 +59,3 @@ def _top(network: Network, i: int, scale: Tensor | None) -> Eigenpairs:
     operator = gauss_newton_operator(network.part(i, i + 1), scale=scale)
     generator = torch.Generator().manual_seed(i)
     return lanczos(operator, tolerance=1e-3, max_steps=60, generator=generator)
-
-
-def _scaled_blocks(network: Network, scale: Tensor) -> Tensor:
-    def compute(start: int, stop: int) -> Tensor:
-        pieces = [(weighted_jacobian(part) * scale).double() for part in network.chunks(32, start, stop)]
-        return torch.cat([Z @ Z.mT for Z in pieces])
-
-    return network.ranks.rows(network.n, compute)

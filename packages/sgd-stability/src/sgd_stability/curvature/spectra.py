@@ -51,8 +51,7 @@ def network_of(
     Returns:
         The network.
     """
-    device = next((p.device for p in model.parameters()), None)
-    samples = collect(data, max_samples=max_samples, seed=seed, device=device)
+    samples = collect(data, max_samples=max_samples, seed=seed, like=next(model.parameters(), None))
     return make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters)
 
 
@@ -65,7 +64,7 @@ def exact_gauss_newton_trace(network: Network) -> float:
     Returns:
         The trace.
     """
-    blocks, sign = sample_blocks(network), network.factor.signs
+    blocks, sign = sample_blocks(network), None if network.loss.convex else network.factor.signs
     diagonal = blocks.diagonal(dim1=1, dim2=2)  # (n, R)
     return float((diagonal if sign is None else diagonal * sign).sum(1).mean())
 

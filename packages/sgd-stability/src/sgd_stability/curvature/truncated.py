@@ -8,14 +8,16 @@ directions H hardly sees; a quarter of the basis is therefore given to the top e
 the same k an error more than ten times smaller (`tests/test_truncated_route.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from core_tensor.linalg.spectrum import Eigenpairs, SymmetricOperator, hessian_operator, lanczos
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 
-from sgd_stability.curvature.network import Inputs, Network, arguments, call, single, unflatten
+from sgd_stability.curvature.jacobian import derivatives, difference, pushed, rows_without_padding
+from sgd_stability.curvature.network import Inputs, Network, batch_of_one, call, unflatten
 from sgd_stability.curvature.sample_curvature import sample_curvature
 from sgd_stability.theory.family import CurvatureFamily
 
@@ -24,7 +26,7 @@ _NUMBERS = 2**25
 
 
 def loss_hessian_operator(network: Network, *, scale: Tensor | None = None) -> SymmetricOperator:
-    """The Hessian of the mean loss as an operator.
+    """The Hessian of the mean loss as an operator, by double backward, or by differences of gradients without it.
 
     Args:
         network: The network; its ranks share the samples.
@@ -35,18 +37,39 @@ def loss_hessian_operator(network: Network, *, scale: Tensor | None = None) -> S
     """
     start, stop = network.ranks.range(network.n)
     own = network.part(start, stop)
-
-    def closure() -> Tensor:
-        return network.loss.values(call(network.model, own.inputs), own.targets).sum() / network.n
-
-    first = next(iter(network.parameters.values()))
-    local = hessian_operator(closure, network.parameters.values()) if own.n else torch.zeros_like
+    local = _local_hessian(own, network.n) if own.n else torch.zeros_like
 
     def product(v: Tensor) -> Tensor:
         image = network.ranks.sum(local(v if scale is None else scale * v))
         return image if scale is None else scale * image
 
-    return SymmetricOperator(product, network.size, first.dtype, first.device)
+    return SymmetricOperator(product, network.size, network.dtype, network.device)
+
+
+def _local_hessian(own: Network, n: int) -> Callable[[Tensor], Tensor]:
+    """This process's share of the Hessian of the mean over n samples."""
+
+    def closure() -> Tensor:
+        return own.loss.values(call(own.model, own.inputs), own.targets).sum() / n
+
+    def gradient(parameters: dict[str, Tensor]) -> Tensor:
+        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        with torch.enable_grad():
+            loss = own.loss.values(call(own.model, own.inputs, leaves), own.targets).sum() / n
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in found]).to(own.dtype)
+
+    exact = hessian_operator(closure, own.parameters.values())
+
+    def product(v: Tensor) -> Tensor:
+        if own.known.get("twice differentiable", True):
+            try:
+                return exact(v.to(exact.dtype)).to(v.dtype)
+            except (RuntimeError, NotImplementedError):  # an operation without a second derivative
+                own.known["twice differentiable"] = False
+        return difference(gradient, own, own.direction(v))
+
+    return product
 
 
 def top_eigenvectors(
@@ -84,7 +107,7 @@ def projected_family(
         The truncated family.
     """
     columns = (V if scale is None else V * scale[:, None]).T  # (k, d)
-    chunk = max(1, min(256, _NUMBERS // (len(columns) * network.outputs[0].numel())))
+    chunk = max(1, min(256, _NUMBERS // (len(columns) * network.rank)))
 
     def compute(start: int, stop: int) -> Tensor:
         return torch.cat([_compressed(part, columns) for part in network.chunks(chunk, start, stop)])
@@ -97,20 +120,8 @@ def projected_family(
 
 
 def _compressed(part: Network, columns: Tensor) -> Tensor:
-    # W_i'J_iV of some samples; only F'F matters, so more rows than columns are folded by QR.
-    parameters = part.detached()
-    args, kwargs = arguments(part.inputs)
-
-    def forward(values: dict[str, Tensor]) -> Tensor:
-        outputs: Tensor = functional_call(part.model, values, args, kwargs)
-        return outputs
-
-    def along(v: Tensor) -> Tensor:
-        tangent: Tensor = jvp(forward, (parameters,), (unflatten(v, parameters),))[1]
-        return tangent
-
-    JV = vmap(along)(columns).reshape(len(columns), part.n, -1).permute(1, 2, 0)  # (n, O, k)
-    F = part.factor.transpose_times(JV)  # (n, R, k)
+    """W_i'J_iV of some samples; only F'F matters, so more rows than columns are folded by QR."""
+    F = part.factor.transpose_times(pushed(part, columns))  # (n, R, k)
     signs = part.factor.signs
     if F.shape[1] <= F.shape[2]:
         signs = F.new_ones(F.shape[:2]) if signs is None else signs.to(F)
@@ -135,12 +146,36 @@ def projected_hessians(network: Network, V: Tensor, *, chunk: int = 64, scale: T
     Returns:
         The family, truncated if k < d. Its sample curvatures are those of the compressed H_i: underestimates.
     """
-    parameters = network.detached()
     columns = (V if scale is None else V * scale[:, None]).T
 
+    def compute(start: int, stop: int) -> Tensor:
+        part = network.part(start, stop)
+        if part.known.get("hessian batches", True):
+            try:
+                return _hessians_together(part, columns, chunk)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError):
+                part.known["hessian batches"] = False
+        rows = []
+        for i in range(part.n):
+            one = part.part(i, i + 1)
+            product = _local_hessian(one, 1)
+            rows.append(torch.stack([columns @ product(v) for v in columns]))
+        return torch.stack(rows)
+
+    dense = network.ranks.rows(network.n, compute)
+    family = CurvatureFamily.from_hessians((dense + dense.mT) / 2)
+    return replace(family, truncated=V.shape[1] < V.shape[0])
+
+
+def _hessians_together(part: Network, columns: Tensor, chunk: int) -> Tensor:
+    """V'H_iV of some samples by forward over reverse mode, shape (n, k, k)."""
+    if derivatives(part) != "forward mode":
+        raise NotImplementedError("no forward mode")
+    parameters = part.detached()
+    directions = rows_without_padding(part, columns)
+
     def loss(parameters: dict[str, Tensor], sample: Inputs, target: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(network.model, parameters, *single(sample))
-        return network.loss.values(outputs, target[None])[0]
+        return part.loss.values(call(part.model, batch_of_one(sample), parameters), target[None])[0]
 
     def one(sample: Inputs, target: Tensor) -> Tensor:
         def along(v: Tensor) -> Tensor:
@@ -148,13 +183,7 @@ def projected_hessians(network: Network, V: Tensor, *, chunk: int = 64, scale: T
             image: dict[str, Tensor] = jvp(slope, (parameters,), (unflatten(v, parameters),))[1]
             return columns @ torch.cat([g.reshape(-1) for g in image.values()])
 
-        return vmap(along)(columns)  # (k, k)
+        return vmap(along)(directions)  # (k, k)
 
-    def compute(start: int, stop: int) -> Tensor:
-        part = network.part(start, stop)
-        inputs = part.inputs if isinstance(part.inputs, Tensor) else dict(part.inputs)
-        return vmap(one, chunk_size=chunk)(inputs, part.targets).detach()
-
-    dense = network.ranks.rows(network.n, compute)
-    family = CurvatureFamily.from_hessians((dense + dense.mT) / 2)
-    return replace(family, truncated=V.shape[1] < V.shape[0])
+    inputs = part.inputs if isinstance(part.inputs, Tensor) else dict(part.inputs)
+    return vmap(one, chunk_size=chunk)(inputs, part.targets).detach()

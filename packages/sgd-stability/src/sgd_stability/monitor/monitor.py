@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from core_tensor.app.ranks import ALONE
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from sgd_stability.curvature.data import Data, collect
-from sgd_stability.curvature.directional import batch_sharpness, critical_sharpness
+from sgd_stability.curvature.data import Data, batch_size_of, collect, sharing
 from sgd_stability.curvature.losses import LossValues, resolve_loss
 from sgd_stability.curvature.network import make_network
-from sgd_stability.distributed import ALONE, all_ranks
+from sgd_stability.monitor.directional import batch_sharpness, critical_sharpness
 from sgd_stability.monitor.tracking import Tracker
 from sgd_stability.report.analysis import analyze
 from sgd_stability.report.check import Band, Check, band, safe_batch_size
@@ -103,17 +102,18 @@ class StabilityMonitor:
             check_number("max_overhead", max_overhead, low=0, open_low=True)
         if isinstance(on_unstable, str):
             check_choice("on_unstable", on_unstable, ("warn", "reduce_lr"))
-        if batch_size is None and isinstance(data, DataLoader):
-            batch_size = data.batch_size
+        if batch_size is None:
+            batch_size = batch_size_of(data)
         if batch_size is None:
             raise ValueError("batch_size: expected one, or a DataLoader that has one")
         self.model, self.loss, self.data, self.sampling = model, loss, data, sampling
         self.every, self.every_cheap, self.settle = every, every_cheap, settle
         self.suspects, self.products = suspects, products
         self.on_unstable, self.max_overhead, self.seed = on_unstable, max_overhead, seed
-        self._ranks = all_ranks() if distributed else ALONE
-        device = next((p.device for p in model.parameters()), None)
-        self._samples = collect(data, max_samples=probe_batch, seed=seed, device=device, ranks=self._ranks)
+        self._ranks = sharing(distributed)
+        self._samples = collect(
+            data, max_samples=probe_batch, seed=seed, like=next(model.parameters(), None), ranks=self._ranks
+        )
         self.n = self._samples.n
         self.batch_size = min(batch_size, self.n)
         self._scheme = Sampling(self.n, self.batch_size, sampling)
@@ -121,7 +121,7 @@ class StabilityMonitor:
             self._network = make_network(
                 model, resolve_loss(loss), self._samples.inputs, self._samples.targets, ranks=self._ranks
             )
-            if self._network.factor.signs is not None:
+            if not self._network.convex:
                 raise ValueError("loss: expected one that is convex in the outputs, for a Gauss-Newton Hessian")
         self._tracker = Tracker(self._network, seed)
         self.steps = 0

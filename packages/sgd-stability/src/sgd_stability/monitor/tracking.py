@@ -32,9 +32,8 @@ class Tracker:
         middle = (network.n + 1) // 2
         ranges = [(0, middle), (middle, network.n)] if network.n > 1 else [(0, 1)]
         self._halves = [(a, replace(network.part(a, b), ranks=network.ranks)) for a, b in ranges]
-        first = next(iter(network.parameters.values()))
         generator = torch.Generator().manual_seed(seed)
-        self._v = torch.randn(network.size, generator=generator).to(first.device, first.dtype)
+        self._v = torch.randn(network.size, generator=generator).to(network.device, network.dtype)
         self._products: list[Tensor] = []
         self._traces = torch.zeros(network.n)
         self._turn = 0  # which half is next

@@ -7,7 +7,7 @@ import torch
 from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor, nn
 
-from sgd_stability.curvature.data import Data, collect
+from sgd_stability.curvature.data import Data, collect, sharing
 from sgd_stability.curvature.gauss_newton import gauss_newton_operator
 from sgd_stability.curvature.ghost import gradient_norms, gram
 from sgd_stability.curvature.jacobian import weighted_jacobian
@@ -21,7 +21,6 @@ from sgd_stability.curvature.truncated import (
     projected_hessians,
     top_eigenvectors,
 )
-from sgd_stability.distributed import ALONE, all_ranks
 from sgd_stability.report.report import StabilityReport
 from sgd_stability.theory.dynamics import SGD, Update
 from sgd_stability.theory.family import CurvatureFamily
@@ -85,9 +84,8 @@ def analyze(
     check_choice("sampling", sampling, SCHEMES)
     check_choice("method", method, ("auto", "gram", "jacobian", "truncated"))
     check_number("k", k, low=1, integer=True)
-    device = next((p.device for p in model.parameters()), None)
-    ranks = all_ranks() if distributed else ALONE
-    samples = collect(data, max_samples=max_samples, seed=seed, device=device, ranks=ranks)
+    ranks = sharing(distributed)
+    samples = collect(data, max_samples=max_samples, seed=seed, like=next(model.parameters(), None), ranks=ranks)
     network = make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters, ranks)
     scale = None
     if preconditioner is not None:
@@ -108,18 +106,19 @@ def analyze(
         update=update,
         curvature=curvature,
         method=used,
-        mean_loss=float(network.loss.values(network.outputs, network.targets).mean()),
+        mean_loss=network.mean_loss(),
         gradient_rms=rms,
         relative_residual=relative,
         interpolating=relative <= interpolation_tolerance,
         trace=_trace(network, curvature, scale) if family.truncated else family.trace,
         spectrum_converged=converged,
+        derivatives=network.known.get("derivatives", "backward"),
     )
 
 
 def _trace(network: Network, curvature: str, scale: Tensor | None) -> float:
     # Of the whole H, where the family is truncated: exactly for few outputs, else by Hutch++.
-    if curvature == "ggn" and scale is None and network.factor.rank <= _EXACT_TRACE:
+    if curvature == "ggn" and scale is None and network.rank <= _EXACT_TRACE:
         return exact_gauss_newton_trace(network)
     build = gauss_newton_operator if curvature == "ggn" else loss_hessian_operator
     return hutch_plus_plus(build(network, scale=scale), 30, generator=torch.Generator().manual_seed(0)).value
@@ -134,13 +133,12 @@ def _family(
         if method == "gram":
             raise ValueError("method: expected 'jacobian', 'truncated' or 'auto' with curvature='hessian', got 'gram'")
         if method == "jacobian" or (method == "auto" and n * d * d <= _DENSE_NUMBERS):
-            first = next(iter(network.parameters.values()))
-            eye = torch.eye(d, dtype=first.dtype, device=first.device)
+            eye = torch.eye(d, dtype=network.dtype, device=network.device)
             return projected_hessians(network, eye, scale=scale), "jacobian", True
         pairs = top_eigenvectors(loss_hessian_operator(network, scale=scale), k, seed=seed)
         return projected_hessians(network, pairs.vectors, scale=scale), "truncated", pairs.converged
-    R = network.factor.rank
-    indefinite = network.factor.signs is not None
+    R = network.rank
+    indefinite = not network.convex
     if method == "auto":
         fits = n * R * d <= _DENSE_NUMBERS and min(n * R, d) <= _GRAM_ROWS
         method = "jacobian" if fits else "truncated"

@@ -40,6 +40,8 @@ class StabilityReport:
             thresholds describe the quadratic model around a point that SGD does not rest at.
         trace: Trace of H, also where the family is truncated; NaN if not computed.
         spectrum_converged: Whether the eigenvectors behind a truncated family met their tolerance.
+        derivatives: How the outputs were differentiated: `"backward"` where only gradients were needed, else
+            `"forward mode"`, or what stands in where the model has none (`"double backward"`, `"finite differences"`).
     """
 
     family: CurvatureFamily
@@ -56,6 +58,7 @@ class StabilityReport:
     interpolating: bool
     trace: float
     spectrum_converged: bool = True
+    derivatives: str = "backward"
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -273,6 +276,7 @@ class StabilityReport:
             "analysed": len(self.ids),
             "curvature": self.curvature,
             "method": self.method,
+            "derivatives": self.derivatives,
             "sampling": self.sampling,
             "mean_loss": self.mean_loss,
             "gradient_rms": finite(self.gradient_rms),
@@ -292,10 +296,11 @@ class StabilityReport:
         part = "all samples" if self.complete else f"{len(self.ids)} of {self.n} samples (estimates)"
         point = "interpolating minimum" if self.interpolating else "not an interpolating minimum"
         worst = ", ".join(f"#{c.id} ({c.relative:.1f}x)" for c in self.culprits(3))
+        stand_in = "" if self.derivatives in {"backward", "forward mode"} else f"; derivatives by {self.derivatives}"
         doubt = "" if self.spectrum_converged else "; the top eigenvectors did not converge"
         return (
             f"{self.curvature} of {part} by {self.method}; {point} (relative residual {self.relative_residual:.1e})"
-            f"{doubt}\n"
+            f"{doubt}{stand_in}\n"
             f"lambda1 {self.lambda_max:.4g} | trace {self.trace:.4g} | L {self.max_sample_curvature:.4g} | "
             f"sigma {self.coherence:.4g}\nmost curved samples: {worst}"
         )

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from sgd_stability.curvature.directional import batch_sharpness, critical_sharpness
 from sgd_stability.curvature.losses import resolve_loss
 from sgd_stability.curvature.network import make_network
+from sgd_stability.monitor.directional import batch_sharpness, critical_sharpness
 from torch import nn
 
 
