@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from core_tensor.ops.map_head import map_head
     from core_tensor.ops.project_assignment import project_assignment
     from core_tensor.ops.project_blocks import project_blocks
+    from core_tensor.ops.quantized_gather import dequantize_rows, quantize_rows, quantized_gather
     from core_tensor.ops.quantized_linear import quantized_linear
+    from core_tensor.ops.row_update import row_update
+    from core_tensor.ops.stable_hash import stable_hash
 
 __all__ = [
     "BlockData",
@@ -34,6 +37,7 @@ __all__ = [
     "cd_block",
     "cd_sparse",
     "centred_moments",
+    "dequantize_rows",
     "dual_bounds",
     "dual_pass",
     "ghost_norms",
@@ -43,7 +47,11 @@ __all__ = [
     "pack_bits",
     "project_assignment",
     "project_blocks",
+    "quantize_rows",
+    "quantized_gather",
     "quantized_linear",
+    "row_update",
+    "stable_hash",
     "unpack_bits",
 ]
 __getattr__, __dir__, _ = lazy(__name__)
