@@ -20,7 +20,7 @@ from core_tensor.app.files import write_json
 from frechet_gan import EMAPopulation, PosttrainConfig, PostTrainer, encoder_losses, evaluate
 from frechet_gan.encoders.classifier import train_classifier
 from frechet_gan.encoders.frozen import Encoder, pixels
-from frechet_gan.images.files import grid
+from frechet_gan.images.arrays import grid
 from frechet_gan.plots import grids_and_pairs
 from training import Judge, Task, load_task, new_trainer
 

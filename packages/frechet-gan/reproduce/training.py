@@ -24,8 +24,8 @@ from core_tensor.dev.testing import shared_data
 from frechet_gan import PRESETS, FeatureStats, FrechetTrainer, NetworkConfig, frechet_distance
 from frechet_gan.encoders.classifier import accuracy, train_classifier
 from frechet_gan.encoders.frozen import Encoder, encode
+from frechet_gan.images.arrays import grid
 from frechet_gan.images.data import Dataset, cifar, glyphs, mnist
-from frechet_gan.images.files import grid
 from frechet_gan.plots import curve_figure, tiles
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from core_tensor.app.cli import progress
 from core_tensor.app.extras import pyplot
+from core_tensor.app.figures import save
 from core_tensor.app.files import write_json
 from frechet_gan import (
     FeatureStats,
@@ -30,11 +31,11 @@ from frechet_gan import (
     load_generator,
     sample_images,
 )
+from frechet_gan.choices import ESTIMATORS, PlanName
 from frechet_gan.encoders.frozen import encode
-from frechet_gan.frechet.estimators import ESTIMATORS
-from frechet_gan.images.files import grid, write_image
-from frechet_gan.plots import lines, save, show
-from frechet_gan.transport.plans import PlanName
+from frechet_gan.images.arrays import grid
+from frechet_gan.images.files import write_image
+from frechet_gan.plots import lines, show
 from torch import Tensor
 from training import Judge, load_task
 

@@ -58,16 +58,23 @@ def test_an_interrupted_run_resumes_to_the_same_result(folder, where, monkeypatc
     monkeypatch.setattr(FrechetTrainer, where, killed)
     assert _run(*train, folder / "killed").exit_code != 0
     monkeypatch.undo()
-    again = _run(*train, folder / "killed")
-    assert again.exit_code == 2
-    assert "holds a run already" in again.stderr
-    resumed = _json(*train, folder / "killed", "--resume")
+    resumed = _json(*train, folder / "killed")
     _same(folder / "straight" / "checkpoint.pt", folder / "killed" / "checkpoint.pt")
     assert resumed["fd"] == straight["fd"]
     histories = [json.loads((folder / n / "history.json").read_text()) for n in ("straight", "killed")]
     steps = [[p["step"] for p in h["points"]] for h in histories]
     assert steps[0] == steps[1] == [2, 4, 6]
-    assert _run(*train, folder / "killed", "--resume", "--seed", "3").exit_code == 2
+    assert _json(*train, folder / "killed", "--resume")["fd"] == straight["fd"]  # finished: nothing is done again
+    for other, what in ((("--seed", "3"), "config.seed"), (("--heldout", "pixels"), "heldout")):
+        refused = _run(*train, folder / "killed", *other)
+        assert refused.exit_code == 2
+        assert what in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+    pixels = np.zeros((4, 4), np.uint8)
+    Image.fromarray(pixels).save(folder / "images" / "00.png")  # other data of the same shape
+    refused = _run(*train, folder / "killed")
+    assert refused.exit_code == 2
+    assert "data.digest" in refused.stderr
     assert (folder / "straight" / "samples_000006.png").exists()
 
 

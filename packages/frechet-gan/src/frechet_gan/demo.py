@@ -11,8 +11,8 @@ from frechet_gan.encoders.frozen import encode
 from frechet_gan.evaluation.report import evaluate
 from frechet_gan.frechet.distance import frechet_distance
 from frechet_gan.frechet.stats import FeatureStats
+from frechet_gan.images.arrays import grid
 from frechet_gan.images.data import Dataset, digits
-from frechet_gan.images.files import grid
 from frechet_gan.plots import grids_and_curves, grids_and_pairs
 from frechet_gan.training.config import PRESETS, TrainConfig
 from frechet_gan.training.networks import NetworkConfig

@@ -5,25 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from core_tensor.app.extras import pyplot
-from core_tensor.app.files import atomic_path
+from core_tensor.app.figures import pyplot, save
 from torch import Tensor
 
-_EXTRA = "frechet-gan[plot]"
+EXTRA = "frechet-gan[plot]"
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # horizontal and vertical values by name
-
-
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure atomically and close it.
-
-    Args:
-        figure: Matplotlib figure.
-        path: File name; its suffix sets the format.
-    """
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata={"Software": None} if str(path).endswith("png") else None)
-    pyplot(_EXTRA).close(figure)
 
 
 def curves(axis: Any, histories: Sequence[Mapping[str, Any]], label: str = "held-out Fréchet distance") -> None:
@@ -53,7 +39,7 @@ def curve_figure(histories: Sequence[Mapping[str, Any]], path: str | os.PathLike
         histories: Runs.
         path: File name.
     """
-    figure, axis = pyplot(_EXTRA).subplots(figsize=(6.5, 4.2))
+    figure, axis = pyplot(EXTRA).subplots(figsize=(6.5, 4.2))
     curves(axis, histories)
     save(figure, path)
 
@@ -70,7 +56,7 @@ def grids_and_curves(
         title: Title of the whole.
     """
     count = len(grids) + bool(histories)
-    figure, axes = pyplot(_EXTRA).subplots(1, count, figsize=(4.0 * count, 4.4), squeeze=False)
+    figure, axes = pyplot(EXTRA).subplots(1, count, figsize=(4.0 * count, 4.4), squeeze=False)
     for axis, (name, picture) in zip(axes[0], grids.items(), strict=False):
         show(axis, picture, name)
     if histories:
@@ -91,7 +77,7 @@ def grids_and_pairs(
         path: File name.
         xlabel: Label of the horizontal axis.
     """
-    figure, axes = pyplot(_EXTRA).subplots(1, len(grids) + 1, figsize=(4.0 * (len(grids) + 1), 4.4))
+    figure, axes = pyplot(EXTRA).subplots(1, len(grids) + 1, figsize=(4.0 * (len(grids) + 1), 4.4))
     for axis, (name, picture) in zip(axes, grids.items(), strict=False):
         show(axis, picture, name)
     styles = [("C3", "--"), ("C3", "-"), ("C0", "--"), ("C0", "-")]
@@ -112,7 +98,7 @@ def tiles(pictures: Mapping[str, Tensor], path: str | os.PathLike[str], columns:
         columns: Pictures per row.
     """
     rows = -(-len(pictures) // columns)
-    figure, axes = pyplot(_EXTRA).subplots(rows, columns, figsize=(3.0 * columns, 3.2 * rows), squeeze=False)
+    figure, axes = pyplot(EXTRA).subplots(rows, columns, figsize=(3.0 * columns, 3.2 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, picture) in zip(axes.flat, pictures.items(), strict=False):
@@ -151,7 +137,7 @@ def lines(
         ylabel: Label.
         zero: Linear vertical axis with a line at zero instead of a logarithmic one.
     """
-    figure, axis = pyplot(_EXTRA).subplots(figsize=(6.5, 4.2))
+    figure, axis = pyplot(EXTRA).subplots(figsize=(6.5, 4.2))
     for name, (x, y) in series.items():
         axis.plot(x, y, marker="o", markersize=4, label=name)
     axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel)

@@ -43,6 +43,35 @@ def test_alarms():
     assert any("no held-out encoder" in a for a in few.alarms)
 
 
+def test_memorized_data_raise_an_alarm():
+    real = _images(300, 0)
+    views = {"pixels": nn.Flatten()}
+    for copies in (real, real[:100], real[:150] + 1e-4 * _images(150, 9)):
+        report = evaluate(copies, real, heldout=views)
+        assert report.encoders[0].memorized > 0.99
+        assert any(a.startswith("memorization: ") for a in report.alarms)
+    fresh = evaluate(_images(300, 1), real, heldout=views)
+    average = evaluate(_images(300, 1) * 0.2, real, heldout=views)  # near the mean of all, a copy of none
+    for report in (fresh, average):
+        assert report.encoders[0].memorized < 0.1
+        assert not any(a.startswith("memorization") for a in report.alarms)
+
+
+def test_another_range_is_refused():
+    real = _images(40, 0).clamp(-1, 1)
+    for other in ((real + 1) * 127.5, (real + 1) / 2):
+        with pytest.raises(ValueError, match="sampler, real: expected one range of values"):
+            evaluate(other, real, heldout={"pixels": nn.Flatten()})
+    as_bytes = ((real + 1) * 127.5).round().to(torch.uint8)
+    assert evaluate(as_bytes, as_bytes, heldout={"pixels": nn.Flatten()}).encoders[0].distance["plugin"] < 1e-9
+
+
+def test_kid_has_a_spread_for_few_rows_too():
+    mean, spread = kid(_images(300, 0).flatten(1), _images(300, 1).flatten(1))
+    assert spread > 0
+    assert abs(mean) < 4 * spread
+
+
 def test_estimators_in_a_report():
     report = evaluate(
         lambda n, s: _images(n, 100 + s, 1.5),

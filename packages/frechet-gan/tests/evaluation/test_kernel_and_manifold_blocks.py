@@ -1,11 +1,11 @@
-import sys
+import importlib
 
 import pytest
 import torch
 from frechet_gan import cmmd, manifold
 
 # the modules, which functions of the same name hide in the package
-MODULES = [sys.modules[f"frechet_gan.{name}"] for name in ("transport.mmd", "evaluation.manifold")]
+MODULES = [importlib.import_module(f"frechet_gan.{name}") for name in ("transport.mmd", "evaluation.manifold")]
 
 
 def _by_definition(fake, real, k):

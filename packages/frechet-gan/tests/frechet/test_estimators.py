@@ -1,7 +1,8 @@
 import pytest
 import torch
 from frechet_gan import FeatureStats, debiased_split_distance, estimate_frechet, frechet_distance
-from frechet_gan.frechet.estimators import ESTIMATORS, standard_error
+from frechet_gan.choices import ESTIMATORS
+from frechet_gan.frechet.estimators import standard_error
 
 D = 24
 SPECTRUM = torch.arange(1, D + 1, dtype=torch.float64) ** -0.5
@@ -32,6 +33,28 @@ def test_interval_covers_the_truth():
         found = estimate_frechet(*_draw(2000, seed), "rtd", confidence=0.9, seed=seed)
         hits += found.low <= TRUTH <= found.high
     assert 46 <= hits <= 60
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.05, 1.5])  # distance zero, small, large
+@pytest.mark.parametrize("tails", ["gaussian", "relu"])
+def test_interval_covers_at_any_distance(scale, tails):
+    def draw(seed):
+        z = torch.randn(600, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return z if tails == "gaussian" else (z.clamp_min(0) - 0.3989422804) / 0.5838119895
+
+    truth = 16 * (scale - 1) ** 2
+    hits = 0
+    for seed in range(80):
+        found = estimate_frechet(draw(seed), draw(10_000 + seed) * scale, "rtd", seed=seed)
+        hits += found.low <= truth <= found.high
+    assert hits >= 70  # 95 % of 80 are 76; fewer than 70 has a chance below one in a thousand
+
+
+@pytest.mark.parametrize("name", ["plugin", "fid_inf", "vale2"])
+def test_estimators_without_an_honest_interval_give_none(name):
+    found = estimate_frechet(*_draw(100, 0), name)
+    assert found.low is None
+    assert found.high is None
 
 
 def test_standard_error_equals_the_spread_over_samples():

@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 from core_tensor.dev.testing import assert_close
-from frechet_gan import FeatureStats, frechet_distance, frechet_distance_from_moments, gaussian_map
+from frechet_gan import FeatureStats, TransportLoss, frechet_distance, frechet_distance_from_moments, gaussian_map
 from frechet_gan.frechet.factors import polar_gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,7 +98,27 @@ def test_float32_and_bfloat16_inputs(samples):
     for name, truth, got in zip(("value", "x", "y"), double, single, strict=True):
         assert got.dtype == torch.float32
         assert_close(name, truth, got, 1e-6)
-    assert frechet_distance(x.bfloat16(), y.bfloat16()).dtype == torch.bfloat16
+    assert frechet_distance(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_do_not_overflow(samples, dtype):
+    x, y = ((t * 300).to(dtype) for t in samples(64, 64, 128))  # distances far beyond 65504
+    y.requires_grad_()
+    value = frechet_distance(x, y)
+    truth = float(frechet_distance(x.double(), y.detach().double()))
+    assert float(value.detach()) == pytest.approx(truth, rel=1e-6)
+    value.backward()
+    assert y.grad.dtype == dtype
+    assert torch.isfinite(y.grad).all()
+    for normalize in ("none", "sg"):
+        y.grad = None
+        loss = TransportLoss(normalize=normalize)(y, x)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(y.grad).all()
+    stats = FeatureStats.from_features(x)
+    assert torch.isfinite(stats.covariance()).all()
 
 
 def test_second_derivative_is_refused(samples):

@@ -240,7 +240,7 @@ def test_posttraining_lowers_the_distance_and_resumes_bit_exactly(tmp_path):
         trainer.train(5)
     assert torch.equal(_weights(first.generator), _weights(second.generator))
     assert load_generator(tmp_path / "p.pt")[1] == TINY
-    with pytest.raises(ValueError, match="configuration of this run"):
+    with pytest.raises(ValueError, match="config of this run, got other values of lr"):
         _posttrainer(replace(config, lr=1.0)).load(tmp_path / "p.pt")
 
 

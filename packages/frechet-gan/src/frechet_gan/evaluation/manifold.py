@@ -69,6 +69,35 @@ def manifold(fake: Tensor, real: Tensor, k: int = 5) -> Manifold:
     )
 
 
+def memorized_share(fake: Tensor, real: Tensor) -> float:
+    """Share of generated points that are copies, or nearly: closer to a real point than half its nearest neighbor is.
+
+    A sample of the real law that was drawn anew has a share of 2^-k / (1 + 2^-k), k its intrinsic dimension: below 0.12
+    from three dimensions on. The training data themselves have 1.
+
+    Args:
+        fake: Generated features, shape (n, d).
+        real: Real features the generator was trained on, shape (m, d).
+
+    Returns:
+        The share.
+
+    Source:
+        arXiv 2102.08921 calls such points not authentic, with a factor of 1 where 1/2 stands here: with 1, an average
+        of many images passes for a copy in high dimensions.
+    """
+    check_pair(fake, real)
+    fake, real = fake.detach().double(), real.detach().double()
+    reach = _radius(real, 1)
+    size = float(real.square().sum(1).mean())
+    copies = 0
+    for rows in fake.split(BLOCK):
+        nearest = squared_distances(rows, real).min(1)
+        limit = (reach[nearest.indices] / 4).clamp_min(1e-12 * size)  # round-off of a copy
+        copies += int((nearest.values <= limit).sum())
+    return copies / fake.shape[0]
+
+
 def _radius(x: Tensor, k: int) -> Tensor:
     # squared distance of every row to its k-th neighbour
     radii = []

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor
 
+from frechet_gan.choices import ESTIMATORS, Estimator
 from frechet_gan.encoders.frozen import Encoder, encode
-from frechet_gan.evaluation.manifold import manifold
+from frechet_gan.evaluation.manifold import manifold, memorized_share
 from frechet_gan.frechet.distance import frechet_distance
-from frechet_gan.frechet.estimators import ESTIMATORS, Estimator, estimate_frechet
+from frechet_gan.frechet.estimators import Estimate, estimate_frechet
 from frechet_gan.frechet.stats import FeatureStats
-from frechet_gan.images.files import check_images
-from frechet_gan.transport.mmd import kid
+from frechet_gan.images.arrays import check_images, check_same_range
+from frechet_gan.transport.mmd import cmmd, kid
+
+MANIFOLD_ROWS, MMD_ROWS = 5000, 10_000
+"""Most rows of either side for figures whose cost grows with the square of their number."""
 
 Sampler = Callable[[int, int], Tensor]  # (count, seed) to images
 
@@ -30,11 +35,13 @@ class Alarms:
         hacking: Held-out ratio over training ratio above which the training encoder was gamed.
         rank: Effective rank over the real one below which the samples have collapsed.
         coverage: Coverage below which modes are missing.
+        memorized: Share of near copies of real images above which the generator repeats its data.
     """
 
     hacking: float = 3.0
     rank: float = 0.5
     coverage: float = 0.3
+    memorized: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -46,30 +53,46 @@ class EncoderReport:
         heldout: Whether the generator never saw it.
         width: Number of features, d.
         count: Generated images per seed.
+        real_count: Real images.
         distance: Frechet distance by estimator, mean over the seeds.
         spread: Standard deviation over the sampling seeds, by estimator; 0 with one seed.
+        low: Lower end of the confidence interval of `rtd`, of the first seed; None without it.
+        high: Upper end of it.
         ratio: FD(generated, real) / FD(other real, real) at equal counts: 1 is as good as real data.
         kid: Kernel distance, mean over subsets.
+        kid_spread: Its standard deviation over subsets.
+        cmmd: CMMD of the first rows, of this encoder's features.
         precision: Share of generated images inside the real manifold.
         recall: Share of real images inside the generated manifold.
         density: Mean number of real balls around a generated image, over k.
         coverage: Share of real balls that hold a generated image.
         rank: Effective rank of the generated features over the real ones'.
+        memorized: Share of generated images that are near copies of real ones; see `manifold.memorized_share`.
+        manifold_rows: Images of either side that precision, recall, density and coverage are taken from.
+        seconds: Wall-clock time by figure.
     """
 
     encoder: str
     heldout: bool
     width: int
     count: int
+    real_count: int
     distance: dict[str, float]
     spread: dict[str, float]
+    low: float | None
+    high: float | None
     ratio: float
     kid: float
+    kid_spread: float
+    cmmd: float
     precision: float
     recall: float
     density: float
     coverage: float
     rank: float
+    memorized: float
+    manifold_rows: int
+    seconds: dict[str, float] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -87,12 +110,15 @@ class Report:
     alarms: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON.
+        """The report as plain values, for JSON; without times, so that the same seed gives the same report.
 
         Returns:
             Nested dictionaries and lists.
         """
-        return asdict(self)
+        found = asdict(self)
+        for view in found["encoders"]:
+            del view["seconds"]
+        return found
 
 
 def effective_rank(covariance: Tensor) -> float:
@@ -138,7 +164,8 @@ def evaluate(
         The report.
 
     Raises:
-        ValueError: If there is no encoder, a name is used twice, or there are too few real images.
+        ValueError: If there is no encoder, a name is used twice, there are too few real images, or one side is in
+            another range of values.
 
     Source:
         arXiv 2604.28190 (FDr^k and the hacking of a single encoder).
@@ -159,40 +186,92 @@ def evaluate(
         samples = [sampler(count or real.shape[0] // 2, seed) for seed in range(seeds)]
     for images in samples:
         check_images("sampler", images)
-    reports = [_view(name, e, held, samples, real, estimators) for name, e, held in views]
+    check_same_range(samples[0], real)
+    reports = [
+        judge(name, [encode(e, images) for images in samples], encode(e, real), estimators, heldout=held)
+        for name, e, held in views
+    ]
     judged = [r for r in reports if r.heldout] or reports
     fdr = sum(r.ratio for r in judged) / len(judged)
     return Report(reports, fdr, raise_alarms(reports, alarms or Alarms()))
 
 
-def _view(
-    name: str, encoder: Encoder, heldout: bool, samples: list[Tensor], real: Tensor, estimators: Sequence[Estimator]
+def judge(
+    name: str,
+    generated: Sequence[Tensor],
+    target: Tensor,
+    estimators: Sequence[Estimator] = ("plugin",),
+    *,
+    heldout: bool = True,
+    confidence: float = 0.95,
 ) -> EncoderReport:
-    target = encode(encoder, real)
+    """One encoder's view, from its features.
+
+    Args:
+        name: The encoder's name.
+        generated: Features of generated images, shape (n, d), one tensor per sampling seed.
+        target: Features of the real images, shape (m, d).
+        estimators: Estimators of the distance.
+        heldout: Whether the generator never saw the encoder.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The view.
+    """
+    seconds: dict[str, float] = {}
+    first, start = generated[0], time.perf_counter()
+
+    def lap(what: str) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        seconds[what] = seconds.get(what, 0.0) + now - start
+        start = now
+
+    # 1. distances to all real images, and what real images score among themselves
+    found: dict[str, list[Estimate]] = {}
+    for e in estimators:
+        found[e] = [estimate_frechet(f, target, e, confidence=confidence, seed=i) for i, f in enumerate(generated)]
+        lap(e)
     reference, other = target[::2], target[1::2]
-    generated = [encode(encoder, images) for images in samples]
-    values = {e: [estimate_frechet(f, target, e, seed=i).value for i, f in enumerate(generated)] for e in estimators}
-    first = generated[0]
     equal = min(first.shape[0], other.shape[0])  # the plug-in's bias is the same on both sides of the ratio
     best = float(frechet_distance(other[:equal].double(), reference.double()))
     ratios = [float(frechet_distance(f[:equal].double(), reference.double())) / max(best, 1e-300) for f in generated]
-    few = min(2000, first.shape[0], reference.shape[0])
+    lap("ratio")
+    # 2. kernels
+    kernel, kernel_spread = kid(first, target, subsets=20)
+    lap("kid")
+    few = min(MANIFOLD_ROWS, first.shape[0], reference.shape[0])
+    clip_like = cmmd(first[:MMD_ROWS], target[:MMD_ROWS])
+    lap("cmmd")
+    # 3. neighbors, and the spread over directions
     shape = manifold(first[:few], reference[:few])
+    copies = memorized_share(first[:MANIFOLD_ROWS], target)
+    lap("manifold")
     ranks = [effective_rank(FeatureStats.from_features(f).covariance()) for f in (first, target)]
+    lap("rank")
+    interval = next(((e[0].low, e[0].high) for e in found.values() if e[0].low is not None), (None, None))
     return EncoderReport(
         encoder=name,
         heldout=heldout,
         width=first.shape[1],
         count=first.shape[0],
-        distance={e: sum(v) / len(v) for e, v in values.items()},
-        spread={e: _deviation(v) for e, v in values.items()},
+        real_count=target.shape[0],
+        distance={e: sum(v.value for v in runs) / len(runs) for e, runs in found.items()},
+        spread={e: _deviation([v.value for v in runs]) for e, runs in found.items()},
+        low=interval[0],
+        high=interval[1],
         ratio=sum(ratios) / len(ratios),
-        kid=kid(first, target, subsets=20)[0],
+        kid=kernel,
+        kid_spread=kernel_spread,
+        cmmd=clip_like,
         precision=shape.precision,
         recall=shape.recall,
         density=shape.density,
         coverage=shape.coverage,
         rank=ranks[0] / max(ranks[1], 1e-300),
+        memorized=copies,
+        manifold_rows=few,
+        seconds=seconds,
     )
 
 
@@ -230,6 +309,11 @@ def raise_alarms(reports: Sequence[EncoderReport], alarms: Alarms) -> list[str]:
             found.append(f"collapse: effective rank {report.rank:.2f} of the real one in {report.encoder}")
         if report.heldout and report.coverage < alarms.coverage:
             found.append(f"collapse: coverage {report.coverage:.2f} in {report.encoder}: modes are missing")
+        if report.memorized > alarms.memorized:
+            found.append(
+                f"memorization: {100 * report.memorized:.0f} % of the images are near copies of real ones in "
+                f"{report.encoder}"
+            )
         if report.count < 4 * report.width:
             found.append(
                 f"bias: {report.count} images for {report.width} features in {report.encoder}; "

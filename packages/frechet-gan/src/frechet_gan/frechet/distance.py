@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from frechet_gan.frechet.factors import Factor, factor_of_sample, polar_gram, polar_quintic, polar_svd
 from frechet_gan.frechet.gaussian import distance_to_root, frechet_distance_from_moments, gaussian_map
-from frechet_gan.frechet.regression import once
+from frechet_gan.frechet.regression import once, wide
 from frechet_gan.frechet.stats import FeatureStats
 
 Method = Literal["auto", "svd", "eigh", "polar", "newton_schulz"]
@@ -46,7 +46,7 @@ def frechet_distance(
         ddof: Divisor of the covariances is n - ddof: 1 as in FID, 0 as in the losses of this package.
 
     Returns:
-        The distance (squared 2-Wasserstein), a non-negative scalar in the dtype of the samples.
+        The distance (squared 2-Wasserstein), a non-negative scalar in the dtype of the samples, at least float32.
 
     Raises:
         ValueError: For fewer than two rows, different widths, NaN or infinite features, or an unknown method.
@@ -143,7 +143,7 @@ class _Frechet(torch.autograd.Function):
             decompose = {"polar": polar_quintic, "svd": polar_svd}.get(method, polar_gram)
             value, gradients = _by_factors(x, y, ddof, wanted, decompose)
         ctx.save_for_backward(*gradients, *(s if isinstance(s, Tensor) else None for s in (x, y)))  # type: ignore[arg-type]
-        return value.to(x.dtype if isinstance(x, Tensor) else y.dtype)  # type: ignore[union-attr]
+        return value.to(wide(x.dtype if isinstance(x, Tensor) else y.dtype))  # type: ignore[union-attr]
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-r"""Estimators of the Frechet distance of two laws from finite samples, each with a confidence interval.
+r"""Estimators of the Frechet distance of two laws from finite samples; `rtd` comes with a confidence interval.
 
 The plug-in (FID as commonly reported) is biased upwards by about $c\,d^2/n$. The others remove the bias:
 
@@ -10,23 +10,27 @@ The plug-in (FID as commonly reported) is biased upwards by about $c\,d^2/n$. Th
 
 $$ \operatorname{tr}(\Sigma_x\Sigma_y)^{1/2} \approx \sum_i s_i \bigl(1 + \tfrac12 (h_{ii} + k_{ii})\bigr)
    - \tfrac14 \sum_{ij} \frac{s_i s_j}{s_i + s_j} (h_{ij} - k_{ij})^2 . $$
+
+The plug-in has no interval: around a biased number none would cover the truth. That of `rtd` adds two variances. The
+first order is the influence function's, which vanishes where the laws coincide; the second order is that of the
+U-statistic of the quadratic term, $2 E[K^2] / n^2$ with the kernel
+$K(w, w') = \sum_{ij} \frac{s_i s_j}{s_i + s_j} (w_i w_j - \delta_{ij})(w'_i w'_j - \delta_{ij})$, estimated from random
+pairs of rows. (The pilot's own error cancels to second order.)
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor
 
+from frechet_gan.choices import ESTIMATORS, Estimator
 from frechet_gan.frechet.distance import check_sample, frechet_distance
 from frechet_gan.frechet.gaussian import gaussian_map
 from frechet_gan.frechet.stats import FeatureStats
 
-Estimator = Literal["plugin", "fid_inf", "vale2", "rtd"]
-ESTIMATORS: tuple[Estimator, ...] = ("plugin", "fid_inf", "vale2", "rtd")
 _FOLDS = 4  # of rtd: the pilot is made of three quarters of the rows
 
 
@@ -36,17 +40,17 @@ class Estimate:
 
     Attributes:
         value: The estimate; debiased ones may fall below zero when the laws are (nearly) equal.
-        low: Lower end of the confidence interval.
-        high: Upper end of the confidence interval.
-        standard_error: Standard error.
+        low: Lower end of the confidence interval; None for estimators without one.
+        high: Upper end of the confidence interval; None for estimators without one.
+        standard_error: Standard error, as far as the influence function gives it; of both orders for `rtd`.
         estimator: Which estimator.
         count_x: Rows of x.
         count_y: Rows of y (0 where its statistics do not say).
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     standard_error: float
     estimator: str
     count_x: int
@@ -71,7 +75,7 @@ def estimate_frechet(
         seed: Shuffles the rows before they are split (`fid_inf`, `vale2` and `rtd`).
 
     Returns:
-        Value, confidence interval and standard error.
+        Value, standard error and, for `rtd`, a confidence interval.
 
     Raises:
         ValueError: For an unknown estimator, bad features, or too few rows: 16 for `fid_inf`, 8 for `vale2`,
@@ -81,9 +85,7 @@ def estimate_frechet(
         arXiv 1911.07023 (FID∞); arXiv 2610.07114 names VALE and RTD, whose formulas here are derived anew.
 
     Departure:
-        The interval is the delta method's (the distance's influence function, whose cost is one transport map), not
-        the bootstrap's: resampling repeats the plug-in's bias. Where the laws coincide the influence vanishes and
-        the interval is too short.
+        The interval is the delta method's of second order, not the bootstrap's: resampling repeats the plug-in's bias.
     """
     check_choice("estimator", estimator, ESTIMATORS)
     check_number("confidence", confidence, low=0, high=1, open_low=True, open_high=True)
@@ -106,8 +108,11 @@ def estimate_frechet(
     }[estimator]
     value = function(left, right)
     error = standard_error(left, right)
-    half = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64))) * error
     count = right.count if isinstance(right, FeatureStats) else right.shape[0]
+    if estimator != "rtd":
+        return Estimate(value, None, None, error, estimator, left.shape[0], count)
+    error = math.hypot(error, second_order_error(left, right, generator))
+    half = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64))) * error
     return Estimate(value, value - half, value + half, error, estimator, left.shape[0], count)
 
 
@@ -133,6 +138,53 @@ def standard_error(x: Tensor, y: Tensor | FeatureStats) -> float:
         rows = sample.double() - own.mean
         influence = 2 * rows @ (own.mean - other.mean) + (rows * (rows - rows @ transport.matrix)).sum(1)
         variance += float(influence.var()) / sample.shape[0]
+    return math.sqrt(variance)
+
+
+_PAIRS = 2000  # of rows, over which a squared kernel is averaged
+
+
+def second_order_error(x: Tensor, y: Tensor | FeatureStats, generator: torch.Generator) -> float:
+    """Standard error of `rtd` where the influence function vanishes, from its quadratic term.
+
+    Args:
+        x: Features, shape (n_x, d), float64.
+        y: Features, shape (n_y, d), float64, or statistics taken as exact.
+        generator: Draws pairs of rows.
+
+    Returns:
+        Standard error.
+    """
+    # coordinates in which both covariances are the identity, and the weights of the quadratic term
+    stats_x, stats_y = _as_stats(x), _as_stats(y)
+    lower = torch.linalg.cholesky(_regular(stats_y.covariance()))
+    values, vectors = torch.linalg.eigh(lower.mT @ _regular(stats_x.covariance()) @ lower)
+    s = values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    weight = s[:, None] * s / (s[:, None] + s)
+
+    def drawn(rows: Tensor | FeatureStats, is_x: bool) -> Tensor:
+        assert isinstance(rows, Tensor)
+        chosen = torch.randint(0, rows.shape[0], (_PAIRS,), generator=generator).to(rows.device)
+        if is_x:
+            white: Tensor = (rows[chosen] - stats_x.mean) @ (lower @ vectors) / s
+            return white
+        solved: Tensor = torch.linalg.solve_triangular(lower, (rows[chosen] - stats_y.mean).mT, upper=False)
+        turned: Tensor = solved.mT @ vectors
+        return turned
+
+    def kernel_square(a: Tensor, b: Tensor) -> float:
+        product, diagonal = a * b, weight.diagonal()
+        kernel = ((product @ weight) * product).sum(1) + diagonal.sum()
+        kernel -= (a.square() + b.square()) @ diagonal
+        return float(kernel.square().mean())
+
+    # the quadratic term is half of U(x, x) + U(y, y) - 2 U(x, y), each averaged over the folds' disjoint held-out rows
+    n = x.shape[0]
+    variance = _FOLDS * kernel_square(drawn(x, True), drawn(x, True)) / (2 * n**2)
+    if isinstance(y, Tensor):
+        m = y.shape[0]
+        variance += _FOLDS * kernel_square(drawn(y, False), drawn(y, False)) / (2 * m**2)
+        variance += _FOLDS * kernel_square(drawn(x, True), drawn(y, False)) / (n * m)
     return math.sqrt(variance)
 
 

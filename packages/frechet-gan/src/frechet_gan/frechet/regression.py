@@ -16,7 +16,7 @@ class _Regression(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, features = ctx.saved_tensors  # type: ignore[attr-defined]
-        return once(gradient * grad, features), None, None
+        return once((gradient * grad).to(features.dtype), features), None, None
 
 
 def regress(features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -28,10 +28,16 @@ def regress(features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         gradient: Gradient, shape (n, d).
 
     Returns:
-        A scalar in the dtype of the features, differentiable once.
+        A scalar in the dtype of the features, at least float32, differentiable once.
     """
-    loss: Tensor = _Regression.apply(features, value.to(features.dtype), gradient.to(features.dtype))
+    dtype = wide(features.dtype)
+    loss: Tensor = _Regression.apply(features, value.to(dtype), gradient.to(dtype))
     return loss
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a distance between features of a dtype: at least float32, since 65504 ends half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def once(gradient: Tensor, at: Tensor) -> Tensor:

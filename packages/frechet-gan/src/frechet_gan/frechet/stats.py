@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from core_tensor import centred_moments
-from core_tensor.app.files import atomic_path
+from core_tensor.app.files import atomic_path, read_npz
 from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor
 
@@ -31,11 +30,13 @@ class FeatureStats:
         count: Number of rows seen, n; 0 where a file did not say.
         mean: Mean, shape (d,), float64.
         scatter: Sum of (x - mean)(x - mean)ᵀ, shape (d, d), float64.
+        encoder: What made the features, as `encoders.registry.identity` says it; None where a file did not say.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         check_number("dim", dim, low=1, integer=True)
         self.count = 0
+        self.encoder: str | None = None
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._root: tuple[Tensor, Tensor] | None = None  # a scatter and its root, kept until there is another scatter
@@ -249,7 +250,7 @@ class FeatureStats:
         return self.mean * self.count, self.scatter + self.count * torch.outer(self.mean, self.mean), self.count
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an npz with `mu`, `sigma` (divisor n - 1, the layout of pytorch-fid) and `count`, atomically.
+        """Write an npz, atomically: `mu`, `sigma` (divisor n - 1, the layout of pytorch-fid), `count` and `encoder`.
 
         Args:
             path: File name; must end in `.npz`.
@@ -262,6 +263,8 @@ class FeatureStats:
         arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance().cpu().numpy()}
         if self._fixed is None:
             arrays["count"] = np.array(self.count)
+        if self.encoder is not None:
+            arrays["encoder"] = np.array(self.encoder)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -280,27 +283,24 @@ class FeatureStats:
             ValueError: If the file is no npz, or lacks `mu` or `sigma` of fitting shapes.
             FileNotFoundError: If there is no such file.
         """
-        try:
-            with Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise
-        except (zipfile.BadZipFile, OSError, EOFError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: expected an npz file with mu and sigma ({error})") from error
-        missing = {"mu", "sigma"} - arrays.keys()
-        if missing:
-            raise ValueError(f"{path}: expected the arrays mu and sigma, got {', '.join(sorted(arrays)) or 'none'}")
+        arrays = read_npz(path, "mu", "sigma")
         mean, covariance = arrays["mu"], arrays["sigma"]
         if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or covariance.shape != mean.shape * 2:
             raise ValueError(
                 f"{path}: expected floating mu (d,) and sigma (d, d), got {mean.dtype} {mean.shape} "
                 f"and {covariance.dtype} {covariance.shape}"
             )
-        rows = int(arrays["count"]) if "count" in arrays else count
+        rows = count
+        if "count" in arrays:
+            if arrays["count"].shape != () or arrays["count"].dtype.kind not in "iu":
+                raise ValueError(f"{path}: expected one integer as count, got {arrays['count'].dtype}")
+            rows = int(arrays["count"])
         try:
             stats = cls.from_moments(torch.from_numpy(mean), torch.from_numpy(covariance), 2 if rows is None else rows)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         if rows is None:
             stats.count, stats._fixed = 0, stats.scatter
+        if "encoder" in arrays and arrays["encoder"].shape == () and arrays["encoder"].dtype.kind == "U":
+            stats.encoder = str(arrays["encoder"])
         return stats

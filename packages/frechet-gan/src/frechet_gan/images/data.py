@@ -3,6 +3,7 @@
 import gzip
 import io
 import itertools
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from core_tensor.app.extras import require
+from core_tensor.app.files import read_npz, reading
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from frechet_gan.images.files import read_folder, resize
+from frechet_gan.images.arrays import resize, stack, to_image, unit
+from frechet_gan.images.files import read_bytes
 
 Images = Tensor | Sequence[Any]  # a tensor, or anything with a length whose items are images, alone or in a tuple
 
@@ -25,19 +28,16 @@ def draw(images: Images, chosen: Tensor) -> Tensor:
     """A batch of real images.
 
     Args:
-        images: A tensor (n, c, h, w), or a data set that returns images (c, h, w), alone or first in a tuple; float in
-            [-1, 1], or uint8 in [0, 255].
+        images: A tensor (n, c, h, w), or a data set whose items `arrays.to_image` recognizes: tensors, arrays, PIL
+            images, tuples and dictionaries; float in [-1, 1], or uint8 in [0, 255].
         chosen: Indices, shape (m,).
 
     Returns:
         Images in [-1, 1], shape (m, c, h, w), floating point.
     """
     if isinstance(images, Tensor):
-        batch = images[chosen]
-    else:
-        items = [images[i] for i in chosen.tolist()]
-        batch = torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
-    return batch.float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
+        return unit(images[chosen])
+    return unit(stack([to_image(images[i]) for i in chosen.tolist()]))
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dataset:
     """Images with labels.
 
     Attributes:
-        images: Images, shape (n, c, h, w), in [-1, 1], float32.
+        images: Images, shape (n, c, h, w): bytes, or floats in [-1, 1].
         labels: Class of each, shape (n,), int64; None where there are none.
     """
 
@@ -72,7 +72,10 @@ class Dataset:
         Returns:
             A new data set.
         """
-        return Dataset(resize(self.images, size).clamp(-1, 1), self.labels)
+        if self.images.shape[-2:] == (size, size):
+            return self
+        parts = [resize(unit(part), size).clamp(-1, 1) for part in self.images.split(1000)]
+        return Dataset(torch.cat(parts), self.labels)
 
 
 def load_data(name: str, size: int | None = None) -> Dataset:
@@ -80,7 +83,8 @@ def load_data(name: str, size: int | None = None) -> Dataset:
 
     Args:
         name: `digits` (scikit-learn's 1,797 digits of 8 x 8 pixels), `mnist:FOLDER` (IDX files, gzipped or not),
-            `cifar:FILE.npz`, `glyphs` (characters of the fonts that matplotlib finds), or a folder of images.
+            `cifar:FILE.npz`, `glyphs` (characters of the fonts that matplotlib finds), or images in a folder, a
+            zip file or an npz file with `arr_0`.
         size: Height and width to resize to, in pixels.
 
     Returns:
@@ -98,10 +102,13 @@ def load_data(name: str, size: int | None = None) -> Dataset:
         data = cifar(rest)
     elif kind == "glyphs":
         data = glyphs(size or 28)
-    elif Path(name).is_dir():
-        return Dataset(read_folder(name, size), None)
+    elif Path(name).is_dir() or Path(name).suffix.lower() in {".zip", ".npz"}:
+        return Dataset(read_bytes(name, size), None)
     else:
-        raise ValueError(f"data: expected digits, mnist:FOLDER, cifar:FILE.npz, glyphs or a folder, got {name!r}")
+        raise ValueError(
+            "data: expected digits, mnist:FOLDER, cifar:FILE.npz, glyphs, or images in a folder, zip or npz file, "
+            f"got {name!r}"
+        )
     return data if size is None else data.resized(size)
 
 
@@ -125,27 +132,31 @@ def mnist(folder: str | os.PathLike[str], part: str = "t10k") -> Dataset:
 
     Returns:
         Images of 1 x 28 x 28 pixels with labels.
+
+    Raises:
+        ValueError: If the files are no IDX files, or hold different numbers of images and labels.
     """
-    pixels = _idx(Path(folder) / f"{part}-images-idx3-ubyte")
-    labels = _idx(Path(folder) / f"{part}-labels-idx1-ubyte")
-    return Dataset(torch.from_numpy(pixels).float()[:, None] / 127.5 - 1, torch.from_numpy(labels).long())
+    pixels = read_idx(Path(folder) / f"{part}-images-idx3-ubyte")
+    labels = read_idx(Path(folder) / f"{part}-labels-idx1-ubyte")
+    if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or not len(labels):
+        raise ValueError(f"{folder}: expected n images and n labels, got {pixels.shape} and {labels.shape}")
+    return Dataset(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels).long())
 
 
-def _idx(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+def read_idx(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    """An IDX file of bytes, gzipped (`<path>.gz`) or not."""
     packed = path.with_name(path.name + ".gz")
-    if packed.exists():
-        raw = gzip.decompress(packed.read_bytes())
-    elif path.exists():
-        raw = path.read_bytes()
-    else:
-        raise FileNotFoundError(f"{packed}: no such file")
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path}: expected an IDX file of bytes")
-    dims = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
-    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-    if body.size != np.prod(dims):
-        raise ValueError(f"{path}: expected {np.prod(dims)} bytes of data, got {body.size}")
-    return body.reshape(dims).copy()
+    found = packed if packed.exists() else path
+    with reading(found, "an IDX file of bytes"):
+        raw = found.read_bytes()
+        raw = gzip.decompress(raw) if found == packed else raw
+        if raw[:3] != b"\0\0\x08" or raw[3] not in (1, 2, 3):
+            raise ValueError("another magic number")
+        dims = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
+        body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+        if body.size != math.prod(dims):
+            raise ValueError(f"{math.prod(dims)} bytes announced, {body.size} there")
+        return body.reshape(dims).copy()
 
 
 def cifar(path: str | os.PathLike[str], part: str = "train") -> Dataset:
@@ -159,17 +170,23 @@ def cifar(path: str | os.PathLike[str], part: str = "train") -> Dataset:
         Images of 3 x 32 x 32 pixels with labels.
 
     Raises:
-        ValueError: If the arrays are missing.
+        ValueError: If arrays are missing, or hold something else.
     """
-    with np.load(path, allow_pickle=False) as file:
-        try:
-            jpeg, offsets, labels = (file[f"{part}_{name}"] for name in ("jpeg", "offsets", "labels"))
-        except KeyError as error:
-            raise ValueError(f"{path}: expected {part}_jpeg, {part}_offsets and {part}_labels ({error})") from error
-    pictures = [
-        np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB")) for a, b in itertools.pairwise(offsets)
-    ]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    names = [f"{part}_{name}" for name in ("jpeg", "offsets", "labels")]
+    arrays = read_npz(path, *names)
+    jpeg, offsets, labels = (arrays[name] for name in names)
+    with reading(path, f"JPEG bytes in {', '.join(names)}"):
+        if jpeg.dtype != np.uint8 or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (jpeg, offsets, labels)):
+            raise ValueError("arrays of another shape or dtype")
+        if len(offsets) != len(labels) + 1 or not len(labels) or offsets[0] < 0 or (np.diff(offsets) <= 0).any():
+            raise ValueError("offsets that do not rise, or not one more than labels")
+        if labels.min() < 0 or labels.max() > 9:
+            raise ValueError("labels outside 0 to 9")
+        pictures = [
+            np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB"))
+            for a, b in itertools.pairwise(offsets.tolist())
+        ]
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return Dataset(images.contiguous(), torch.from_numpy(labels).long())
 
 
@@ -212,6 +229,6 @@ def glyphs(size: int = 28, characters: str = _CHARACTERS, variants: int = 3, see
                 canvas.paste(drawn.resize((shape[0], shape[1]), Image.Resampling.BILINEAR), (place[0], place[1]))
                 pictures.append(np.asarray(canvas.reduce(2)))
                 labels.append(label)
-    images = torch.from_numpy(np.stack(pictures)).float()[:, None] / 127.5 - 1
+    images = torch.from_numpy(np.stack(pictures))[:, None]
     order = torch.from_numpy(generator.permutation(len(labels)))
     return Dataset(images[order], torch.tensor(labels)[order])

@@ -1,43 +1,24 @@
-"""Images as tensors (n, c, h, w) in [-1, 1], read from folders, written as grids."""
+"""Read images from folders, zip files and npz files in batches, on worker processes; write PNG files."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from core_tensor.app.files import atomic_path
-from core_tensor.checks import check_tensor
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-
-
-def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files below a folder, in the order of their names.
-
-    Args:
-        folder: Folder, searched recursively.
-
-    Returns:
-        Paths.
-
-    Raises:
-        NotADirectoryError: If it is no folder.
-        ValueError: If there is no image in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder of images")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}), found none")
-    return files
+from frechet_gan.choices import Resize
+from frechet_gan.images.arrays import unit
+from frechet_gan.images.decoding import decode
+from frechet_gan.images.resizing import resized
+from frechet_gan.images.sources import Source, open_images
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read one image.
+    """Read one image; the module `decoding` says what modes, depths and transparency become.
 
     Args:
         path: File.
@@ -46,28 +27,49 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         Pixels in [-1, 1], shape (c, h, w), c = 1 for grey images and 3 for any other, float32.
 
     Raises:
-        ValueError: If it is no readable image.
+        ValueError: If it is not a readable image.
         FileNotFoundError: If there is no such file.
     """
-    try:
-        with Image.open(path) as image:
-            grey = image.mode in {"1", "L", "I;16", "LA"}
-            pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.float32)
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: expected a readable image ({error})") from error
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(pixels / 127.5 - 1)
+    return unit(resized(decode(path, str(path)), None, "native"))
 
 
-def image_batches(folder: str | os.PathLike[str], batch: int = 64, size: int | None = None) -> Iterator[Tensor]:
-    """Batches of a folder's images, in the order of their names.
+class _Prepared(torch.utils.data.Dataset[tuple[int, Tensor]]):
+    """The chosen images of a source at their final size, for worker processes."""
+
+    def __init__(self, source: Source, chosen: Sequence[int], size: int | None, mode: Resize, channels: int) -> None:
+        self._source, self._chosen, self._size, self._mode, self._channels = source, chosen, size, mode, channels
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        chosen = self._chosen[index]
+        pixels = self._source[chosen]
+        if pixels.shape[2] < self._channels:
+            pixels = np.repeat(pixels, 3, axis=2)
+        return chosen, resized(pixels, self._size, self._mode)
+
+
+def image_batches(
+    images: str | os.PathLike[str] | Source,
+    batch: int = 64,
+    size: int | None = None,
+    *,
+    resize: Resize = "native",
+    workers: int = 0,
+    channels: int | None = None,
+    chosen: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """Batches of images, in the order of their names.
 
     Args:
-        folder: Folder, searched recursively.
+        images: Folder, zip file, npz file with `arr_0`, or what `open_images` returned.
         batch: Images per batch.
         size: Height and width to resize to, in pixels; without it all images must have one size.
+        resize: How.
+        workers: Processes that read and resize; 0 for this one.
+        channels: 3 to repeat grey images; None for 1 if all images are grey and 3 otherwise.
+        chosen: Indices of the images to read; all if None.
 
     Yields:
         Images, shape (batch or fewer, c, h, w), in [-1, 1].
@@ -75,22 +77,61 @@ def image_batches(folder: str | os.PathLike[str], batch: int = 64, size: int | N
     Raises:
         ValueError: If an image cannot be read, or sizes differ and `size` is not given.
     """
-    files = image_files(folder)
+    for pixels in _byte_batches(images, batch, size, resize, workers, channels, chosen):
+        yield pixels.float() / 127.5 - 1
+
+
+def _byte_batches(
+    images: str | os.PathLike[str] | Source,
+    batch: int,
+    size: int | None,
+    resize: Resize,
+    workers: int,
+    channels: int | None,
+    chosen: Sequence[int] | None,
+) -> Iterator[Tensor]:
+    """Batches of pixels in [0, 255], uint8 or float32."""
+    source = images if isinstance(images, Source) else open_images(images)
+    count = channels or (1 if source.grey() else 3)
+    data = _Prepared(source, range(len(source)) if chosen is None else chosen, size, resize, count)
+    loader: Any = torch.utils.data.DataLoader(data, batch, num_workers=workers, collate_fn=list)
     shape: torch.Size | None = None
-    for start in range(0, len(files), batch):
-        images = []
-        for path in files[start : start + batch]:
-            image = read_image(path)
-            if size is not None:
-                image = resize(image[None], size)[0]
-            shape = shape or image.shape
-            if image.shape != shape:
+    for items in loader:
+        for index, pixels in items:
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
                 raise ValueError(
-                    f"{path}: expected an image of shape {tuple(shape)} as in the others, got {tuple(image.shape)}; "
-                    "resize them with size"
+                    f"{source.path}/{source.names[index]}: expected an image of shape {tuple(shape)} as the first one "
+                    f"has, got {tuple(pixels.shape)}; resize them (--size)"
                 )
-            images.append(image)
-        yield torch.stack(images)
+        floats = any(p.is_floating_point() for _, p in items)  # one that already had the size stays in bytes
+        yield torch.stack([p.float() if floats else p for _, p in items])
+
+
+def read_bytes(images: str | os.PathLike[str] | Source, size: int | None = None, *, workers: int = 0) -> Tensor:
+    """All images, as bytes: a quarter of the memory of floats, and no second copy while they are read.
+
+    Args:
+        images: Folder, zip file, npz file with `arr_0`, or what `open_images` returned.
+        size: Height and width to resize to, in pixels; without it all images must have one size.
+        workers: Processes that read and resize; 0 for this one.
+
+    Returns:
+        Pixels in [0, 255], shape (n, c, h, w), uint8.
+
+    Raises:
+        ValueError: If an image cannot be read, or sizes differ and `size` is not given.
+    """
+    source = images if isinstance(images, Source) else open_images(images)
+    found: Tensor | None = None
+    start = 0
+    for pixels in _byte_batches(source, 64, size, "native", workers, None, None):
+        if found is None:
+            found = torch.empty(len(source), *pixels.shape[1:], dtype=torch.uint8)
+        found[start : start + len(pixels)] = pixels
+        start += len(pixels)
+    assert found is not None  # a source has at least one image
+    return found
 
 
 def read_folder(folder: str | os.PathLike[str], size: int | None = None) -> Tensor:
@@ -103,58 +144,7 @@ def read_folder(folder: str | os.PathLike[str], size: int | None = None) -> Tens
     Returns:
         Images, shape (n, c, h, w), in [-1, 1].
     """
-    return torch.cat(list(image_batches(folder, size=size)))
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize with antialiasing, which FID scores depend on.
-
-    Args:
-        images: Images, shape (n, c, h, w).
-        size: New height and width, in pixels.
-
-    Returns:
-        Images, shape (n, c, size, size).
-    """
-    if images.shape[-2:] == (size, size):
-        return images
-    return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Refuse what is no batch of images.
-
-    Args:
-        name: The argument's name.
-        images: What the caller passed.
-
-    Raises:
-        ValueError: If it is not (n, 1 or 3, h, w), or not finite.
-    """
-    check_tensor(name, images, ndim=4, finite=True, nonempty=True)
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"{name}: expected 1 or 3 channels, got shape {tuple(images.shape)}")
-
-
-def grid(images: Tensor, columns: int = 10, margin: int = 1) -> Tensor:
-    """Lay images out as one.
-
-    Args:
-        images: Images, shape (n, c, h, w), in [-1, 1].
-        columns: Images per row.
-        margin: White pixels between images.
-
-    Returns:
-        One image, shape (c, H, W), in [-1, 1].
-    """
-    check_images("images", images)
-    n, c, h, w = images.shape
-    rows = -(-n // columns)
-    canvas = torch.ones(c, rows * (h + margin) + margin, columns * (w + margin) + margin)
-    for i, image in enumerate(images.detach().float().cpu().clamp(-1, 1)):
-        top, left = margin + (i // columns) * (h + margin), margin + (i % columns) * (w + margin)
-        canvas[:, top : top + h, left : left + w] = image
-    return canvas
+    return unit(read_bytes(folder, size))
 
 
 def write_image(path: str | os.PathLike[str], image: Tensor, zoom: int = 1) -> None:

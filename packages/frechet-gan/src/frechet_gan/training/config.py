@@ -5,10 +5,7 @@ from typing import Literal
 
 from core_tensor.checks import check_choice, check_number
 
-from frechet_gan.training.objectives import D_LOSSES, DLoss
-from frechet_gan.transport.plans import PLANS, PlanName
-
-GLoss = Literal["adversarial"] | PlanName
+from frechet_gan.choices import D_LOSSES, PLANS, DLoss, GLoss
 
 
 @dataclass(frozen=True)

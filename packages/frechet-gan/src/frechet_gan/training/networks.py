@@ -1,7 +1,6 @@
 """Generators and discriminators: an MLP for tiny images, DCGAN and ResNet for 16 to 64 pixels."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from core_tensor.checks import check_choice, check_number
@@ -9,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-Kind = Literal["mlp", "dcgan", "resnet"]
-KINDS: tuple[Kind, ...] = ("mlp", "dcgan", "resnet")
+from frechet_gan.choices import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class NetworkConfig:
         Returns:
             A generator (n, latent) to images (n, c, h, w) in [-1, 1], and a discriminator.
         """
-        generators = {"mlp": _mlp_generator, "dcgan": DCGANGenerator, "resnet": ResNetGenerator}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Networks(generators[self.kind](self), Discriminator(self), self.latent)
+            return Networks(build_generator(self), Discriminator(self), self.latent)
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
@@ -80,6 +77,13 @@ class Networks:
                 f"got {type(self.discriminator).__name__}"
             )
         check_number("latent", self.latent, low=1, integer=True)
+
+
+def build_generator(config: NetworkConfig) -> nn.Module:
+    """A generator with weights drawn from torch's global generator."""
+    if config.kind == "mlp":
+        return _mlp_generator(config)
+    return DCGANGenerator(config) if config.kind == "dcgan" else ResNetGenerator(config)
 
 
 class Discriminator(nn.Module):

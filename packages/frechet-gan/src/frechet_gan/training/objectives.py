@@ -1,17 +1,14 @@
 """What a discriminator (and the adversarial baselines' generators) minimise, and the penalties on its gradients."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from frechet_gan.choices import DLoss
 from frechet_gan.frechet.distance import frechet_distance
 from frechet_gan.frechet.whitening import moments, whiten, whitener
-
-DLoss = Literal["bce", "hinge", "wgan", "frechet"]
-D_LOSSES: tuple[DLoss, ...] = ("bce", "hinge", "wgan", "frechet")
 
 
 def discriminator_loss(kind: DLoss, real: Tensor, fake: Tensor) -> Tensor:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from core_tensor.app.files import atomic_path
 from core_tensor.checks import check_number
 from torch import Tensor, nn
 
-from frechet_gan.distributed import average_gradients, broadcast_module, gather_rows, world
 from frechet_gan.encoders.frozen import Encoder
 from frechet_gan.frechet.stats import FeatureStats
-from frechet_gan.training.checkpoints import read_checkpoint
+from frechet_gan.images.arrays import unit
+from frechet_gan.training.loop import Loop, Stateful
 from frechet_gan.training.networks import NetworkConfig
-from frechet_gan.training.sampling import sample_images, update_average
-from frechet_gan.transport.loss import MultiEncoderLoss, TransportLoss, VirtualBatch
+from frechet_gan.transport.loss import MultiEncoderLoss, TransportLoss
 from frechet_gan.transport.populations import EMAPopulation, Population
+from frechet_gan.transport.virtual_batch import VirtualBatch
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def encoder_losses(
         [
             TransportLoss(
                 encoder=encoder,
-                reference=FeatureStats.from_loader(encoder, images.split(batch)),
+                reference=FeatureStats.from_loader(encoder, (unit(part) for part in images.split(batch))),
                 population=population,
                 normalize="sg",
                 rescale=True,
@@ -90,7 +86,7 @@ def encoder_losses(
     )
 
 
-class PostTrainer:
+class PostTrainer(Loop[float]):
     """Continues the training of a generator on a loss of its images.
 
     Args:
@@ -110,14 +106,10 @@ class PostTrainer:
         loss: MultiEncoderLoss | TransportLoss,
         config: PosttrainConfig | None = None,
     ) -> None:
-        self.config = config = config or PosttrainConfig()
-        self.generator, self.network, self.loss = generator.requires_grad_(True), network, loss
-        broadcast_module(generator)
-        self.average = copy.deepcopy(generator).requires_grad_(False) if config.ema else None
+        config = config or PosttrainConfig()
+        super().__init__(generator.requires_grad_(True), network.latent, network, config, stream=7)
+        self.loss = loss
         self.optimizer = torch.optim.AdamW(generator.parameters(), config.lr, config.betas, weight_decay=0.0)
-        self.random = torch.Generator().manual_seed(config.seed * 1009 + 7 + world()[0])
-        self.step_count = 0
-        self.cpu_seconds = 0.0
         self.generator.train(not config.frozen_norms)
 
     def warm_up(self, count: int) -> None:
@@ -135,13 +127,10 @@ class PostTrainer:
                 loss.observe(images)
             remaining -= images.shape[0]
 
-    def step(self) -> float:
-        """One step.
+    def _parts(self) -> dict[str, Stateful]:
+        return {"optimizer": self.optimizer, "loss": self.loss}
 
-        Returns:
-            The loss.
-        """
-        start = time.process_time()
+    def _step(self) -> float:
         latents = self._latents(self.config.batch)
         self.optimizer.zero_grad(set_to_none=True)
         micro = self.config.micro_batch
@@ -151,27 +140,11 @@ class PostTrainer:
             loss = self.loss(self._generate(latents))
             loss.backward()
             value = float(loss.detach())
-        average_gradients(self.generator.parameters())
+        self.ranks.average_gradients(self.generator.parameters())
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip)
         self.optimizer.step()
-        if self.average is not None:
-            update_average(self.average, self.generator, self.config.ema)
-        self.step_count += 1
-        self.cpu_seconds += time.process_time() - start
         return value
-
-    def train(self, steps: int, callback: Callable[[int, float], None] | None = None) -> None:
-        """Train until `step_count` reaches a number of steps.
-
-        Args:
-            steps: Steps in all, including those done before.
-            callback: Called after every step with the step's number and loss.
-        """
-        while self.step_count < steps:
-            value = self.step()
-            if callback is not None:
-                callback(self.step_count, value)
 
     def _two_passes(self, latents: Tensor, micro: int) -> float:
         losses = list(self.loss.losses) if isinstance(self.loss, MultiEncoderLoss) else [self.loss]
@@ -197,64 +170,3 @@ class PostTrainer:
         with torch.set_grad_enabled(grad):
             images: Tensor = self.generator(latents)
         return images
-
-    def _latents(self, count: int) -> Tensor:
-        device = next(self.generator.parameters()).device
-        return torch.randn(count, self.network.latent, generator=self.random).to(device)
-
-    def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Images from the (averaged) generator in evaluation mode.
-
-        Args:
-            count: Number of images.
-            seed: Seed of the latents.
-
-        Returns:
-            Images, shape (count, c, size, size).
-        """
-        return sample_images(self.average or self.generator, self.network.latent, count, seed)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, atomically; under a process group every rank has to call it, and the first one writes.
-
-        `load_generator` reads it too.
-
-        Args:
-            path: File name.
-        """
-        random = gather_rows(self.random.get_state()[None])[0]  # one row per rank
-        if world()[0] != 0:
-            return
-        state = {
-            "network": asdict(self.network),
-            "config": asdict(self.config),
-            "generator": self.generator.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss": self.loss.state_dict(),
-            "random": random,
-            "step_count": self.step_count,
-            "cpu_seconds": self.cpu_seconds,
-        }
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint, to the same result as an uninterrupted run.
-
-        Args:
-            path: File written by `save` with the same configuration.
-
-        Raises:
-            ValueError: If it is no checkpoint of post-training, or one of another configuration.
-        """
-        state = read_checkpoint(path)
-        if "optimizer" not in state or state["config"] != asdict(self.config):
-            raise ValueError(f"{path}: expected a checkpoint of post-training with the configuration of this run")
-        self.generator.load_state_dict(state["generator"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loss.load_state_dict(state["loss"])
-        self.random.set_state(state["random"][world()[0]].clone())  # set_state ignores offsets
-        self.step_count, self.cpu_seconds = state["step_count"], state["cpu_seconds"]

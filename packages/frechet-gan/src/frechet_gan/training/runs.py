@@ -1,5 +1,6 @@
-"""A training run in a folder: checkpoint, history and samples, resumable, and tables of several of them."""
+"""A training run in a folder: checkpoint, history and samples, continued after a kill; tables of several runs."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -8,25 +9,27 @@ from typing import Any
 
 import torch
 from core_tensor.app.cli import progress
-from core_tensor.app.files import read_json, write_json
+from core_tensor.app.files import digest, read_json, write_json
+from core_tensor.app.runs import RunFolder
 
-from frechet_gan.distributed import world
 from frechet_gan.encoders.classifier import train_classifier
-from frechet_gan.encoders.frozen import Encoder, encode, load_encoder
+from frechet_gan.encoders.frozen import Encoder, encode
+from frechet_gan.encoders.registry import load_encoder
 from frechet_gan.evaluation.report import Report
 from frechet_gan.frechet.distance import frechet_distance
 from frechet_gan.frechet.stats import FeatureStats
+from frechet_gan.images.arrays import grid
 from frechet_gan.images.data import Dataset
-from frechet_gan.images.files import grid, write_image
+from frechet_gan.images.files import write_image
 from frechet_gan.training.config import TrainConfig
 from frechet_gan.training.networks import NetworkConfig
 from frechet_gan.training.posttrain import PostTrainer
 from frechet_gan.training.trainer import FrechetTrainer
 
-_TAKEN = "out: {} holds a run already; go on with it (resume) or choose another folder"
+CHECKPOINT, HISTORY, REPORT = "checkpoint.pt", "history.json", "report.json"
 
 
-def heldout_encoder(name: str, data: Dataset, seed: int = 12345) -> Encoder:
+def heldout_encoder(name: str, data: Dataset, seed: int = 12345, device: str = "cpu") -> Encoder:
     """The encoder a run is measured with, which its generator never sees.
 
     Args:
@@ -34,17 +37,23 @@ def heldout_encoder(name: str, data: Dataset, seed: int = 12345) -> Encoder:
             of images reduced to 8 x 8.
         data: The real images.
         seed: Seed of that classifier.
+        device: Where it runs.
 
     Returns:
         The encoder.
     """
     if name != "auto" or data.labels is None:
-        return load_encoder("pixels:8" if name == "auto" else name)
-    return train_classifier(data.images, data.labels, width=12, features=48, seed=seed)
+        return load_encoder("pixels:8" if name == "auto" else name, device=device)
+    return train_classifier(data.images, data.labels, width=12, features=48, seed=seed).to(device)
+
+
+def data_digest(data: Dataset) -> str:
+    """Digest of images and labels, which a run folder records: other data of the same shape is another run."""
+    return digest(data.images, data.labels)
 
 
 def train_run(
-    folder: str | os.PathLike[str],
+    run: RunFolder,
     data: Dataset,
     network: NetworkConfig,
     config: TrainConfig,
@@ -54,12 +63,12 @@ def train_run(
     every: int,
     heldout: Encoder,
     samples: int = 2000,
-    resume: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train, and every so often write checkpoint, history and samples; after a kill, go on to the same result.
 
     Args:
-        folder: Where the run lives.
+        run: The claimed folder.
         data: The real images.
         network: The networks.
         config: How to train.
@@ -68,86 +77,71 @@ def train_run(
         every: Steps between measurements.
         heldout: Encoder of the metric.
         samples: Generated images per measurement.
-        resume: Go on from the folder's checkpoint if there is one.
+        device: Where to train.
 
     Returns:
         The history: method, configuration and a list of points with `step`, `cpu_seconds` and `fd`.
-
-    Raises:
-        ValueError: If the folder holds a run and `resume` is not given.
     """
-    folder = Path(folder)
-    checkpoint, record = folder / "checkpoint.pt", folder / "history.json"
-    trainer = FrechetTrainer(network, data.images, config)
+    checkpoint, record = run.path / CHECKPOINT, run.path / HISTORY
+    trainer = FrechetTrainer(network, data.images, config, device=device)
     history: dict[str, Any] = {"method": method, "config": asdict(config), "network": asdict(network), "points": []}
     if checkpoint.exists():
-        if not resume:
-            raise ValueError(_TAKEN.format(folder))
         trainer.load(checkpoint)
-        history = read_json(record)
+        history = read_history(run.path)
         # a kill between the two writes leaves a point too many
         history["points"] = [p for p in history["points"] if p["step"] <= trainer.step_count]
-    reference = FeatureStats.from_features(encode(heldout, data.images))
+    reference = FeatureStats.from_features(encode(heldout, data.images, device=device))
     steps_left = progress(range(trainer.step_count, steps), f"train {method}", unit="step")
     for _ in steps_left:
         losses = trainer.step()
         if trainer.step_count % every == 0 or trainer.step_count == steps:
-            value = float(frechet_distance(encode(heldout, trainer.sample(samples)).double(), reference))
+            features = encode(heldout, trainer.sample(samples), device=device)
+            value = float(frechet_distance(features.double(), reference))
             point = {"step": trainer.step_count, "cpu_seconds": trainer.cpu_seconds, "fd": value, **losses}
             history["points"].append(point)
             steps_left.set_postfix(fd=f"{value:.3g}")
-            if world()[0] == 0:
+            if run.ranks.first:
                 write_json(record, history)
-                write_image(folder / f"samples_{trainer.step_count:06d}.png", grid(trainer.sample(100)), zoom=3)
+                write_image(run.path / f"samples_{trainer.step_count:06d}.png", grid(trainer.sample(100)), zoom=3)
             trainer.save(checkpoint)
+    run.finish(history["points"][-1])
     return history
 
 
 def posttrain_run(
-    folder: str | os.PathLike[str],
-    trainer: PostTrainer,
-    report: Callable[[], Report],
-    *,
-    steps: int,
-    every: int = 100,
-    resume: bool = False,
+    run: RunFolder, trainer: PostTrainer, report: Callable[[], Report], *, steps: int, every: int = 100
 ) -> dict[str, Any]:
     """Post-train with a report before and after; after a kill, go on to the same result.
 
     Args:
-        folder: Where checkpoint, reports and samples are written.
+        run: The claimed folder.
         trainer: The trainer, before its first step.
         report: Evaluates the trainer's samples.
         steps: Steps in all.
         every: Steps between checkpoints.
-        resume: Go on from the folder's checkpoint if there is one.
 
     Returns:
         The reports `before` and `after`, as dictionaries.
-
-    Raises:
-        ValueError: If the folder holds a run and `resume` is not given.
     """
-    folder = Path(folder)
-    checkpoint, record = folder / "checkpoint.pt", folder / "report.json"
+    checkpoint, record = run.path / CHECKPOINT, run.path / REPORT
+    found: dict[str, Any]
     if checkpoint.exists():
-        if not resume:
-            raise ValueError(_TAKEN.format(folder))
         trainer.load(checkpoint)
-        found: dict[str, Any] = read_json(record)
+        found = read_report(run.path)
     else:
         found = {"before": report().as_dict()}
         trainer.warm_up(min(10 * trainer.config.batch, 50_000))
-        if world()[0] == 0:
+        if run.ranks.first:
             write_json(record, found)
     for _ in progress(range(trainer.step_count, steps), "posttrain", unit="step"):
         trainer.step()
         if trainer.step_count % every == 0 or trainer.step_count == steps:
             trainer.save(checkpoint)
     found["after"] = report().as_dict()
-    if world()[0] == 0:
+    if run.ranks.first:
         write_json(record, found)
-        write_image(folder / "samples.png", grid(trainer.sample(100)), zoom=3)
+        write_image(run.path / "samples.png", grid(trainer.sample(100)), zoom=3)
+    run.finish(found)
     return found
 
 
@@ -177,8 +171,10 @@ def summary(histories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
     base = next((r for r in rows if r["method"] == "ns"), None)
     for row in rows:
-        row["ratio_to_ns"] = None if base is None else row["fd"] / base["fd"]
-        row["cost_to_ns"] = None if base is None else row["ms_per_step"] / base["ms_per_step"]
+        row["ratio_to_ns"] = None if base is None or not base["fd"] else row["fd"] / base["fd"]
+        row["cost_to_ns"] = (
+            None if base is None or not base["ms_per_step"] else row["ms_per_step"] / base["ms_per_step"]
+        )
     return rows
 
 
@@ -190,17 +186,58 @@ def read_histories(folders: Iterable[str | os.PathLike[str]]) -> list[dict[str, 
 
     Returns:
         Their histories.
+    """
+    return [read_history(folder) for folder in folders]
+
+
+def read_history(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The history of a run.
+
+    Args:
+        folder: Folder of `train_run`.
+
+    Returns:
+        The history: method and points with step, CPU seconds and distance, and what else the file holds.
 
     Raises:
-        ValueError: If a folder holds no run.
+        ValueError: If the folder holds no run, or its history is broken.
     """
-    found = []
-    for folder in folders:
-        path = Path(folder) / "history.json"
-        if not path.exists():
-            raise ValueError(f"{folder}: expected the folder of a run with history.json")
-        history = read_json(path)
-        if not isinstance(history, dict) or not history.get("points"):
-            raise ValueError(f"{path}: expected the history of a run")
-        found.append(history)
-    return found
+    path = Path(folder) / HISTORY
+    if not path.exists():
+        raise ValueError(f"{folder}: expected the folder of a run with {HISTORY}")
+    history = read_json(path)
+    if not isinstance(history, dict) or not isinstance(history.get("method"), str):
+        raise ValueError(f"{path}: expected the history of a run (method, points)")
+    points = history.get("points")
+    if not isinstance(points, list) or not points or not all(_is_point(point) for point in points):
+        raise ValueError(f"{path}: expected points with a step from 1, cpu_seconds and fd")
+    return history
+
+
+def _is_point(point: Any) -> bool:
+    """Whether a point of a history can be drawn and tabulated."""
+    if not isinstance(point, dict) or type(point.get("step")) is not int or not 1 <= point["step"] < 2**53:
+        return False
+    values: list[Any] = [point.get(name) for name in ("cpu_seconds", "fd")]
+    return all(type(v) in (int, float) and math.isfinite(v) and 0 <= v < 1e300 for v in values)
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The report that post-training began with.
+
+    Args:
+        folder: Folder of `posttrain_run`.
+
+    Returns:
+        The reports by name, `before` at least.
+
+    Raises:
+        ValueError: If the file is not such a report.
+    """
+    path = Path(folder) / REPORT
+    found = read_json(path)
+    before = found.get("before") if isinstance(found, dict) else None
+    encoders = before.get("encoders") if isinstance(before, dict) else None
+    if not isinstance(encoders, list) or not all(isinstance(e, dict) and "encoder" in e for e in encoders):
+        raise ValueError(f"{path}: expected the report of post-training")
+    return dict(found)

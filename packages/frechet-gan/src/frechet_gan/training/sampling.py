@@ -1,5 +1,7 @@
 """Images from a generator in evaluation mode, walks between latents, and averaged weights."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -56,7 +58,14 @@ def sample_images(generator: nn.Module, latent: int, count: int, seed: int = 0) 
     Returns:
         Images, shape (count, c, h, w), float32, on the CPU.
     """
-    return images_of(generator, torch.randn(count, latent, generator=torch.Generator().manual_seed(seed)))
+    return torch.cat(list(sample_batches(generator, latent, count, seed)))
+
+
+def sample_batches(generator: nn.Module, latent: int, count: int, seed: int = 0, batch: int = 500) -> Iterator[Tensor]:
+    """`sample_images` in batches, so that any number of them fits in memory."""
+    latents = torch.randn(count, latent, generator=torch.Generator().manual_seed(seed))
+    for part in latents.split(batch):
+        yield images_of(generator, part, batch)
 
 
 @torch.no_grad()

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from core_tensor.app.files import atomic_path
-from torch import Tensor, nn
+from torch import Tensor
 
-from frechet_gan.distributed import average_gradients, broadcast_module, gather_rows, world
+from frechet_gan.images.arrays import check_images, check_range
 from frechet_gan.images.augmentation import augment
 from frechet_gan.images.data import Images, draw
-from frechet_gan.images.files import check_images
-from frechet_gan.training.checkpoints import read_checkpoint
 from frechet_gan.training.config import TrainConfig
+from frechet_gan.training.loop import Loop, Stateful
 from frechet_gan.training.networks import NetworkConfig, Networks
 from frechet_gan.training.objectives import (
     discriminator_loss,
@@ -28,11 +22,11 @@ from frechet_gan.training.objectives import (
     learned_encoder_loss,
     r1_penalty,
 )
-from frechet_gan.training.sampling import sample_images, update_average
+from frechet_gan.training.sampling import sample_images
 from frechet_gan.transport.loss import MultiEncoderLoss, TransportLoss
 
 
-class FrechetTrainer:
+class FrechetTrainer(Loop[dict[str, float]]):
     """Alternates discriminator and generator steps.
 
     Under an initialised process group every rank trains on its own draws and gradients are averaged, which is exact
@@ -63,17 +57,15 @@ class FrechetTrainer:
         image_loss: TransportLoss | MultiEncoderLoss | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config = config or TrainConfig()
-        self.network = networks if isinstance(networks, NetworkConfig) else None
+        config = config or TrainConfig()
         built = networks.build(config.seed) if isinstance(networks, NetworkConfig) else networks
         self.device = torch.device(device)
-        self.latent = built.latent
-        self.generator, self.discriminator = built.generator.to(self.device), built.discriminator.to(self.device)
+        self.discriminator = built.discriminator.to(self.device)
+        description = networks if isinstance(networks, NetworkConfig) else None
+        super().__init__(built.generator.to(self.device), built.latent, description, config)
+        self.ranks.broadcast_module(self.discriminator)
         self.images = images
         self._check_images()
-        for module in (self.generator, self.discriminator):
-            broadcast_module(module)
-        self.average = copy.deepcopy(self.generator).requires_grad_(False) if config.ema else None
         self.g_optimizer = torch.optim.Adam(self.generator.parameters(), config.lr_g, config.betas)
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), config.lr_d, config.betas)
         self.image_loss = image_loss
@@ -82,47 +74,33 @@ class FrechetTrainer:
             if image_loss is not None or config.g_loss == "adversarial"
             else TransportLoss(config.g_loss, normalize=config.normalize, seed=config.seed)
         )
-        self.random = torch.Generator().manual_seed(config.seed * 1009 + world()[0])
-        self.step_count = 0
-        self.cpu_seconds = 0.0
 
     def _check_images(self) -> None:
         real = draw(self.images, torch.arange(min(len(self.images), 2)))
-        check_images("images", self.images if isinstance(self.images, Tensor) else real)
+        if isinstance(self.images, Tensor):
+            check_images("images", self.images)
+            check_range("images", self.images)
+        else:  # a few show the range of all
+            check_range("images", draw(self.images, torch.arange(0, len(self.images), -(-len(self.images) // 64))))
         shape = sample_images(self.generator, self.latent, 2).shape[1:]
         if real.shape[1:] != shape:
             wanted, got = (f"(n, {', '.join(map(str, sizes))})" for sizes in (shape, real.shape[1:]))
             raise ValueError(f"images: expected shape {wanted} as the generator makes them, got {got}")
 
-    def step(self) -> dict[str, float]:
-        """One generator step, preceded by its discriminator steps.
-
-        Returns:
-            The losses, `d_loss` and `g_loss`.
-        """
-        start = time.process_time()
+    def _step(self) -> dict[str, float]:
         d_loss = 0.0
         if self.image_loss is None:
             for _ in range(self.config.n_dis):
                 d_loss = self._discriminator_step()
-        g_loss = self._generator_step()
-        if self.average is not None:
-            update_average(self.average, self.generator, self.config.ema)
-        self.step_count += 1
-        self.cpu_seconds += time.process_time() - start
-        return {"d_loss": d_loss, "g_loss": g_loss}
+        return {"d_loss": d_loss, "g_loss": self._generator_step()}
 
-    def train(self, steps: int, callback: Callable[[int, dict[str, float]], None] | None = None) -> None:
-        """Train until `step_count` reaches a number of steps.
-
-        Args:
-            steps: Generator steps in all, including those done before.
-            callback: Called after every step with the step's number and losses.
-        """
-        while self.step_count < steps:
-            losses = self.step()
-            if callback is not None:
-                callback(self.step_count, losses)
+    def _parts(self) -> dict[str, Stateful]:
+        return {
+            "discriminator": self.discriminator,
+            "g_optimizer": self.g_optimizer,
+            "d_optimizer": self.d_optimizer,
+            "loss": self.image_loss if self.loss is None else self.loss,
+        }
 
     def _discriminator_step(self) -> float:
         config = self.config
@@ -141,7 +119,7 @@ class FrechetTrainer:
             loss = loss + config.gp * gradient_penalty(self._scalar(), real, fake, self.random)
         self.d_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.discriminator.parameters())
+        self.ranks.average_gradients(self.discriminator.parameters())
         self.d_optimizer.step()
         return float(loss.detach())
 
@@ -173,7 +151,7 @@ class FrechetTrainer:
                 value = float(loss.detach())
         finally:
             self.discriminator.requires_grad_(True)
-        average_gradients(self.generator.parameters())
+        self.ranks.average_gradients(self.generator.parameters())
         self.g_optimizer.step()
         return value
 
@@ -234,83 +212,3 @@ class FrechetTrainer:
     def _real(self, count: int) -> Tensor:
         chosen = torch.randint(0, len(self.images), (count,), generator=self.random)
         return draw(self.images, chosen).to(self.device)
-
-    def _latents(self, count: int) -> Tensor:
-        return torch.randn(count, self.latent, generator=self.random).to(self.device)
-
-    @property
-    def sampler(self) -> nn.Module:
-        """The generator samples are drawn from: the averaged one, if there is one."""
-        return self.generator if self.average is None else self.average
-
-    def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Images from the generator in evaluation mode.
-
-        Args:
-            count: Number of images.
-            seed: Seed of the latents.
-
-        Returns:
-            Images, shape (count, c, size, size), in [-1, 1], on the CPU.
-        """
-        return sample_images(self.sampler, self.latent, count, seed)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, atomically; under a process group every rank has to call it, and the first one writes.
-
-        Args:
-            path: File name.
-        """
-        random = gather_rows(self.random.get_state()[None].to(self.device))[0].cpu()  # one row per rank
-        if world()[0] != 0:
-            return
-        loss = self.image_loss if self.loss is None else self.loss
-        state = {
-            "network": None if self.network is None else asdict(self.network),
-            "config": asdict(self.config),
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "g_optimizer": self.g_optimizer.state_dict(),
-            "d_optimizer": self.d_optimizer.state_dict(),
-            "loss": None if loss is None else loss.state_dict(),
-            "random": random,
-            "step_count": self.step_count,
-            "cpu_seconds": self.cpu_seconds,
-        }
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint, to the same result as an uninterrupted run.
-
-        Args:
-            path: File written by `save` with the same networks and configuration.
-
-        Raises:
-            ValueError: If it is no checkpoint, or one of other networks, another configuration or number of processes.
-        """
-        state = read_checkpoint(path)
-        rank, size = world()
-        self._check_same(path, state)
-        if state["random"].shape[0] != size:
-            raise ValueError(f"{path}: expected a checkpoint of {size} processes, got {state['random'].shape[0]}")
-        self.generator.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.g_optimizer.load_state_dict(state["g_optimizer"])
-        self.d_optimizer.load_state_dict(state["d_optimizer"])
-        loss = self.image_loss if self.loss is None else self.loss
-        if loss is not None:
-            loss.load_state_dict(state["loss"])
-        self.random.set_state(state["random"][rank].clone())  # set_state ignores offsets
-        self.step_count, self.cpu_seconds = state["step_count"], state["cpu_seconds"]
-
-    def _check_same(self, path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-        own_network = None if self.network is None else asdict(self.network)
-        for name, own in (("network", own_network), ("config", asdict(self.config))):
-            found = state[name]
-            if found != own:
-                changed = [k for k in own or {} if (found or {}).get(k) != (own or {})[k]] or [name]
-                raise ValueError(f"{path}: expected the {name} of this run, got other values of {', '.join(changed)}")

@@ -12,18 +12,19 @@ from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
+from core_tensor.app import ranks
 from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor, nn
 
-from frechet_gan.distributed import gather_rows, world
+from frechet_gan.choices import PLANS, PlanName
 from frechet_gan.encoders.frozen import Encoder, check_features
 from frechet_gan.frechet.distance import value_and_gradient
 from frechet_gan.frechet.factors import Factor
 from frechet_gan.frechet.gaussian import GaussianMap, gaussian_map, map_to_root
-from frechet_gan.frechet.regression import regress
+from frechet_gan.frechet.regression import regress, wide
 from frechet_gan.frechet.stats import FeatureStats
 from frechet_gan.frechet.whitening import moments, whiten, whitener
-from frechet_gan.transport.plans import PLANS, PlanName, PlanOptions, Solution
+from frechet_gan.transport.plans import PlanOptions, Solution, make_plan
 from frechet_gan.transport.populations import (
     BatchPopulation,
     EMAPopulation,
@@ -110,6 +111,7 @@ class TransportLoss(nn.Module):
         self.options = options or PlanOptions()
         self.constant, self.epsilon = constant, epsilon
         self.generator = torch.Generator().manual_seed(seed)
+        self._plan = make_plan(plan, self.options, self.generator)
         # generated and real features, which have a population of their own where there is no reference
         self.states = nn.ModuleList()
         if isinstance(population, EMAPopulation):
@@ -127,7 +129,7 @@ class TransportLoss(nn.Module):
             real: Real features or images, of their own number; needed without a reference. No gradient passes to them.
 
         Returns:
-            A scalar in the dtype of the features, differentiable once in `fake`.
+            A scalar in the dtype of the features, at least float32, differentiable once in `fake`.
 
         Raises:
             ValueError: For features that are no sample, or a missing or superfluous `real`.
@@ -149,7 +151,7 @@ class TransportLoss(nn.Module):
         white = self.whitening(features, reals)
         for state, side in zip(self.states, (features, reals), strict=False):
             if side is not None:
-                rows = gather_rows(self.whitened(side, white).double())[0]
+                rows = ranks.current().gather_rows(self.whitened(side, white).double())[0]
                 state.push(rows) if isinstance(state, Queue) else cast("MovingMoments", state).mix(rows)
 
     @contextmanager
@@ -222,7 +224,7 @@ class TransportLoss(nn.Module):
         if reals is None:
             lower = cast("Tensor", self._target(features.device)[0])
             return cast("FeatureStats", self.reference).mean, lower
-        mean, covariance = moments(gather_rows(reals.double())[0])
+        mean, covariance = moments(ranks.current().gather_rows(reals.double())[0])
         return mean, whitener(covariance, self.epsilon)
 
     def whitened(self, rows: Tensor, white: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -251,14 +253,14 @@ class TransportLoss(nn.Module):
         Raises:
             ValueError: If all ranks together have fewer than two rows.
         """
-        rows, first = gather_rows(features.double())
-        everyone = None if reals is None else gather_rows(reals.double())[0]
+        rows, first = ranks.current().gather_rows(features.double())
+        everyone = None if reals is None else ranks.current().gather_rows(reals.double())[0]
         for name, side in (("fake", rows), ("real", everyone)):
             if side is not None and side.shape[0] < 2:
                 raise ValueError(f"{name}: expected at least two samples, got shape {tuple(side.shape)}")
         by = self._by_moving_averages if isinstance(self.population, EMAPopulation) else self._by_rows
         value, gradient = by(rows, everyone)
-        return value, gradient[first : first + features.shape[0]] * world()[1]
+        return value, gradient[first : first + features.shape[0]] * ranks.current().size
 
     def normalised(self, loss: Tensor, value: Tensor | None = None) -> Tensor:
         """`sg`: the loss over its own detached value plus the constant.
@@ -287,7 +289,7 @@ class TransportLoss(nn.Module):
         elif reals is None:
             value, gradient = value_and_gradient(fakes, self._target(rows.device)[1], ddof=0)
         else:
-            value, gradient = PLANS[self.plan](fakes, reals, self.options, self.generator)
+            value, gradient = self._plan(fakes, reals)
         weight = n / fakes.shape[0] if self.rescale else 1.0  # 1 - beta
         return value, gradient[:n] / weight
 
@@ -366,7 +368,7 @@ class MultiEncoderLoss(nn.Module):
         Returns:
             A scalar.
         """
-        total = fake.new_zeros(())
+        total = fake.new_zeros((), dtype=wide(fake.dtype))
         for weight, loss in zip(self.weights, self.losses, strict=True):
             given = real if cast("TransportLoss", loss).reference is None else None
             total = total + weight * loss(fake, given).to(total.dtype)

@@ -116,11 +116,11 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 50, subset_size: int = 1000, see
         x: Features, shape (n, d).
         y: Features, shape (m, d).
         subsets: Number of subsets.
-        subset_size: Rows per subset, cut to the smaller sample.
+        subset_size: Rows per subset, at most half of the smaller sample: subsets of all rows would not differ.
         seed: Chooses the subsets.
 
     Returns:
-        Mean and standard deviation over the subsets.
+        Mean and standard deviation over the subsets; the latter is 0 for one subset.
 
     Source:
         arXiv 1801.01401.
@@ -129,7 +129,7 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 50, subset_size: int = 1000, see
     check_number("subsets", subsets, low=1, integer=True)
     check_number("subset_size", subset_size, low=2, integer=True)
     generator = torch.Generator().manual_seed(seed)
-    size = min(subset_size, x.shape[0], y.shape[0])
+    size = min(subset_size, max(2, min(x.shape[0], y.shape[0]) // 2))
     values = torch.stack(
         [
             mmd(

@@ -7,17 +7,16 @@ So the matrix roots, assignments and fixed-point iterations are never differenti
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import numpy as np
 import torch
 from core_tensor import assignment
 from torch import Tensor
 
+from frechet_gan.choices import PlanName
 from frechet_gan.frechet.distance import value_and_gradient
 from frechet_gan.transport.mmd import GaussianKernel, mmd, squared_distances
-
-PlanName = Literal["gaussian", "mean", "bures", "assignment", "sinkhorn", "sliced", "max_sliced", "mmd"]
 
 
 @dataclass(frozen=True)
@@ -40,65 +39,55 @@ class PlanOptions:
 
 
 Solution = tuple[Tensor, Tensor]  # distance (scalar) and gradient in the generated sample (n, d)
-Plan = Callable[[Tensor, Tensor, PlanOptions, torch.Generator], Solution]
+Plan = Callable[[Tensor, Tensor], Solution]  # of generated (n, d) and real features (m, d), float64
 
 
-def gaussian_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def gaussian_plan(fake: Tensor, real: Tensor) -> Solution:
     """Frechet distance with divisor n.
 
     Args:
         fake: Generated features, shape (n, d), float64.
         real: Real features, shape (m, d), float64.
-        options: Unused.
-        generator: Unused.
 
     Returns:
         Distance and gradient.
     """
-    del options, generator
     return value_and_gradient(fake, real, ddof=0)
 
 
-def mean_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def mean_plan(fake: Tensor, real: Tensor) -> Solution:
     """Squared distance of the means, the first part of the Frechet distance.
 
     Args:
         fake: Generated features, shape (n, d), float64.
         real: Real features, shape (m, d), float64.
-        options: Unused.
-        generator: Unused.
 
     Returns:
         Distance and gradient.
     """
-    del options, generator
     shift = fake.mean(0) - real.mean(0)
     return shift.square().sum(), (2 * shift / fake.shape[0]).expand_as(fake).clone()
 
 
-def bures_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def bures_plan(fake: Tensor, real: Tensor) -> Solution:
     """Bures distance of the covariances, the second part of the Frechet distance.
 
     Args:
         fake: Generated features, shape (n, d), float64.
         real: Real features, shape (m, d), float64.
-        options: Unused.
-        generator: Unused.
 
     Returns:
         Distance and gradient.
     """
-    return gaussian_plan(fake - fake.mean(0), real - real.mean(0), options, generator)
+    return gaussian_plan(fake - fake.mean(0), real - real.mean(0))
 
 
-def assignment_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def assignment_plan(fake: Tensor, real: Tensor) -> Solution:
     r"""Exact optimal transport $\min_\sigma \frac1n\sum_i \lVert f_i - r_{\sigma(i)}\rVert^2$.
 
     Args:
         fake: Generated features, shape (n, d), float64.
         real: Real features, shape (m, d), float64; one number of rows must divide the other.
-        options: Unused.
-        generator: Unused.
 
     Returns:
         Distance and gradient (envelope theorem: the assignment is held fixed).
@@ -106,7 +95,6 @@ def assignment_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator:
     Raises:
         ValueError: If neither number of rows divides the other.
     """
-    del options, generator
     n, m = fake.shape[0], real.shape[0]
     if max(n, m) % min(n, m):
         raise ValueError(f"real: expected a number of rows that divides or is divided by {n}, got {m}")
@@ -121,14 +109,13 @@ def assignment_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator:
     return value, 2 * (fake - target) / n
 
 
-def sinkhorn_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def sinkhorn_plan(fake: Tensor, real: Tensor, *, options: PlanOptions) -> Solution:
     r"""Debiased Sinkhorn divergence $OT_\epsilon(f, r) - \frac12 OT_\epsilon(f, f) - \frac12 OT_\epsilon(r, r)$.
 
     Args:
         fake: Generated features, shape (n, d), float64.
         real: Real features, shape (m, d), float64.
         options: Regularisation, iterations, tolerance.
-        generator: Unused.
 
     Returns:
         Distance and gradient (of the converged problem, by the envelope theorem).
@@ -136,7 +123,6 @@ def sinkhorn_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: t
     Source:
         arXiv 1810.08278.
     """
-    del generator
     between_reals = squared_distances(real, real)
     epsilon = max(options.epsilon * float(between_reals.mean()), torch.finfo(torch.float64).tiny)
     value, coupling = _entropic(squared_distances(fake, real), epsilon, options)
@@ -165,7 +151,7 @@ def _entropic(cost: Tensor, epsilon: float, options: PlanOptions) -> Solution:
     return f.mean() + g.mean(), coupling
 
 
-def sliced_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def sliced_plan(fake: Tensor, real: Tensor, *, options: PlanOptions, generator: torch.Generator) -> Solution:
     """Sliced 2-Wasserstein distance: the mean over random directions of the squared distance of sorted projections.
 
     Args:
@@ -181,7 +167,7 @@ def sliced_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: tor
     return _along(fake, real, directions)
 
 
-def max_sliced_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def max_sliced_plan(fake: Tensor, real: Tensor, *, options: PlanOptions, generator: torch.Generator) -> Solution:
     """Max-sliced 2-Wasserstein distance: the best of random directions, sharpened by power steps that improve it.
 
     Args:
@@ -243,19 +229,16 @@ def _along(fake: Tensor, real: Tensor, directions: Tensor) -> Solution:
     return residual.square().mean(), gradient
 
 
-def mmd_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.Generator) -> Solution:
+def mmd_plan(fake: Tensor, real: Tensor) -> Solution:
     """Unbiased squared MMD with Gaussian kernels around the median distance of the real features.
 
     Args:
         fake: Generated features, shape (n, d), float64.
         real: Real features, shape (m, d), float64.
-        options: Unused.
-        generator: Unused.
 
     Returns:
         Distance (may be negative) and gradient.
     """
-    del options, generator
     kernel = GaussianKernel.from_median(real)
     with torch.enable_grad():
         x = fake.detach().requires_grad_()
@@ -263,13 +246,30 @@ def mmd_plan(fake: Tensor, real: Tensor, options: PlanOptions, generator: torch.
     return value.detach(), torch.autograd.grad(value, x)[0]
 
 
-PLANS: dict[PlanName, Plan] = {
+_WITHOUT_OPTIONS: dict[PlanName, Plan] = {
     "gaussian": gaussian_plan,
     "mean": mean_plan,
     "bures": bures_plan,
     "assignment": assignment_plan,
-    "sinkhorn": sinkhorn_plan,
-    "sliced": sliced_plan,
-    "max_sliced": max_sliced_plan,
     "mmd": mmd_plan,
 }
+
+
+def make_plan(name: PlanName, options: PlanOptions, generator: torch.Generator) -> Plan:
+    """A plan with its options bound.
+
+    Args:
+        name: One of `choices.PLANS`.
+        options: Settings of the plans that have any.
+        generator: Draws the directions of the sliced plans.
+
+    Returns:
+        A function of generated and real features.
+    """
+    if name == "sinkhorn":
+        return partial(sinkhorn_plan, options=options)
+    if name == "sliced":
+        return partial(sliced_plan, options=options, generator=generator)
+    if name == "max_sliced":
+        return partial(max_sliced_plan, options=options, generator=generator)
+    return _WITHOUT_OPTIONS[name]

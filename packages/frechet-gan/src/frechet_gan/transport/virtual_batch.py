@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from frechet_gan.frechet.regression import regress
 
-if TYPE_CHECKING:
-    from frechet_gan.transport.loss import TransportLoss
+
+class SplitLoss(Protocol):
+    """What the two passes need of a loss; `TransportLoss` documents the methods."""
+
+    def encoded(self, fake: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features of both sides, checked."""
+
+    def encode(self, name: str, side: Tensor) -> Tensor:
+        """Features of one side."""
+
+    def whitening(self, features: Tensor, reals: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """What both sides are whitened by."""
+
+    def whitened(self, rows: Tensor, white: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Features in the space in which they are compared."""
+
+    def solve(self, features: Tensor, reals: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Distance and gradient."""
+
+    def normalised(self, loss: Tensor, value: Tensor | None = None) -> Tensor:
+        """The loss as it is differentiated."""
 
 
 class VirtualBatch:
@@ -22,7 +41,7 @@ class VirtualBatch:
         loss: The loss.
     """
 
-    def __init__(self, loss: TransportLoss) -> None:
+    def __init__(self, loss: SplitLoss) -> None:
         self._loss = loss
         self._seen: list[tuple[Tensor, Tensor | None]] = []
         self._white: tuple[Tensor, Tensor] | None = None
