@@ -4,7 +4,8 @@ from quantease.algorithms.quantize import quantize_layer
 from quantease.evaluation.perplexity import perplexity
 from quantease.export.save import export_model
 from quantease.model.causal_lm import CausalLM, open_causal_lm
-from quantease.model.quantize_model import ModelConfig, QuantizedCausalLM, quantize_model
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import QuantizedCausalLM, quantize_model
 from quantease.problem.config import ALGORITHMS, LayerConfig
 from quantease.problem.gram import GramFolds, Shrinkage
 from quantease.problem.layer import LayerReport, Outliers, QuantizedLayer

@@ -109,7 +109,8 @@ def quantize(model: str, out: Path, as_json: bool, format_: str | None, **option
     """
     from quantease.evaluation.report import write_report
     from quantease.export.save import check_format, export_model
-    from quantease.model.quantize_model import ModelConfig, quantize_model
+    from quantease.model.plan import ModelConfig
+    from quantease.model.quantize_model import quantize_model
 
     format_ = format_ or ("native" if options["outliers"] else "compressed-tensors")
     with _ranks(options["device"]) as first, _stages(first) as stage:
@@ -145,13 +146,11 @@ def quantize(model: str, out: Path, as_json: bool, format_: str | None, **option
 @json_option
 def export_command(run: Path, out: Path, model: str, format_: str | None, as_json: bool) -> None:
     """Save the quantized model of RUN (the OUT of `quantize`) to OUT in another format."""
-    from core_tensor.app.files import read_json
-
     from quantease.export.save import export_model
-    from quantease.model.quantize_model import open_quantized
+    from quantease.model.quantize_model import open_quantized, run_dtype
 
-    settings = read_json(_run_folder(run, "run.json") / "run.json")
-    quantized = open_quantized(_open(model, {"dtype": settings["dtype"]}), _run_folder(run, "run.json"))
+    folder = _run_folder(run, "run.json")
+    quantized = open_quantized(_open(model, {"dtype": run_dtype(folder)}), folder)
     format_ = format_ or ("native" if quantized.config.layer.outliers else "compressed-tensors")
     report = export_model(quantized, out, format_).to_dict()
     emit(report, as_json, lambda: table([{"": key, "value": _show(value)} for key, value in report.items()]))

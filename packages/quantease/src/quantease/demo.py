@@ -12,7 +12,8 @@ from quantease.evaluation.compare import Compared, Stage, compare_methods, defau
 from quantease.evaluation.smollm2 import open_smollm2
 from quantease.evaluation.text import TextSplit, python_topics, read_text, split, windows
 from quantease.export.save import ExportReport, export_model
-from quantease.model.quantize_model import ModelConfig, open_quantized
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import open_quantized
 from quantease.problem.config import LayerConfig
 
 

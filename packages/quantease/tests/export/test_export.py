@@ -7,7 +7,8 @@ from quantease.algorithms.quantize import quantize_layer
 from quantease.evaluation.perplexity import perplexity, streamed_perplexity
 from quantease.export.save import FORMATS, export_model
 from quantease.model.causal_lm import open_causal_lm
-from quantease.model.quantize_model import ModelConfig, quantize_model
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import quantize_model
 from quantease.nn import QuantizedLinear
 from quantease.problem.config import LayerConfig
 

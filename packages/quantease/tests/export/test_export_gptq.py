@@ -10,7 +10,8 @@ from quantease.evaluation.evaluate import load_for_evaluation
 from quantease.export import gptq
 from quantease.export.save import check_format, export_model, logit_difference
 from quantease.model.causal_lm import open_causal_lm
-from quantease.model.quantize_model import ModelConfig, quantize_model
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import quantize_model
 from quantease.problem.config import LayerConfig
 from safetensors.torch import load_file
 

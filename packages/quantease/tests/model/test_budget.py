@@ -5,7 +5,8 @@ import torch
 from quantease.algorithms.heldout import make_grid
 from quantease.model.budget import outlier_fractions
 from quantease.model.causal_lm import open_causal_lm
-from quantease.model.quantize_model import ModelConfig, model_matrices, quantize_model
+from quantease.model.plan import ModelConfig, model_matrices
+from quantease.model.quantize_model import quantize_model
 from quantease.problem.config import LayerConfig
 
 OUTLIERS = LayerConfig(bits=3, outliers=0.02, sweeps=3, refits=0)

@@ -1,3 +1,4 @@
+import json
 import runpy
 import signal
 import subprocess
@@ -9,7 +10,8 @@ import torch
 from core_tensor.dev.testing import run_ranks
 from quantease.evaluation.perplexity import streamed_perplexity
 from quantease.model.causal_lm import open_causal_lm
-from quantease.model.quantize_model import ModelConfig, open_quantized, quantize_model
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import open_quantized, quantize_model
 from quantease.problem.config import LayerConfig
 
 RTN = LayerConfig(algorithm="rtn", bits=3)
@@ -51,7 +53,8 @@ def test_layers_see_what_precedes_them(order, tiny_llama, tokens, tmp_path, buil
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_to_identical_files(tiny_llama, tokens, tmp_path):
+@pytest.mark.parametrize("algorithm", ["rtn", "quantease"])
+def test_killed_run_resumes_to_identical_files(algorithm, tiny_llama, tokens, tmp_path):
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -59,19 +62,21 @@ import os, signal, torch
 from conftest import build
 from quantease.model.causal_lm import open_causal_lm
 from quantease.problem.config import LayerConfig
-from quantease.model.quantize_model import ModelConfig, quantize_model
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import quantize_model
 def progress(done, total, name):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 tokens = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(1))
-config = ModelConfig(LayerConfig(algorithm="rtn", bits=3))
+config = ModelConfig(LayerConfig(algorithm=sys.argv[4], bits=3))
 quantize_model(open_causal_lm(build("llama")), tokens, sys.argv[2], config, progress=progress)
 """
 
     for kill_at in (2, 11):  # in the middle of a group, then in a later block
-        command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path / "killed"), str(kill_at)]
+        command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path / "killed")]
+        command += [str(kill_at), algorithm]
         assert subprocess.run(command, check=False, timeout=900).returncode == -signal.SIGKILL
-    lm, config = open_causal_lm(tiny_llama), ModelConfig(RTN)
+    lm, config = open_causal_lm(tiny_llama), ModelConfig(LayerConfig(algorithm=algorithm, bits=3))
     quantize_model(lm, tokens, tmp_path / "whole", config)
     interrupted = contents(tmp_path / "killed")
     assert 0 < len(interrupted) < len(contents(tmp_path / "whole"))
@@ -122,9 +127,9 @@ def test_folder_of_another_run_is_refused(tiny_llama, tokens, tmp_path):
     lm = open_causal_lm(tiny_llama)
     quantize_model(lm, tokens, tmp_path, ModelConfig(RTN), blocks=1)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ValueError, match=r"other inputs \(config\.layer\.bits: 3 then, 4 now\)"):
         quantize_model(lm, tokens, tmp_path, ModelConfig(LayerConfig(algorithm="rtn", bits=4)), blocks=1)
-    with pytest.raises(ValueError, match="another tokens_sha256"):
+    with pytest.raises(ValueError, match=r"other inputs \(tokens\.digest: "):
         quantize_model(lm, tokens.flip(0), tmp_path, ModelConfig(RTN), blocks=1)
     assert contents(tmp_path) == before
 
@@ -134,6 +139,11 @@ def test_layers_of_other_weights_are_refused(tokens, tmp_path, build):
     quantize_model(open_causal_lm(model), tokens, tmp_path, ModelConfig(RTN), blocks=1)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    run = quantize_model(open_causal_lm(model), tokens, tmp_path, ModelConfig(RTN), blocks=1)  # was finished already
+    with pytest.raises(ValueError, match="came from other weights"), run.lm.loaded(0):
+        pass
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"result": None}))
     with pytest.raises(ValueError, match="came from other weights"):
         quantize_model(open_causal_lm(model), tokens, tmp_path, ModelConfig(RTN), blocks=1)
 
@@ -147,22 +157,24 @@ def test_bad_tokens(bad, tiny_llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def rank_quantizes(rank: int, world_size: int, folder: str, tests: str) -> float:
+def rank_quantizes(rank: int, world_size: int, folder: str, tests: str, algorithm: str) -> float:
     build = runpy.run_path(str(Path(tests) / "conftest.py"))["build"]
 
     tokens = torch.randint(97, (4, 256), generator=torch.Generator().manual_seed(1)) % 64
-    config = ModelConfig(LayerConfig(algorithm="rtn", bits=3), segment=128)
+    config = ModelConfig(LayerConfig(algorithm=algorithm, bits=3), segment=32)
     run = quantize_model(open_causal_lm(build("opt")), tokens[:, :64], folder, config)
     return streamed_perplexity(run.lm, tokens[:, :64])
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_share_the_work(tmp_path):
+@pytest.mark.parametrize("algorithm", ["rtn", "quantease"])
+def test_ranks_end_in_the_files_of_one_process(algorithm, tmp_path):
     tests = str(Path(__file__).parents[1])
-    both = run_ranks(rank_quantizes, 2, str(tmp_path / "two"), tests)
-    alone = rank_quantizes(0, 1, str(tmp_path / "one"), tests)
-    assert both[0] == both[1] == pytest.approx(alone, rel=1e-3)
+    both = run_ranks(rank_quantizes, 2, str(tmp_path / "two"), tests, algorithm)
+    alone = run_ranks(rank_quantizes, 1, str(tmp_path / "one"), tests, algorithm)
+    assert both[0] == both[1] == alone[0]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_stories_quantized_is_still_a_language_model(stories, stories_tokens, tmp_path):

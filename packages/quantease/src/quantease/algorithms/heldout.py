@@ -1,7 +1,6 @@
 """The choice of the shrinkage on calibration tokens that were held out."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,44 +59,67 @@ def make_grid(weight: Tensor, energy: Tensor, config: LayerConfig, *, clip: bool
     return minmax_grid(weight, mask=mask, **options)  # type: ignore[arg-type]
 
 
-def choose_shrinkage(weight: Tensor, gram: GramFolds, config: LayerConfig) -> HeldOut:
+def choose_shrinkage(
+    weights: Tensor | Sequence[Tensor],
+    gram: GramFolds,
+    config: LayerConfig,
+    start: tuple[Shrinkage, bool] | None = None,
+) -> HeldOut:
     """Quantize a sample of rows on all folds but one, measure on the one, for every fold; least error wins.
 
-    For either target the strengths are climbed from 0.1 in the direction in which the error falls. A trial is GPTQ
-    followed by sparse descent on up to 256 rows, spread evenly; it costs mostly one Cholesky factorisation per fold.
+    For either target the strengths are climbed from 0.1 in the direction in which the error falls; with `start`, only
+    its neighbours on the ladder and the other grid are tried. A trial is GPTQ followed by sparse descent on up to 256
+    rows, spread evenly; it costs mostly one Cholesky factorisation per fold.
 
     Args:
-        weight: W, shape (q, p), float32.
+        weights: W, shape (q, p), float32, or several matrices that read the same input and get one answer.
         gram: Folds; with fewer than two that have tokens the answer is the closed form `oas`.
         config: Grid and GPTQ options.
+        start: Shrinkage and grid (True for clip) of a similar layer.
 
     Returns:
-        The best shrinkage and the errors.
+        The best shrinkage and the errors; with several matrices their mean.
     """
     folds = [f for f, count in enumerate(gram.counts.tolist()) if count]
     if len(folds) < 2:
         return HeldOut(oas(gram), config.clips)
-    index = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], _ROWS)).round().long().unique()
-    W, total = weight[index], gram.total
-    size = float(row_objective(W, total).sum()) or 1.0
-    grids = {clip: make_grid(W, total.diagonal(), config, clip=clip) for clip in (False, True)}
+    W, share = _sample([weights] if isinstance(weights, Tensor) else weights, gram.total)
+    grids = {clip: make_grid(W, gram.total.diagonal(), config, clip=clip) for clip in (False, True)}
+    tried: dict[tuple[Shrinkage, bool], float] = {}
 
-    @functools.cache
     def error(shrinkage: Shrinkage, clip: bool) -> float:
-        grid = grids[clip]
-        trials = (_trial(W, shrinkage(total - gram.folds[f]), gram.folds[f], grid, config) for f in folds)
-        tried[shrinkage, clip] = sum(trials) / size
+        if (shrinkage, clip) not in tried:
+            problems = ((Problem.scaled(W, shrinkage(gram.total - gram.folds[f])), gram.folds[f]) for f in folds)
+            tried[shrinkage, clip] = sum(_trial(p, unseen, grids[clip], share, config) for p, unseen in problems)
         return tried[shrinkage, clip]
 
-    tried: dict[tuple[Shrinkage, bool], float] = {}
-    error(Shrinkage(0.0), config.clips)
-    targets: tuple[Target, ...] = ("diagonal", "identity")
-    for target in targets:
-        _climb(lambda rung, target=target: error(Shrinkage(STRENGTHS[rung], target), config.clips))  # type: ignore[misc]
+    if start is None or start[0].strength not in STRENGTHS:
+        clip = config.clips
+        error(Shrinkage(0.0), clip)
+        targets: tuple[Target, ...] = ("diagonal", "identity")
+        for target in targets:
+            _climb(lambda rung, target=target: error(Shrinkage(STRENGTHS[rung], target), clip))  # type: ignore[misc]
+    else:
+        clip = start[1] if config.grid == "auto" else config.clips
+        first = STRENGTHS.index(start[0].strength)
+        for rung in range(max(first - 1, 0), min(first + 2, len(STRENGTHS))):
+            error(Shrinkage(STRENGTHS[rung], start[0].target), clip)
     if config.grid == "auto":
-        error(min(tried, key=tried.__getitem__)[0], not config.clips)
+        error(min(tried, key=tried.__getitem__)[0], not clip)
     best = min(tried, key=tried.__getitem__)
     return HeldOut(*best, tried[best], tried)
+
+
+def _sample(weights: Sequence[Tensor], sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all matrices, spread evenly, and by what the error of each counts in the mean of relative errors."""
+    rows, share = [], []
+    for W in weights:
+        count = max(1, min(W.shape[0], _ROWS * W.shape[0] // sum(w.shape[0] for w in weights)))
+        sample = W[torch.linspace(0, W.shape[0] - 1, count).round().long().unique()]
+        size = float(row_objective(sample, sigma).sum()) or 1.0
+        rows.append(sample)
+        share.append(torch.full((len(sample),), 1 / (size * len(weights)), dtype=torch.float64, device=W.device))
+    return torch.cat(rows), torch.cat(share)
 
 
 def _climb(error: Callable[[int], float]) -> None:
@@ -110,10 +132,10 @@ def _climb(error: Callable[[int], float]) -> None:
             return
 
 
-def _trial(W: Tensor, train: Tensor, heldout: Tensor, grid: Grid, config: LayerConfig) -> float:
-    problem = Problem.scaled(W, train)
+def _trial(problem: Problem, unseen: Tensor, grid: Grid, share: Tensor, config: LayerConfig) -> float:
     codes = gptq(problem, grid, damping=config.damping, act_order=config.act_order)
     start = Candidate(codes, grid, torch.empty(0))
-    codes = sparse_sweeps(W, problem.sigma, start, None, max_sweeps=8)
-    residual = W - grid.dequantize(codes)
-    return float(((residual @ heldout.to(W.dtype)).double() * residual).sum())
+    codes = sparse_sweeps(problem.weight, problem.sigma, start, None, max_sweeps=8)
+    residual = problem.weight - grid.dequantize(codes)
+    errors = torch.linalg.vecdot((residual @ unseen.to(residual)).double(), residual.double())
+    return float(errors @ share)

@@ -35,8 +35,8 @@ def quantease(problem: Problem, config: LayerConfig) -> Solution:
     """Quantize all rows of a problem.
 
     1. Baselines: RTN and GPTQ on the min/max and the clip grid.
-    2. Starts on the configured grid, each brought down by sparse descent: GPTQ; the paper's schedule from W; the
-       paper's schedule from GPTQ, both keeping the best iterate of each row.
+    2. Starts on the configured grid, each brought down by sparse descent: GPTQ; with `thorough` also the paper's
+       schedule from W and from GPTQ, both keeping the best iterate of each row.
     3. The best of all per row, descended to a coordinate-wise minimum in float64.
     4. `refits` times: closed-form scales for these codes, descent, kept where better.
 
@@ -50,7 +50,8 @@ def quantease(problem: Problem, config: LayerConfig) -> Solution:
     entries = baselines(problem, config)
     base = entries["gptq clip" if config.clips else "gptq minmax"]
     grid, options = base.grid, {"relax": config.relax, "sweeps": 9 if config.sweeps is None else config.sweeps}
-    for name, start in (("paper", problem.weight), ("gptq, paper", grid.dequantize(base.codes))):
+    relaxed = (("paper", problem.weight), ("gptq, paper", grid.dequantize(base.codes))) if config.thorough else ()
+    for name, start in relaxed:
         codes, _ = relaxed_descent(problem, grid, start, keep_best=True, block=config.block, **options)
         entries[name] = descend(problem, problem.unevaluated(codes, grid), exact=False)
     entries["gptq, descent"] = descend(problem, base, exact=False)

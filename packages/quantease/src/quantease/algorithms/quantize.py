@@ -1,6 +1,7 @@
 """`quantize_layer`: one weight matrix, one Gram matrix, every algorithm by name."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,9 @@ from quantease.problem.objective import relative_error
 from quantease.problem.problem import Problem, Solution, Trace
 
 
-def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig | None = None) -> QuantizedLayer:
+def quantize_layer(
+    weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig | None = None, *, choice: HeldOut | None = None
+) -> QuantizedLayer:
     r"""Quantize a linear layer for the inputs it sees.
 
     $$ \min_{\hat W} \operatorname{tr}\,(W - \hat W)\,\Sigma\,(W - \hat W)^\top \quad\text{with every } \hat W_{ij}
@@ -33,6 +36,7 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
         gram: $\Sigma = X X^\top$ of the calibration inputs, shape (p, p), or the folds it was accumulated in; only
             the latter allow a choice of the shrinkage on held-out tokens.
         config: Algorithm and options; None is `LayerConfig()`.
+        choice: Shrinkage and grid that were chosen already, for this matrix or for all that read the same input.
 
     Returns:
         Codes, scales, zero points, outliers and a report.
@@ -54,7 +58,7 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
     if bool((sigma.diagonal() < 0).any()):
         raise ValueError("gram: expected a non-negative diagonal, got a negative entry")
     W = weight.detach().float()
-    heldout = _shrinkage(W, gram, config)
+    heldout = choice or choose(W, gram, config)
     config = replace(config, grid="clip" if heldout.clip else "minmax")
     problem = Problem.scaled(W, heldout.shrinkage(sigma.to(W.device)))
     solved = _solve(problem, config)
@@ -68,6 +72,7 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
         calibration_error=0.0,
         heldout_error=heldout.error,
         shrinkage=heldout.shrinkage,
+        grid="clip" if heldout.clip else "minmax",
         objective=solved.candidate.total / problem.scale,
         trace=solved.trace,
         cw_minimum=None if solved.certificate is None else solved.certificate.holds,
@@ -89,15 +94,34 @@ def quantize_layer(weight: Tensor, gram: Tensor | GramFolds, config: LayerConfig
     return replace(layer, report=replace(report, calibration_error=error, seconds=time.perf_counter() - start))
 
 
-def _shrinkage(W: Tensor, gram: Tensor | GramFolds, config: LayerConfig) -> HeldOut:
+def choose(
+    weights: Tensor | Sequence[Tensor],
+    gram: Tensor | GramFolds,
+    config: LayerConfig,
+    start: tuple[Shrinkage, bool] | None = None,
+) -> HeldOut:
+    """The shrinkage and grid that a configuration asks for, by held-out tokens where it leaves the choice to them.
+
+    Args:
+        weights: W, shape (q, p), or several matrices that read the same input.
+        gram: Their Gram matrix or its folds.
+        config: Options.
+        start: Where to look first; see `choose_shrinkage`.
+
+    Returns:
+        The choice.
+
+    Raises:
+        TypeError: If held-out tokens are asked for and there are no folds.
+    """
     if isinstance(config.shrinkage, Shrinkage):
         return HeldOut(config.shrinkage, config.clips)
     folds = isinstance(gram, GramFolds)
-    if config.shrinkage == "none" or (config.shrinkage == "auto" and not (folds and config.algorithm == "quantease")):
+    if config.shrinkage == "none" or (config.shrinkage == "auto" and not (folds and config.shrinks)):
         return HeldOut(Shrinkage(), config.clips)
     if not isinstance(gram, GramFolds):
         raise TypeError(f"gram: expected GramFolds with shrinkage 'heldout', got {type(gram).__name__}")
-    return choose_shrinkage(W, gram, config)
+    return choose_shrinkage(weights, gram, config, start)
 
 
 def _solve(problem: Problem, config: LayerConfig) -> Solution:

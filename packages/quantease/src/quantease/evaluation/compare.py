@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core_tensor.app.files import read_json, write_json
+from core_tensor.app.files import digest, read_json, write_json
 from torch import Tensor
 
 from quantease.evaluation.perplexity import streamed_perplexity
 from quantease.evaluation.report import Row, draw_errors, layer_rows, summary, unseen_errors
 from quantease.model.causal_lm import CausalLM
-from quantease.model.layer_store import digest
-from quantease.model.quantize_model import ModelConfig, quantize_model
+from quantease.model.plan import ModelConfig
+from quantease.model.quantize_model import quantize_model
 from quantease.problem.config import LayerConfig
 
 Stage = Callable[[str, int, int], None]

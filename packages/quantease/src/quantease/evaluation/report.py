@@ -8,12 +8,12 @@ from statistics import median
 from typing import Any
 
 from core_tensor.app.cli import table
-from core_tensor.app.extras import pyplot
-from core_tensor.app.files import atomic_path, write_json, write_text
+from core_tensor.app.figures import pyplot, save
+from core_tensor.app.files import write_json, write_text
 from torch import Tensor
 
 from quantease.model.block_stream import BlockStream
-from quantease.model.calibration import collect_grams, input_groups
+from quantease.model.calibration import block_shape, collect_grams
 from quantease.model.quantize_model import QuantizedCausalLM
 from quantease.problem.objective import relative_error
 
@@ -107,7 +107,7 @@ def unseen_errors(run: QuantizedCausalLM, tokens: Tensor) -> list[Row]:
         with run.original.loaded(index) as block:
             weights = {m.name: m.weight(block).clone() for m in matrices}
         with run.lm.loaded(index) as block:
-            for group in input_groups(stream, index, block, matrices, merged=True):
+            for group in block_shape(stream, index, block, matrices, merged=True).groups:
                 grams = collect_grams(stream, index, block, matrices, group, folds=1)
                 for matrix in matrices:
                     gram = grams[matrix.name]
@@ -199,9 +199,7 @@ def draw_errors(errors: Mapping[str, Sequence[Row]], path: Path, tokens: str, ti
     figure.supylabel(f"relative output error, {tokens}")
     if title:
         figure.suptitle(title)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _kind(name: str) -> str:

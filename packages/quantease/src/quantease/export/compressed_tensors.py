@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from quantease.model.causal_lm import CausalLM
 from quantease.model.matrices import find_matrices
-from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
+from quantease.model.plan import Blocks, ModelConfig
+from quantease.model.quantize_model import QuantizedCausalLM
 
 
 def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:

@@ -6,7 +6,8 @@ from core_tensor.app.extras import require
 from torch import Tensor
 
 from quantease.model.causal_lm import CausalLM
-from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
+from quantease.model.plan import Blocks, ModelConfig
+from quantease.model.quantize_model import QuantizedCausalLM
 
 
 def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:

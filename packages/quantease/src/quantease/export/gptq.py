@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from quantease.model.causal_lm import CausalLM
 from quantease.model.matrices import find_matrices
-from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM
+from quantease.model.plan import Blocks, ModelConfig
+from quantease.model.quantize_model import QuantizedCausalLM
 from quantease.model.weights import SafetensorsWeights
 
 BITS = (2, 3, 4, 8)

@@ -18,7 +18,8 @@ from torch import Tensor
 from quantease.export import compressed_tensors, dense, gptq, native
 from quantease.model.block_stream import BlockStream
 from quantease.model.causal_lm import CausalLM
-from quantease.model.quantize_model import Blocks, ModelConfig, QuantizedCausalLM, model_matrices
+from quantease.model.plan import Blocks, ModelConfig, model_matrices
+from quantease.model.quantize_model import QuantizedCausalLM
 
 Tensors = dict[str, Tensor]
 

@@ -1,5 +1,6 @@
 """Runs token windows through a model block by block, with one block in memory at a time."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -70,14 +71,39 @@ class BlockStream:
             Number of the window and the block's output, shape (1, length, d), on the model's device. A window whose
             run an observer ended with `EnoughSeen` yields nothing.
         """
-        for window, hidden in enumerate(self.hidden):
-            call = self._calls[window][index]
+        for window in range(len(self.hidden)):
             try:
-                with torch.no_grad():
-                    out = block(hidden.to(self.lm.device), *call.args, **call.kwargs)
+                out = self.window(index, block, window)
             except EnoughSeen:
                 continue
-            yield window, out[0] if isinstance(out, tuple) else out
+            yield window, out
+
+    @torch.no_grad()
+    def window(self, index: int, block: nn.Module, window: int) -> Tensor:
+        """Output of a block for one window, without moving on.
+
+        Args:
+            index: Number of the block.
+            block: The block, in memory.
+            window: Number of the window.
+
+        Returns:
+            The block's output, shape (1, length, d), on the model's device.
+        """
+        call = self._calls[window][index]
+        out = block(self.hidden[window].to(self.lm.device), *call.args, **call.kwargs)
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def fork(self) -> "BlockStream":
+        """A second stream that goes on from here on its own.
+
+        Returns:
+            A stream that shares the windows and the blocks' arguments with this one.
+        """
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the block's outputs.

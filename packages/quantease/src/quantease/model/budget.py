@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed
+from core_tensor.app.ranks import current
 from torch import Tensor
 
 from quantease.algorithms.heldout import make_grid
 from quantease.model.block_stream import BlockStream
 from quantease.model.causal_lm import CausalLM
-from quantease.model.matrices import Matrix, observe
+from quantease.model.matrices import Matrix
+from quantease.model.observe import observe
 from quantease.problem.config import LayerConfig
 
 Names = tuple[int, str]
@@ -68,10 +69,8 @@ class _Energies:
         self.outputs[name] += (flat @ self.weights[name].float().T).square().sum()
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.inputs[name])
-            torch.distributed.all_reduce(self.outputs[name])
-        return self.inputs[name], self.outputs[name]
+        ranks = current()
+        return ranks.sum(self.inputs[name]), ranks.sum(self.outputs[name])
 
 
 def _relative_cost(W: Tensor, energy: Tensor, output: Tensor, config: LayerConfig) -> Tensor:

@@ -1,6 +1,5 @@
 """Quantized layers on disk, one file per matrix: the checkpoint of a running job and the record of a finished one."""
 
-import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,12 +7,13 @@ from typing import Any
 
 import torch
 from core_tensor import pack_bits, unpack_bits
-from core_tensor.app.files import atomic_path, write_text
-from safetensors import SafetensorError
+from core_tensor.app.files import atomic_path, digest, reading, write_text
+from core_tensor.checks import check_number, check_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantease.model.weights import metadata
+from quantease.problem.config import SCALE_DTYPES
 from quantease.problem.gram import Shrinkage
 from quantease.problem.layer import LayerReport, Outliers, QuantizedLayer
 
@@ -71,7 +71,7 @@ class LayerStore:
             "bits": layer.bits,
             "symmetric": layer.symmetric,
             "report": replace(layer.report, seconds=0.0).to_dict(),
-            "weight_sha256": digest(weight),
+            "weight_digest": digest(weight),
         }
         with atomic_path(self._path(block, name)) as temporary:
             kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -93,45 +93,65 @@ class LayerStore:
             ValueError: If the file is absent, truncated or foreign, or came from other weights.
         """
         path = self._path(block, name)
+        header = self._header(path)
+        with reading(path, "a layer that quantease wrote"):
+            if weight is not None and header["weight_digest"] != digest(weight):
+                raise ValueError(f"{path}: came from other weights than the model's; use a new folder")
+            return _layer(header, load_file(path), self._seconds(block, name))
+
+    def report(self, block: int, name: str) -> LayerReport:
+        """The report of a layer, without its codes.
+
+        Args:
+            block: Number of its block.
+            name: The matrix's name in the block.
+
+        Returns:
+            The report, without row gaps.
+        """
+        path = self._path(block, name)
+        with reading(path, "a layer that quantease wrote"):
+            return _report(self._header(path)["report"], None, self._seconds(block, name))
+
+    def _header(self, path: Path) -> dict[str, Any]:
         if not path.exists():
             raise ValueError(f"{path}: expected a quantized layer, found no file")
-        header = metadata(path)
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: expected a whole safetensors file ({error})") from error
-        if weight is not None and header["weight_sha256"] != digest(weight):
-            raise ValueError(f"{path}: came from other weights than the model's; use a new folder")
-        outliers = None
-        if "outliers.values" in tensors:
-            outliers = Outliers(*(tensors[f"outliers.{k}"] for k in ("offsets", "columns", "values")))
-        return QuantizedLayer(
-            codes=unpack_bits(tensors["codes"], header["bits"], len(tensors["group"])),
-            scales=tensors["scales"],
-            zeros=tensors["zeros"],
-            group=tensors["group"],
-            bits=header["bits"],
-            symmetric=header["symmetric"],
-            outliers=outliers,
-            report=_report(header["report"], tensors.get("row_gaps"), self._seconds(block, name)),
-        )
+        return metadata(path)
 
     def _seconds(self, block: int, name: str) -> float:
         times = self._path(block, name).with_suffix(".seconds")
-        return float(times.read_text()) if times.exists() else 0.0
+        if not times.exists():
+            return 0.0
+        with reading(times, "a number of seconds"):
+            return float(times.read_text())
 
 
-def digest(weight: Tensor) -> str:
-    """SHA-256 of a tensor's values.
-
-    Args:
-        weight: Any tensor.
-
-    Returns:
-        Hexadecimal digest.
-    """
-    raw = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(raw.tobytes()).hexdigest()
+def _layer(header: dict[str, Any], tensors: dict[str, Tensor], seconds: float) -> QuantizedLayer:
+    """The layer that a file holds; what does not fit together raises."""
+    check_number("bits", header["bits"], low=1, high=8, integer=True)
+    group = tensors["group"]
+    scales, zeros = tensors["scales"], tensors["zeros"]
+    check_tensor("group", group, ndim=1, dtype=torch.int64, nonempty=True)
+    check_tensor("scales", scales, ndim=2, dtype=tuple(SCALE_DTYPES.values()), finite=True, nonempty=True)
+    check_tensor("zeros", zeros, shape=tuple(scales.shape), dtype=torch.uint8)
+    words = -(-len(group) * header["bits"] // 32)
+    check_tensor("codes", tensors["codes"], shape=(scales.shape[0], words), dtype=torch.int32)
+    if not 0 <= int(group.min()) <= int(group.max()) < scales.shape[1]:
+        raise ValueError(f"group: expected numbers in [0, {scales.shape[1]})")
+    outliers = None
+    if "outliers.values" in tensors:
+        outliers = Outliers(*(tensors[f"outliers.{k}"] for k in ("offsets", "columns", "values")))
+        outliers.check(scales.shape[0], len(group))
+    return QuantizedLayer(
+        codes=unpack_bits(tensors["codes"], header["bits"], len(group)),
+        scales=scales,
+        zeros=zeros,
+        group=group,
+        bits=header["bits"],
+        symmetric=bool(header["symmetric"]),
+        outliers=outliers,
+        report=_report(header["report"], tensors.get("row_gaps"), seconds),
+    )
 
 
 def _report(values: dict[str, Any], row_gaps: Tensor | None, seconds: float) -> LayerReport:

@@ -5,18 +5,13 @@ mixture-of-experts parameters of shape (experts, out, in) whose slices are appli
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 DEFAULT_SKIP = (r"(^|\.)(gate|router|shared_expert_gate|lm_head)$",)
 """Matrices left alone unless asked for: routers, which are tiny and decide everything."""
-
-Observer = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -84,53 +79,6 @@ def find_matrices(block: nn.Module, skip: Sequence[str] = DEFAULT_SKIP) -> list[
 def _applies_slices(module: nn.Module) -> bool:
     # Whether transformers' eager forward of a fused-experts module calls `linear(x, parameter[expert])`.
     return getattr(module, "is_transposed", None) is False and hasattr(module, "is_concatenated")
-
-
-@contextmanager
-def observe(block: nn.Module, matrices: Sequence[Matrix], observer: Observer) -> Iterator[None]:
-    """Call `observer(name, x)` with the input x, shape (..., p), of every product with one of the matrices.
-
-    Args:
-        block: The block that is run inside the context.
-        matrices: What to watch.
-        observer: Gets the matrix's name and its input.
-
-    Yields:
-        Nothing.
-    """
-    modules = {m.name: m for m in matrices if m.expert is None}
-    slices = {m.weight(block).data_ptr(): m.name for m in matrices if m.expert is not None}
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: observer(name, args[0]))
-        for name in modules
-    ]
-    try:
-        if slices:
-            with _LinearCalls(slices, observer):
-                yield
-        else:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _LinearCalls(TorchFunctionMode):
-    """Reports `nn.functional.linear(x, weight)` for weights at known addresses."""
-
-    def __init__(self, names: Mapping[int, str], observer: Observer) -> None:
-        super().__init__()
-        self.names, self.observer = names, observer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            name = self.names.get(weight.data_ptr())
-            if name is not None:
-                self.observer(name, args[0] if args else (kwargs or {})["input"])
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -1,71 +1,41 @@
 """`quantize_model`: every weight matrix of a causal language model, block by block, resumable."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
-import torch.distributed
-from core_tensor.app.files import read_json, write_json
-from core_tensor.checks import check_choice, check_number, check_tensor
+from core_tensor.app.files import reading
+from core_tensor.app.ranks import Ranks, current
+from core_tensor.app.runs import RunFolder, read_record
 from torch import Tensor, nn
 
-from quantease.algorithms.quantize import quantize_layer
+from quantease.algorithms.heldout import HeldOut
+from quantease.algorithms.quantize import choose, quantize_layer
 from quantease.model.block_stream import BlockStream
-from quantease.model.budget import outlier_fractions
-from quantease.model.calibration import collect_grams, input_groups
+from quantease.model.calibration import INPUT, BlockShape, FullPrecision, block_shape, collect_grams
 from quantease.model.causal_lm import CausalLM
-from quantease.model.layer_store import LayerStore, digest
-from quantease.model.matrices import DEFAULT_SKIP, Group, Matrix, find_matrices
-from quantease.problem.config import LayerConfig
+from quantease.model.layer_store import LayerStore
+from quantease.model.matrices import Group, Matrix
+from quantease.model.plan import (
+    Blocks,
+    ModelConfig,
+    Plan,
+    make_plan,
+    model_identity,
+    model_matrices,
+    outlier_budget,
+    own_windows,
+)
+from quantease.problem.config import SCALE_DTYPES, LayerConfig
 from quantease.problem.gram import GramFolds, Shrinkage
 from quantease.problem.layer import QuantizedLayer
-
-Blocks = tuple[tuple[Matrix, ...], ...]
-"""The quantized matrices of every block."""
+from quantease.problem.target import Targets, shifted_targets
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of matrices done, their total, and what comes next."""
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """How a model is quantized.
-
-    Attributes:
-        layer: How each of its layers is.
-        order: `layer`: inputs of later matrices of a block come from the earlier ones of it already quantized (as in
-            the paper); `block`: one pass per block, faster, with only earlier blocks quantized.
-        skip: Regular expressions over matrix names within a block; what one finds stays as it is.
-        folds: Token folds of the Gram matrices; held-out choices need 2 or more.
-        segment: Consecutive tokens that stay in one fold; None is a whole window (less where there are fewer windows
-            than folds). The first tokens of a window are unlike the others, so that every fold needs its share.
-        outlier_budget: `layer`: every layer keeps the same fraction of its weights as outliers; `model`: the fraction
-            is one of the whole model, and the layers share it by what it saves them.
-        min_tokens: Matrices that fewer tokens reach (rarely used experts) are rounded to nearest instead.
-        gram_bytes: Memory that Gram matrices may take at a time; a group that needs more takes several passes.
-    """
-
-    layer: LayerConfig = field(default_factory=LayerConfig)
-    order: Literal["layer", "block"] = "layer"
-    skip: Sequence[str] = DEFAULT_SKIP
-    folds: int = 2
-    segment: int | None = None
-    outlier_budget: Literal["layer", "model"] = "layer"
-    min_tokens: int = 32
-    gram_bytes: int = 4 << 30
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", tuple(self.skip))  # lists, as JSON has them, compare and hash like tuples
-        check_choice("order", self.order, ("layer", "block"))
-        check_choice("outlier_budget", self.outlier_budget, ("layer", "model"))
-        if self.outlier_budget == "model" and self.layer.structure == "structured":
-            raise ValueError("outlier_budget: expected 'layer' with structured outliers, got 'model'")
-        for name in ("folds", "min_tokens", "gram_bytes"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        if self.segment is not None:
-            check_number("segment", self.segment, low=1, integer=True)
+COMMAND = "quantease quantize"
 
 
 @dataclass(frozen=True)
@@ -106,6 +76,7 @@ def quantize_model(
     config: ModelConfig | None = None,
     *,
     blocks: int | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizedCausalLM:
     """Quantize a model layer by layer, each for the inputs it sees behind the layers quantized before it.
@@ -120,34 +91,26 @@ def quantize_model(
         folder: Working folder.
         config: Options; None is `ModelConfig()`.
         blocks: Quantize only this many blocks from the first on; None is all.
+        overwrite: Delete another run that `folder` holds.
         progress: Called before each matrix and at the end.
 
     Returns:
         The quantized model.
 
     Raises:
-        ValueError: If the tokens do not fit the model, or `folder` holds a run with other options, tokens or weights.
+        ValueError: If the tokens do not fit the model, `folder` holds a run with other options, tokens or weights, or
+            another process is at work there.
     """
-    config = config or ModelConfig()
-    _check_tokens(lm, tokens)
-    folder = Path(folder)
-    count = len(lm.blocks) if blocks is None else blocks
-    check_number("blocks", count, low=1, high=len(lm.blocks), integer=True)
-    matrices = model_matrices(lm, config, count)
-    _claim(folder, _identity(lm, tokens, config, count))
-    store = LayerStore(folder / "layers")
-    share = _own_share(tokens)
-    job = _Job(
-        config, store, progress or _silent, sum(map(len, matrices)), _budget(lm, share, folder, config, matrices)
-    )
-    stream = BlockStream(lm, share)
-    for index in range(count):
-        with lm.loaded(index) as block:
-            job.quantize_block(stream, index, block, matrices[index])
-            if index + 1 < count:
-                stream.advance(index, block)
-    job.progress(job.total, job.total, "")
-    return _result(lm, config, matrices, store, folder)
+    ranks = current()
+    plan = make_plan(lm, tokens, config or ModelConfig(), blocks, ranks)
+    with RunFolder.claim(folder, COMMAND, plan.inputs, overwrite=overwrite, ranks=ranks) as run:
+        store = LayerStore(run.path / "layers")
+        if run.result is None:
+            _execute(lm, plan, store, outlier_budget(lm, plan, run.path, ranks), ranks, progress or _silent)
+            run.finish({"layers": plan.total})
+        elif progress is not None:
+            progress(plan.total, plan.total, "")
+    return _quantized(lm, plan.config, plan.matrices, store, run.path)
 
 
 def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
@@ -164,39 +127,40 @@ def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
         ValueError: If there is no such run, it is unfinished, or it is of another model.
     """
     folder = Path(folder)
-    if not (folder / "run.json").exists():
-        raise ValueError(f"{folder}: expected the working folder of a quantization run, found no run.json")
-    run = read_json(folder / "run.json")
-    layer = dict(run["config"]["layer"])
-    if isinstance(layer["shrinkage"], dict):
-        layer["shrinkage"] = Shrinkage(**layer["shrinkage"])
-    config = ModelConfig(**{**run["config"], "layer": LayerConfig(**layer)})
-    if run["model"] != _model_identity(lm):
+    record = read_record(folder)
+    inputs = record["inputs"]
+    with reading(folder / "run.json", "the record of a quantization run"):
+        config, blocks, model = ModelConfig.from_json(inputs["config"]), int(inputs["blocks"]), inputs["model"]
+    if model != model_identity(lm):
         raise ValueError(f"{folder}: expected the run of {lm.name}, but it is one of another model")
-    matrices = model_matrices(lm, config, run["blocks"])
-    store = LayerStore(folder / "layers")
+    matrices, store = model_matrices(lm, config, blocks), LayerStore(folder / "layers")
     missing = [f"{i}:{m.name}" for i, ms in enumerate(matrices) for m in ms if not store.has(i, m.name)]
     if missing:
         raise ValueError(f"{folder}: the run is not finished, {len(missing)} layers are missing from {missing[0]} on")
-    return _result(lm, config, matrices, store, folder)
+    return _quantized(lm, config, matrices, store, folder)
 
 
-def model_matrices(lm: CausalLM, config: ModelConfig, blocks: int | None = None) -> Blocks:
-    """The matrices that a configuration quantizes.
+def run_dtype(folder: Path | str) -> str:
+    """Dtype of the model that a run quantized.
 
     Args:
-        lm: The model.
-        config: Says which are skipped.
-        blocks: Only of the first blocks; None is all.
+        folder: The run's working folder.
 
     Returns:
-        The matrices of every block.
+        Such as `float32`.
+
+    Raises:
+        ValueError: If there is no such run.
     """
-    count = len(lm.blocks) if blocks is None else blocks
-    return tuple(tuple(find_matrices(lm.block(i), config.skip)) for i in range(count))
+    dtype = read_record(folder)["inputs"].get("dtype")
+    if dtype not in SCALE_DTYPES:
+        raise ValueError(f"{folder}/run.json: expected the dtype of the model, got {dtype!r}")
+    return str(dtype)
 
 
-def _result(lm: CausalLM, config: ModelConfig, matrices: Blocks, store: LayerStore, folder: Path) -> QuantizedCausalLM:
+def _quantized(
+    lm: CausalLM, config: ModelConfig, matrices: Blocks, store: LayerStore, folder: Path
+) -> QuantizedCausalLM:
     def overlay(index: int, block: nn.Module) -> None:
         for matrix in matrices[index] if index < len(matrices) else ():
             matrix.assign(block, store.load(index, matrix.name, matrix.weight(block)).dequantize())
@@ -204,146 +168,165 @@ def _result(lm: CausalLM, config: ModelConfig, matrices: Blocks, store: LayerSto
     return QuantizedCausalLM(replace(lm, overlay=overlay), lm, config, matrices, store, folder)
 
 
-@dataclass
-class _Job:
-    """What `quantize_block` needs from one block to the next."""
-
-    config: ModelConfig
-    store: LayerStore
-    progress: Progress
-    total: int
-    outliers: Mapping[str, float]
-    done: int = 0
-
-    def quantize_block(self, stream: BlockStream, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> None:
-        by_name = {m.name: m for m in matrices}
-        for group in self._groups(stream, index, block, matrices):
-            rank, world = _rank()
-            missing = [n for n in group.names if not self.store.has(index, n)]
-            _barrier()  # every rank has looked before any of them writes
-            if missing:
-                needed = Group(tuple(missing), {n: group.leader[n] for n in missing})
-                for part in _passes(needed, by_name, block, self.config):
-                    grams = self._grams(stream, index, block, matrices, part)
-                    for name in part.names[rank::world]:
-                        self.progress(self.done + group.names.index(name), self.total, f"{index}.{name}")
-                        weight = by_name[name].weight(block).contiguous()  # Conv1D's is a transposed view
-                        layer = quantize_layer(weight, grams[name], self._layer_config(index, name, grams[name]))
-                        self.store.save(index, name, layer, weight)
-                    _barrier()
-            for name in group.names:
-                matrix = by_name[name]
-                matrix.assign(block, self.store.load(index, name, matrix.weight(block)).dequantize())
-            self.done += len(group.names)
-
-    def _groups(self, stream: BlockStream, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[Group]:
-        if all(self.store.has(index, m.name) for m in matrices):
-            names = tuple(m.name for m in matrices)
-            return [Group(names, {n: n for n in names})]
-        return input_groups(stream, index, block, matrices, merged=self.config.order == "block")
-
-    def _grams(
-        self, stream: BlockStream, index: int, block: nn.Module, matrices: Sequence[Matrix], group: Group
-    ) -> Mapping[str, GramFolds]:
-        windows, length = stream.tokens.shape
-        folds = self.config.folds
-        segment = self.config.segment or (length if windows >= folds else max(1, length // folds))
-        return collect_grams(stream, index, block, matrices, group, folds=folds, segment=segment)
-
-    def _layer_config(self, index: int, name: str, gram: GramFolds) -> LayerConfig:
-        if gram.tokens >= self.config.min_tokens:
-            layer = self.config.layer
-            return replace(layer, outliers=self.outliers.get(f"{index}.{name}", layer.outliers))
-        return replace(self.config.layer, algorithm="rtn", outliers=0.0, shrinkage="none")
-
-
-def _passes(group: Group, matrices: Mapping[str, Matrix], block: nn.Module, config: ModelConfig) -> Iterator[Group]:
-    """Parts of a group whose Gram matrices fit into `gram_bytes` together."""
-    names: list[str] = []
-    leaders: dict[str, int] = {}
-    for name in group.names:
-        leader = group.leader[name]
-        features = matrices[leader].weight(block).shape[1]
-        size = 4 * config.folds * features**2
-        if names and leader not in leaders and sum(leaders.values()) + size > config.gram_bytes:
-            yield Group(tuple(names), {n: group.leader[n] for n in names})
-            names, leaders = [], {}
-        names.append(name)
-        leaders[leader] = size
-    yield Group(tuple(names), {n: group.leader[n] for n in names})
-
-
-def _budget(lm: CausalLM, tokens: Tensor, folder: Path, config: ModelConfig, matrices: Blocks) -> dict[str, float]:
-    # Fractions of outliers by layer where the budget is one of the model; kept in a file for a run that continues.
-    if not config.layer.outliers or config.outlier_budget == "layer":
-        return {}
-    path = folder / "outliers.json"
-    if not path.exists():
-        fractions = outlier_fractions(lm, tokens, matrices, config.layer)
-        if _rank()[0] == 0:
-            write_json(path, {f"{index}.{name}": value for (index, name), value in fractions.items()})
-        _barrier()
-    found: dict[str, float] = read_json(path)
-    return found
-
-
 def _silent(done: int, total: int, name: str) -> None:
     del done, total, name
 
 
-def _check_tokens(lm: CausalLM, tokens: Tensor) -> None:
-    check_tensor("tokens", tokens, ndim=2, dtype=torch.int64, nonempty=True)
-    vocabulary = lm.skeleton.get_input_embeddings().weight.shape[0]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise ValueError(
-            f"tokens: expected ids in [0, {vocabulary - 1}], got {int(tokens.min())} to {int(tokens.max())}"
-        )
+def _execute(
+    lm: CausalLM, plan: Plan, store: LayerStore, outliers: Mapping[str, float], ranks: Ranks, progress: Progress
+) -> None:
+    """Quantize all blocks in order; two streams of the same windows run beside each other, one at full precision."""
+    windows, first = own_windows(plan, ranks)
+    stream = BlockStream(lm, windows)
+    exact = stream.fork() if plan.config.aims_at_full_precision else None
+    done = 0
+    for index, matrices in enumerate(plan.matrices):
+        with lm.loaded(index) as block:
+            job = _BlockJob(plan, store, outliers, ranks, progress, stream, exact, first, index, block, matrices, done)
+            job.run()
+            if index + 1 < len(plan.matrices):
+                stream.advance(index, block)
+        done += len(matrices)
+    progress(plan.total, plan.total, "")
 
 
-def _model_identity(lm: CausalLM) -> dict[str, Any]:
-    embeddings = digest(lm.skeleton.get_input_embeddings().weight)
-    return {"architecture": type(lm.skeleton).__name__, "blocks": len(lm.blocks), "embeddings_sha256": embeddings}
+@dataclass
+class _BlockJob:
+    """Quantizes the matrices of one block.
 
+    Attributes:
+        plan: The run.
+        store: Where quantized layers go.
+        outliers: Fraction of outliers by layer, where the layers differ.
+        ranks: The processes that share the run.
+        progress: Told before each matrix.
+        stream: Hidden states behind quantized blocks.
+        exact: Hidden states behind full-precision blocks; None where they are not needed.
+        first: Tokens of other ranks before this one's.
+        index: Number of the block.
+        block: The block, at full precision; its matrices are replaced as they are quantized.
+        matrices: What is quantized of it.
+        done: Matrices of earlier blocks.
+    """
 
-def _identity(lm: CausalLM, tokens: Tensor, config: ModelConfig, blocks: int) -> dict[str, Any]:
-    # What decides the result; every layer's file also names the digest of the weights it came from.
-    values = asdict(config)
-    return {
-        "model": _model_identity(lm),
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "tokens": list(tokens.shape),
-        "tokens_sha256": digest(tokens),
-        "blocks": blocks,
-        "config": values | {"skip": list(config.skip)},
-    }
+    plan: Plan
+    store: LayerStore
+    outliers: Mapping[str, float]
+    ranks: Ranks
+    progress: Progress
+    stream: BlockStream
+    exact: BlockStream | None
+    first: int
+    index: int
+    block: nn.Module
+    matrices: Sequence[Matrix]
+    done: int
 
+    def __post_init__(self) -> None:
+        self.by_name = {m.name: m for m in self.matrices}
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / "run.json"
-    if path.exists():
-        before = read_json(path)
-        changed = sorted(key for key in identity if before.get(key) != identity[key])
-        if changed:
-            raise ValueError(f"{folder}: holds a run with another {', '.join(changed)}; use a new folder")
-    elif _rank()[0] == 0:
-        write_json(path, identity)
-    _barrier()
+    def run(self) -> None:
+        finished = all(self.store.has(self.index, m.name) for m in self.matrices)
+        self.ranks.barrier()  # every rank has looked before any of them writes
+        if finished:
+            if self.exact is not None:
+                self.exact.advance(self.index, self.block)
+            self._assign([m.name for m in self.matrices])
+            return
+        merged = self.plan.config.order == "block"
+        shape = block_shape(self.stream, self.index, self.block, self.matrices, merged=merged)
+        reference = None
+        if self.exact is not None:
+            room = self.plan.config.gram_bytes
+            reference = FullPrecision.before(self.exact, shape, self.index, self.block, self.matrices, room)
+        for group in shape.groups:
+            self._quantize_group(group, shape, reference)
+            self._assign(group.names)
+            self.done += len(group.names)
 
+    def _assign(self, names: Sequence[str]) -> None:
+        for name in names:
+            matrix = self.by_name[name]
+            layer = self.store.load(self.index, name, matrix.weight(self.block))
+            matrix.assign(self.block, layer.dequantize())
 
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    def _quantize_group(self, group: Group, shape: BlockShape, reference: FullPrecision | None) -> None:
+        missing = {name for name in group.names if not self.store.has(self.index, name)}
+        self.ranks.barrier()
+        if not missing:
+            return
+        for part in self._passes(group):
+            if not missing.intersection(part.names):
+                continue
+            grams = collect_grams(
+                self.stream,
+                self.index,
+                self.block,
+                self.matrices,
+                part,
+                folds=self.plan.config.folds,
+                segment=self.plan.segment,
+                first=self.first,
+                reference=reference,
+            )
+            # What the readers of one input decide together does not depend on which of them are missing.
+            for leader in dict.fromkeys(part.leader.values()):
+                readers = [name for name in part.names if part.leader[name] == leader]
+                if missing.intersection(readers):
+                    self._quantize_readers(readers, missing, grams[leader], shape)
+            self.ranks.barrier()
 
+    def _quantize_readers(self, readers: Sequence[str], missing: set[str], gram: GramFolds, shape: BlockShape) -> None:
+        start = time.perf_counter()
+        targets = self._targets(readers, gram, shape)
+        config, choice = self._choice(readers, gram, targets)
+        shared = (time.perf_counter() - start) / len(readers)
+        factor = targets.factor if gram.cross else None
+        share = [name for name in readers if name in missing][self.ranks.rank :: self.ranks.size]
+        for name in share:
+            self.progress(self.done + readers.index(name), self.plan.total, f"{self.index}.{name}")
+            outliers = self.outliers.get(f"{self.index}.{name}", config.outliers) if config.outliers else 0.0
+            layer = quantize_layer(targets.weights[name], gram, replace(config, outliers=outliers), choice=choice)
+            report = replace(layer.report, target_factor=factor, seconds=layer.report.seconds + shared)
+            layer = replace(layer, report=report)
+            self.store.save(self.index, name, layer, self.by_name[name].weight(self.block))
 
-def _barrier() -> None:
-    if _rank()[1] > 1:
-        torch.distributed.barrier()
+    def _targets(self, readers: Sequence[str], gram: GramFolds, shape: BlockShape) -> Targets:
+        # Conv1D's weight is a transposed view
+        weights = {name: self.by_name[name].weight(self.block).float().contiguous() for name in readers}
+        if not gram.cross:
+            return Targets(weights, 0.0)
+        pulls = {
+            name: gram.cross[name] if name in shape.sums else gram.cross[INPUT].float() @ weights[name].T
+            for name in readers
+        }
+        return shifted_targets(weights, gram.folds, pulls)
 
+    def _choice(self, readers: Sequence[str], gram: GramFolds, targets: Targets) -> tuple[LayerConfig, HeldOut]:
+        config = self.plan.config.layer
+        if gram.tokens < self.plan.config.min_tokens:
+            config = replace(config, algorithm="rtn", outliers=0.0, shrinkage="none")
+        weights = [targets.weights[name] for name in readers]
+        return config, choose(weights, gram, config, self._start(readers[0]))
 
-def _own_share(tokens: Tensor) -> Tensor:
-    # Consecutive windows for every rank; all ranks hear of a mistake.
-    rank, world = _rank()
-    if world > tokens.shape[0]:
-        raise ValueError(f"tokens: expected at least one window for each of {world} ranks, got {tokens.shape[0]}")
-    return tokens.tensor_split(world)[rank]
+    def _start(self, name: str) -> tuple[Shrinkage, bool] | None:
+        """What the same matrix of the previous block was given, if there is one."""
+        if self.index == 0 or not self.store.has(self.index - 1, name):
+            return None
+        before = self.store.report(self.index - 1, name)
+        return before.shrinkage, before.grid == "clip"
+
+    def _passes(self, group: Group) -> Iterator[Group]:
+        """Parts of a group whose Gram matrices (and cross products) fit into `gram_bytes` together."""
+        names: list[str] = []
+        leaders: dict[str, int] = {}
+        for name in group.names:
+            leader = group.leader[name]
+            features = self.by_name[leader].weight(self.block).shape[1]
+            size = 4 * self.plan.config.folds * features**2 * (1 if self.exact is None else 2)
+            if names and leader not in leaders and sum(leaders.values()) + size > self.plan.config.gram_bytes:
+                yield Group(tuple(names), {n: group.leader[n] for n in names})
+                names, leaders = [], {}
+            names.append(name)
+            leaders[leader] = size
+        yield Group(tuple(names), {n: group.leader[n] for n in names})

@@ -1,5 +1,6 @@
 """Gram matrices of a layer's inputs, accumulated in token folds, and their shrinkage."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,9 @@ class GramFolds:
         folds: Number of folds, at least 1; held-out choices need 2 or more.
         segment: Consecutive tokens that stay in one fold; neighbours in a text are alike, so longer is more honest.
             With tokens in windows, give a window's length: the first tokens of a window are unlike the others.
-        dtype: Accumulator, float32 or float64.
+        dtype: Accumulator, float32 or float64; with float64 the sum hardly depends on the order of the tokens.
+        products: Dtype in which batches are multiplied; None is that of the accumulator.
+        first: Number of the first token in the stream, where other processes accumulate those before it.
         device: Where the accumulators live.
     """
 
@@ -69,15 +72,19 @@ class GramFolds:
         folds: int = 2,
         segment: int = 256,
         dtype: torch.dtype = torch.float32,
+        products: torch.dtype | None = None,
+        first: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         check_number("features", features, low=1, integer=True)
         check_number("folds", folds, low=1, integer=True)
         check_number("segment", segment, low=1, integer=True)
         check_choice("dtype", dtype, (torch.float32, torch.float64))
-        self.segment = segment
+        check_number("first", first, low=0, integer=True)
+        self.segment, self.first, self.products = segment, first, products or dtype
         self.folds = torch.zeros(folds, features, features, dtype=dtype, device=device)  # (F, p, p)
         self.counts = torch.zeros(folds, dtype=torch.int64)  # tokens per fold, (F,)
+        self.cross: dict[str, Tensor] = {}  # products with other signals of the same tokens, each (F, p, k)
 
     @property
     def features(self) -> int:
@@ -94,11 +101,13 @@ class GramFolds:
         """Gram matrix of all tokens, shape (p, p)."""
         return self.folds.sum(0)
 
-    def update(self, x: Tensor) -> None:
-        """Add tokens.
+    def update(self, x: Tensor, beside: Mapping[str, Tensor] | None = None) -> None:
+        r"""Add tokens.
 
         Args:
             x: Layer inputs, shape (tokens, p) or (..., p), floating point.
+            beside: Other signals R of the same tokens by name, each of shape (..., k): $X^\top R$ is accumulated in
+                `cross`, in the same folds.
 
         Raises:
             ValueError: If the last dimension is not p, or a value is not finite.
@@ -108,13 +117,19 @@ class GramFolds:
             raise ValueError(f"x: expected shape (tokens, {self.features}), got {tuple(x.shape)}")
         check_tensor("x", x, finite=True)
         rows = x.detach().reshape(-1, self.features)
+        signals = {name: value.detach().reshape(-1, value.shape[-1]) for name, value in (beside or {}).items()}
+        for name, value in signals.items():
+            if name not in self.cross:
+                self.cross[name] = self.folds.new_zeros(len(self.counts), self.features, value.shape[1])
         start = 0
         while start < rows.shape[0]:
-            seen = self.tokens
-            stop = start + self.segment - seen % self.segment
+            seen = self.first + self.tokens
+            stop = min(start + self.segment - seen % self.segment, rows.shape[0])
             fold = seen // self.segment % len(self.counts)
-            part = rows[start:stop].to(self.folds)
-            self.folds[fold].addmm_(part.T, part)
+            part = rows[start:stop].to(self.folds.device, self.products)
+            self.folds[fold] += part.T @ part
+            for name, value in signals.items():
+                self.cross[name][fold] += part.T @ value[start:stop].to(part)
             self.counts[fold] += part.shape[0]
             start = stop
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from core_tensor.checks import check_tensor
 from torch import Tensor
 
 from quantease.problem.gram import Shrinkage
@@ -39,6 +40,19 @@ class Outliers:
         offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
         return cls(offsets, mask.nonzero()[:, 1].to(torch.int32), values[mask].to(dtype))
 
+    def check(self, rows: int, features: int) -> None:
+        """Refuse positions outside the matrix, before anything computes with them.
+
+        Args:
+            rows: q.
+            features: p.
+
+        Raises:
+            TypeError: If a dtype does not fit.
+            ValueError: If a shape or a position does not fit.
+        """
+        check_outliers(self.offsets, self.columns, self.values, rows, features)
+
     @property
     def rows(self) -> Tensor:
         """Output feature of every outlier, shape (nnz,), int64."""
@@ -60,6 +74,33 @@ class Outliers:
         return dense
 
 
+def check_outliers(offsets: Tensor, columns: Tensor, values: Tensor, rows: int, features: int) -> None:
+    """Refuse outliers in compressed sparse rows whose positions lie outside a matrix.
+
+    Args:
+        offsets: Shape (rows + 1,), int64.
+        columns: Shape (nnz,), int32.
+        values: Shape (nnz,), floating point.
+        rows: q.
+        features: p.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape or a position does not fit.
+    """
+    count = values.shape[0] if values.ndim == 1 else -1
+    check_tensor("outlier_values", values, ndim=1, dtype=(torch.float16, torch.bfloat16, torch.float32), finite=True)
+    check_tensor("outlier_columns", columns, shape=(count,), dtype=torch.int32)
+    check_tensor("outlier_offsets", offsets, shape=(rows + 1,), dtype=torch.int64)
+    steps = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((steps < 0).any()):
+        raise ValueError(f"outlier_offsets: expected numbers that rise from 0 to {count}, got other ones")
+    if count and not 0 <= int(columns.min()) <= int(columns.max()) < features:
+        raise ValueError(
+            f"outlier_columns: expected numbers in [0, {features}), got {int(columns.min())} to {int(columns.max())}"
+        )
+
+
 @dataclass(frozen=True)
 class LayerReport:
     r"""How the quantization of a layer went.
@@ -71,6 +112,7 @@ class LayerReport:
         heldout_error: Relative error on tokens that took no part, by cross-validation over the folds on a sample of
             rows at the chosen shrinkage; None where nothing was held out.
         shrinkage: What the Gram matrix was shrunk by.
+        grid: `clip` or `minmax`: the grid of the starts; refits change its scales.
         objective: $f$ under the shrunken Gram matrix as exported, in float64, relative to that of $\hat W = 0$.
         trace: Names of the steps and the relative objective after each.
         cw_minimum: Whether no single code of any row can be changed for the better, checked in float64; None for
@@ -79,6 +121,9 @@ class LayerReport:
             float64; None where `cw_minimum` is.
         starts: Number of rows that each start won; empty for algorithms with one start.
         tokens: Number of calibration tokens; None for a bare Gram matrix.
+        target_factor: Part c of the least-squares shift towards the full-precision model that the weights were moved by
+            before they were quantized (`problem.target`); None where the layer was quantized towards its own weights.
+            The errors are relative to the moved weights.
         seconds: Time spent.
     """
 
@@ -87,12 +132,14 @@ class LayerReport:
     calibration_error: float
     heldout_error: float | None
     shrinkage: Shrinkage
+    grid: str
     objective: float
     trace: tuple[tuple[str, float], ...]
     cw_minimum: bool | None
     row_gaps: Tensor | None
     starts: dict[str, int] = field(default_factory=dict)
     tokens: int | None = None
+    target_factor: float | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:

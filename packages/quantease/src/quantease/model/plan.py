@@ -1,0 +1,230 @@
+"""What a run will do and what its result depends on, settled before any layer is touched."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from core_tensor.app.files import digest, read_json, reading, write_json
+from core_tensor.app.ranks import Ranks
+from core_tensor.checks import check_choice, check_number, check_tensor
+from torch import Tensor
+
+from quantease.model.budget import outlier_fractions
+from quantease.model.causal_lm import CausalLM
+from quantease.model.matrices import DEFAULT_SKIP, Matrix, find_matrices
+from quantease.problem.config import LayerConfig
+from quantease.problem.gram import Shrinkage
+
+Blocks = tuple[tuple[Matrix, ...], ...]
+"""The quantized matrices of every block."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How a model is quantized.
+
+    Attributes:
+        layer: How each of its layers is.
+        order: `layer`: inputs of later matrices of a block come from the earlier ones of it already quantized (as in
+            the paper); `block`: one pass per block, faster, with only earlier blocks quantized.
+        target: What a layer's outputs are to match: those of the `full-precision` model (its weights are moved there
+            first as far as held-out tokens confirm, see `problem.target`), or those of its `own` weights for the
+            inputs it sees (as in the paper); `auto` is the former for `quantease` and `gptq-descent`.
+        skip: Regular expressions over matrix names within a block; what one finds stays as it is.
+        folds: Token folds of the Gram matrices; held-out choices need 2 or more.
+        segment: Consecutive tokens that stay in one fold; None is a whole window (less where there are fewer windows
+            than folds). The first tokens of a window are unlike the others, so that every fold needs its share.
+        outlier_budget: `layer`: every layer keeps the same fraction of its weights as outliers; `model`: the fraction
+            is one of the whole model, and the layers share it by what it saves them.
+        min_tokens: Matrices that fewer tokens reach (rarely used experts) are rounded to nearest instead.
+        gram_bytes: Memory that Gram matrices may take at a time; a group that needs more takes several passes. As much
+            may be taken by what is kept of a block's full-precision pass; beyond that the pass is repeated.
+    """
+
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    order: Literal["layer", "block"] = "layer"
+    target: Literal["auto", "full-precision", "own"] = "auto"
+    skip: Sequence[str] = DEFAULT_SKIP
+    folds: int = 2
+    segment: int | None = None
+    outlier_budget: Literal["layer", "model"] = "layer"
+    min_tokens: int = 32
+    gram_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", tuple(self.skip))  # lists, as JSON has them, compare and hash like tuples
+        check_choice("order", self.order, ("layer", "block"))
+        check_choice("target", self.target, ("auto", "full-precision", "own"))
+        check_choice("outlier_budget", self.outlier_budget, ("layer", "model"))
+        if self.outlier_budget == "model" and self.layer.structure == "structured":
+            raise ValueError("outlier_budget: expected 'layer' with structured outliers, got 'model'")
+        for name in ("folds", "min_tokens", "gram_bytes"):
+            check_number(name, getattr(self, name), low=1, integer=True)
+        if self.segment is not None:
+            check_number("segment", self.segment, low=1, integer=True)
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"skip: expected regular expressions, got {pattern!r} ({error})") from error
+
+    @property
+    def aims_at_full_precision(self) -> bool:
+        """Whether layers are quantized towards the full-precision model's outputs."""
+        return self.target == "full-precision" or (self.target == "auto" and self.layer.shrinks)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The configuration that `dataclasses.asdict` made plain values of.
+
+        Args:
+            values: As in `run.json`.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If they are no configuration.
+        """
+        values = dict(values)
+        layer = dict(values.pop("layer"))
+        for kind, given in ((cls, values), (LayerConfig, layer)):
+            unknown = sorted(set(given) - {f.name for f in fields(kind)})
+            if unknown:
+                raise ValueError(f"unknown options {', '.join(unknown)}")
+        if isinstance(layer.get("shrinkage"), dict):
+            layer["shrinkage"] = Shrinkage(**layer["shrinkage"])
+        return cls(**values, layer=LayerConfig(**layer))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was checked and not yet begun.
+
+    Attributes:
+        config: How the model is quantized.
+        matrices: The matrices that will be quantized, by block.
+        tokens: Calibration tokens of all ranks, shape (windows, length), int64.
+        segment: Consecutive tokens that stay in one fold.
+        inputs: All that the result depends on, for `run.json`; each layer's file also names the digest of its weights.
+    """
+
+    config: ModelConfig
+    matrices: Blocks
+    tokens: Tensor
+    segment: int
+    inputs: dict[str, Any]
+
+    @property
+    def total(self) -> int:
+        """Number of matrices."""
+        return sum(map(len, self.matrices))
+
+
+def make_plan(lm: CausalLM, tokens: Tensor, config: ModelConfig, blocks: int | None, ranks: Ranks) -> Plan:
+    """Check the arguments of a run and settle what it quantizes.
+
+    Args:
+        lm: The model.
+        tokens: Calibration tokens, shape (windows, length), int64.
+        config: Options.
+        blocks: Quantize only this many blocks from the first on; None is all.
+        ranks: The processes that share the run.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If the tokens do not fit the model, or there are fewer windows than ranks.
+    """
+    check_tensor("tokens", tokens, ndim=2, dtype=torch.int64, nonempty=True)
+    vocabulary = lm.skeleton.get_input_embeddings().weight.shape[0]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise ValueError(
+            f"tokens: expected ids in [0, {vocabulary - 1}], got {int(tokens.min())} to {int(tokens.max())}"
+        )
+    if ranks.size > tokens.shape[0]:
+        raise ValueError(f"tokens: expected at least one window for each of {ranks.size} ranks, got {tokens.shape[0]}")
+    count = len(lm.blocks) if blocks is None else blocks
+    check_number("blocks", count, low=1, high=len(lm.blocks), integer=True)
+    windows, length = tokens.shape
+    segment = config.segment or (length if windows >= config.folds else max(1, length // config.folds))
+    inputs = {
+        "model": model_identity(lm),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "tokens": {"windows": windows, "length": length, "digest": digest(tokens)},
+        "blocks": count,
+        "config": asdict(config),
+    }
+    return Plan(config, model_matrices(lm, config, count), tokens, segment, inputs)
+
+
+def model_identity(lm: CausalLM) -> dict[str, Any]:
+    """What tells a model from others without reading its blocks; layers know their weights' digests.
+
+    Args:
+        lm: The model.
+
+    Returns:
+        Plain values.
+    """
+    embeddings = digest(lm.skeleton.get_input_embeddings().weight)
+    return {"architecture": type(lm.skeleton).__name__, "blocks": len(lm.blocks), "embeddings": embeddings}
+
+
+def model_matrices(lm: CausalLM, config: ModelConfig, blocks: int | None = None) -> Blocks:
+    """The matrices that a configuration quantizes.
+
+    Args:
+        lm: The model.
+        config: Says which are skipped.
+        blocks: Only of the first blocks; None is all.
+
+    Returns:
+        The matrices of every block.
+    """
+    count = len(lm.blocks) if blocks is None else blocks
+    return tuple(tuple(find_matrices(lm.block(i), config.skip)) for i in range(count))
+
+
+def own_windows(plan: Plan, ranks: Ranks) -> tuple[Tensor, int]:
+    """Consecutive windows for every rank.
+
+    Args:
+        plan: The plan.
+        ranks: The processes that share the run.
+
+    Returns:
+        This rank's, shape (windows, length), int64, and the number of tokens before them.
+    """
+    shares = plan.tokens.tensor_split(ranks.size)
+    return shares[ranks.rank], sum(share.numel() for share in shares[: ranks.rank])
+
+
+def outlier_budget(lm: CausalLM, plan: Plan, folder: Path, ranks: Ranks) -> dict[str, float]:
+    """Fractions of outliers by layer where the budget is one of the model; kept in a file for a run that continues.
+
+    Args:
+        lm: The model.
+        plan: The plan.
+        folder: The run's folder.
+        ranks: The processes that share the run.
+
+    Returns:
+        Fraction by `<block>.<matrix>`; empty where every layer has the same.
+    """
+    config = plan.config
+    if not config.layer.outliers or config.outlier_budget == "layer":
+        return {}
+    path = folder / "outliers.json"
+    if not path.exists():
+        fractions = outlier_fractions(lm, own_windows(plan, ranks)[0], plan.matrices, config.layer)
+        if ranks.first:
+            write_json(path, {f"{index}.{name}": value for (index, name), value in fractions.items()})
+        ranks.barrier()
+    found = read_json(path)
+    with reading(path, "fractions of outliers by layer"):
+        return {str(name): float(value) for name, value in found.items()}
