@@ -1,3 +1,5 @@
+"""`python -m lirank`."""
+
 from lirank.cli import main
 
 if __name__ == "__main__":

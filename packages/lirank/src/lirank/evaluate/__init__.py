@@ -1,0 +1,1 @@
+"""Metrics, calibration measures, paired comparison and baselines."""

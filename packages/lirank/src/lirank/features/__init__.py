@@ -1,0 +1,1 @@
+"""Causal features: history and popularity from strictly earlier events, by the same code in batch and online."""

@@ -1,0 +1,1 @@
+"""The parts of a ranking network, each a module that works alone."""

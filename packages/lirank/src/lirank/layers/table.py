@@ -1,0 +1,78 @@
+"""One embedding table for all id features, whose training costs what a batch touches and not what the table holds."""
+
+from dataclasses import dataclass
+
+import torch
+from core_tensor.checks import check_number, check_tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Touched:
+    """One lookup of a training step.
+
+    Attributes:
+        ids: Rows that were looked up, shape (n,), int64.
+        vectors: What they gave, shape (n, D): a leaf whose gradient the row optimizer takes.
+    """
+
+    ids: Tensor
+    vectors: Tensor
+
+
+class FusedTable(nn.Module):
+    """Rows of all id features, one below the other.
+
+    With `lazy` (the default) autograd stops at the looked-up rows: `take_touched` hands rows and gradients to a
+    `RowOptimizer`, and no gradient of the size of the table ever exists. Otherwise it is an ordinary `nn.Embedding`.
+
+    Args:
+        rows: Rows of all features.
+        dim: Width D.
+        lazy: Whether a `RowOptimizer` trains the table.
+        scale: Standard deviation of the initial values.
+    """
+
+    def __init__(self, rows: int, dim: int, *, lazy: bool = True, scale: float = 0.01) -> None:
+        super().__init__()
+        check_number("rows", rows, low=1, integer=True)
+        check_number("dim", dim, low=1, integer=True)
+        self.lazy = lazy
+        self.weight = nn.Parameter(torch.randn(rows, dim) * scale, requires_grad=not lazy)
+        self._touched: list[Touched] = []
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up rows.
+
+        Args:
+            ids: Rows, any shape, int64.
+
+        Returns:
+            Vectors, the shape of `ids` with D behind.
+
+        Raises:
+            ValueError: If an id is outside the table.
+        """
+        check_tensor("ids", ids, dtype=torch.int64)
+        if ids.numel():
+            low, high = ids.aminmax()
+            if int(low) < 0 or int(high) >= len(self.weight):
+                raise ValueError(f"ids: expected rows in [0, {len(self.weight)}), got {int(low)} to {int(high)}")
+        if not self.lazy:
+            return F.embedding(ids, self.weight)
+        vectors = self.weight.detach().index_select(0, ids.reshape(-1))
+        if self.training and torch.is_grad_enabled():
+            vectors.requires_grad_()
+            self._touched.append(Touched(ids.reshape(-1), vectors))
+        return vectors.view(*ids.shape, self.dim)
+
+    def take_touched(self) -> list[Touched]:
+        """The lookups since the last call, with their gradients; the list is emptied."""
+        touched, self._touched = self._touched, []
+        return [entry for entry in touched if entry.vectors.grad is not None]

@@ -1,0 +1,1 @@
+"""A ranking model put together from its configuration."""

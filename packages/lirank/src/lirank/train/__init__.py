@@ -1,0 +1,1 @@
+"""Training: the loop, row-wise optimizers, exact checkpoints, incremental training."""

@@ -1,0 +1,298 @@
+"""The training loop: what it does in one step, when it stops, and how it goes on after a kill to the same bytes."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from core_tensor.app.ranks import ALONE, Ranks
+from msgspec import Meta, Struct
+from torch import Tensor
+from torch.nn import functional as F
+
+from lirank.data.batch import Batch, Encoder
+from lirank.data.parquet import ParquetLog
+from lirank.data.shuffle import windows
+from lirank.evaluate.metrics import report as metrics_report
+from lirank.model.ranker import Ranker, cold_rows
+from lirank.train import checkpoint
+from lirank.train.row_optimizers import RowOptimizer
+
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
+
+
+class TrainConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """How a model is trained.
+
+    Attributes:
+        epochs: Most passes over the training rows.
+        batch_size: Rows of a step, over all processes.
+        lr: Learning rate of the network (Adam).
+        row_lr: Learning rate of the table.
+        row_optimizer: Optimizer of the table.
+        weight_decay: Decoupled decay of the network.
+        row_weight_decay: Decay of touched rows.
+        cold_share: Share of ids that stand as unseen in training, so that the unseen row is trained.
+        schedule: `constant`, or `cosine` to 0; the isotonic layer always follows the cosine.
+        clip: Largest norm of the network's gradient.
+        patience: Epochs without a better validation logloss after which training stops.
+        checkpoint_every: Steps between checkpoints; 0 for one per epoch.
+        seed: Seed of everything random.
+    """
+
+    epochs: Annotated[int, Meta(ge=1)] = 4
+    batch_size: Annotated[int, Meta(ge=2)] = 1024
+    lr: Annotated[float, Meta(gt=0)] = 1e-3
+    row_lr: Annotated[float, Meta(gt=0)] = 2e-3
+    row_optimizer: Literal["adam", "adagrad"] = "adam"
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    row_weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    cold_share: Annotated[float, Meta(ge=0, lt=1)] = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: Annotated[float, Meta(gt=0)] = 10.0
+    patience: Annotated[int, Meta(ge=1)] = 1
+    checkpoint_every: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in self.__struct_fields__}
+
+
+class Trainer:
+    """Trains a model.
+
+    Args:
+        model: The model.
+        encoder: What turns the log into batches.
+        config: How to train.
+        ranks: The processes that share every batch.
+    """
+
+    def __init__(self, model: Ranker, encoder: Encoder, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+        self.model, self.encoder, self.config, self.ranks = model, encoder, config, ranks
+        calibration = [p for p in model.network.calibration.parameters() if p.requires_grad]
+        chosen = {id(p) for p in calibration}
+        network = [p for p in model.network.parameters() if p.requires_grad and id(p) not in chosen]
+        self.parameters = network + calibration
+        groups = [{"params": network, "weight_decay": config.weight_decay}]
+        groups += [{"params": calibration, "weight_decay": 0.0}] if calibration else []
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, foreach=True)
+        self.rows = RowOptimizer(
+            model.table, config.row_optimizer, lr=config.row_lr, weight_decay=config.row_weight_decay
+        )
+        self.epoch, self.batch, self.step = 0, 0, 0
+        self.history: list[dict[str, Any]] = []
+        self.best, self.waited = math.inf, 0
+        self._losses: list[float] = []  # of the epoch under way
+        self._total = 1
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train: ParquetLog,
+        valid: ParquetLog | None,
+        folder: Path,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train until the last epoch, or until validation stops getting better; leaves the model at its best.
+
+        Args:
+            train: Training rows, with causal columns.
+            valid: Rows that choose the epoch; without them the last one is kept.
+            folder: Where checkpoints go; one that lies there is continued.
+            progress: Called after every step with the step, the steps of an epoch and the loss.
+
+        Returns:
+            One entry per epoch: training loss and validation metrics.
+
+        Raises:
+            ValueError: If a number is not finite, naming step and column; no weight has changed then.
+        """
+        config = self.config
+        per_epoch = -(-train.rows // config.batch_size)
+        self._total = per_epoch * config.epochs
+        if (folder / CHECKPOINT).exists():
+            self._load(folder / CHECKPOINT)
+        else:
+            torch.manual_seed(config.seed)
+        while self.epoch < config.epochs and self.waited < config.patience:
+            for batch in self._batches(train):
+                self._losses.append(self.train_step(batch))
+                self.batch += 1
+                if progress is not None:
+                    progress({"epoch": self.epoch, "step": self.batch, "steps": per_epoch, "loss": self._losses[-1]})
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    self._save(folder / CHECKPOINT)
+            self._end_of_epoch(valid, folder)
+        tensors, _ = checkpoint.load(folder / BEST)
+        self.model.load_state_dict(tensors)
+        return self.history
+
+    def _batches(self, log: ParquetLog) -> Iterator[Batch]:
+        config, ranks = self.config, self.ranks
+        for window in windows(log, None, config.batch_size, self.epoch, config.seed, self.batch):
+            encoded = self.encoder.encode(window.table)
+            for start in range(window.start * config.batch_size, len(encoded), config.batch_size):
+                rows = window.order[start : start + config.batch_size]
+                first, last = ranks.range(len(rows))
+                yield encoded.take(torch.from_numpy(rows[first:last]))
+
+    def train_step(self, batch: Batch) -> float:
+        """One step.
+
+        Args:
+            batch: This process's share of the rows.
+
+        Returns:
+            The loss over the rows of all processes.
+
+        Raises:
+            ValueError: If the loss or a gradient is not finite; no weight has changed then.
+        """
+        self.step += 1
+        self.model.train()
+        self._set_rates()
+        if self.config.cold_share:
+            batch = replace(batch, ids=cold_rows(batch.ids, self.model.layout, self.config.cold_share))
+        self.optimizer.zero_grad()
+        self.model.table.take_touched()
+        logits = self.model(batch)
+        total, weight = self._loss(logits, batch)
+        everything = self.ranks.sum(torch.stack([total.detach().double(), weight.double()]))
+        loss = total / everything[1].clamp_min(1e-12)  # mean over all processes
+        value = float(everything[0] / everything[1].clamp_min(1e-12))
+        if not math.isfinite(value):
+            raise ValueError(f"step {self.step}: the loss is {value}; no weight was changed. Lower the learning rate")
+        loss.backward()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self.ranks.sum(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        if not bool(torch.isfinite(norm)):
+            raise ValueError(f"step {self.step}: a gradient is not finite; no weight was changed")
+        self.rows.step(self.model.table.take_touched(), self.ranks)
+        self.optimizer.step()
+        return value
+
+    def _loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the losses and of the weights; labels that are missing count nothing."""
+        assert batch.labels is not None
+        share = torch.tensor([label.weight for label in self.encoder.schema.labels])
+        weight = (~batch.labels.isnan()).float() * share  # (B, T)
+        if batch.weight is not None:
+            weight = weight * batch.weight[:, None]
+        losses = F.binary_cross_entropy_with_logits(logits, batch.labels.nan_to_num(), reduction="none")
+        return (losses * weight).sum(), weight.sum()
+
+    def _set_rates(self) -> None:
+        cosine = 0.5 * (1 + math.cos(math.pi * min(self.step / max(self._total, 1), 1.0)))
+        factor = cosine if self.config.schedule == "cosine" else 1.0
+        for number, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = self.config.lr * (10 * cosine if number == 1 else factor)
+        self.rows.lr = self.config.row_lr * factor
+
+    def _end_of_epoch(self, valid: ParquetLog | None, folder: Path) -> None:
+        entry: dict[str, Any] = {"epoch": self.epoch, "train_loss": float(np.mean(self._losses))}
+        better = True
+        if valid is not None:
+            found = evaluate(self.model, self.encoder, valid)
+            entry["valid"] = found
+            measured = [r["logloss"] for r in found.values() if r["logloss"] is not None]
+            value = float(np.mean(measured)) if measured else -float(self.epoch)
+            better = value < self.best
+            self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
+        self.history.append(entry)
+        if better and self.ranks.first:
+            checkpoint.save(folder / BEST, self.model.state_dict(), {"epoch": self.epoch})
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._losses = []
+        self._save(folder / CHECKPOINT)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _save(self, path: Path) -> None:
+        if self.ranks.first:
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            tensors |= {f"rows.{i}": tensor for i, tensor in enumerate(self.rows.state)}
+            adam = self.optimizer.state_dict()["state"]
+            tensors |= {f"adam.{i}.{key}": tensor for i, state in adam.items() for key, tensor in state.items()}
+            record = {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "step": self.step,
+                "row_steps": self.rows.steps,
+                "history": self.history,
+                "best": self.best if math.isfinite(self.best) else None,
+                "waited": self.waited,
+                "losses": self._losses,
+            }
+            checkpoint.save(path, tensors | {"random": torch.get_rng_state()}, record)
+        self.ranks.barrier()
+
+    def _load(self, path: Path) -> None:
+        tensors, record = checkpoint.load(path)
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        checkpoint.check_names(path, model, self.model.state_dict())
+        self.model.load_state_dict(model)
+        for i, tensor in enumerate(self.rows.state):
+            tensor.copy_(tensors[f"rows.{i}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam."):
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random"])
+        self.epoch, self.batch, self.step = record["epoch"], record["batch"], record["step"]
+        self.rows.steps, self.history, self.waited = record["row_steps"], record["history"], record["waited"]
+        self.best = math.inf if record["best"] is None else record["best"]
+        self._losses = record["losses"]
+
+
+def score(
+    model: Ranker, encoder: Encoder, log: ParquetLog, *, calibrate: bool = True, rows: int = 4096
+) -> dict[str, Any]:
+    """Score a log.
+
+    Args:
+        model: The model.
+        encoder: What turns the log into batches.
+        log: Rows with causal columns and labels.
+        calibrate: Whether the isotonic layers are applied.
+        rows: Rows scored at once.
+
+    Returns:
+        `p` (n, T), `labels` (n, T), and `group` (n,), `weight` (n,) or None, as numpy arrays.
+    """
+    found: dict[str, list[np.ndarray]] = {"p": [], "labels": [], "group": [], "weight": []}
+    for table in log.read(rows=rows):
+        batch = encoder.encode(table)
+        found["p"].append(model.predict(batch, calibrate=calibrate).numpy())
+        for name in ("labels", "group", "weight"):
+            value = getattr(batch, name)
+            if value is not None:
+                found[name].append(value.numpy())
+    return {name: np.concatenate(pieces) if pieces else None for name, pieces in found.items()}
+
+
+def evaluate(model: Ranker, encoder: Encoder, log: ParquetLog) -> dict[str, dict[str, Any]]:
+    """Metrics of every label on a log.
+
+    Args:
+        model: The model.
+        encoder: What turns the log into batches.
+        log: Rows with causal columns and labels.
+
+    Returns:
+        `lirank.evaluate.metrics.report` by label.
+    """
+    found = score(model, encoder, log)
+    return {
+        label.name: metrics_report(found["p"][:, t], found["labels"][:, t], found["group"], found["weight"])
+        for t, label in enumerate(encoder.schema.labels)
+    }

@@ -1,0 +1,231 @@
+"""What the commands do, as functions: train a run, evaluate it, and set baselines beside it."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from core_tensor.app.cli import progress
+from core_tensor.app.extras import require
+
+from lirank.data.ordering import in_time_order
+from lirank.data.parquet import ParquetLog
+from lirank.data.split import Split
+from lirank.evaluate import baseline
+from lirank.evaluate.compare import compare
+from lirank.evaluate.metrics import auc_interval, report
+from lirank.features.prepare import Prepared, prepare
+from lirank.model.config import ModelConfig
+from lirank.model.ranker import Ranker
+from lirank.schema.columns import column_of, decoded
+from lirank.schema.features import Schema
+from lirank.train.loop import TrainConfig, Trainer
+from lirank.train.loop import evaluate as evaluate_log
+from lirank.train.run import DATA, TrainedModel, held_out_rows
+
+_SEGMENTS = 20
+
+
+def train_run(
+    log: ParquetLog, schema: Schema, split: Split, config: ModelConfig, training: TrainConfig, folder: Path
+) -> dict[str, Any]:
+    """Prepare a log, train on it, save the model, and measure it.
+
+    Args:
+        log: The log.
+        schema: The schema.
+        split: How to divide the log.
+        config: The network.
+        training: How to train.
+        folder: The run's folder; what an earlier process left there is continued.
+
+    Returns:
+        Rows of each part, notes, epochs, and metrics of the validation and test rows.
+    """
+    prepared = prepare_with_bar(log, schema, split, folder / DATA)
+    encoder = prepared.encoder()
+    torch.manual_seed(training.seed)
+    model = Ranker(encoder, config)
+    rows, valid = prepared.log("train"), prepared.log("valid")
+    assert rows is not None
+    total = training.epochs * -(-rows.rows // training.batch_size)
+    nothing: list[None] = []
+    with progress(nothing, "training", total=total, unit="step") as bar:
+        epochs = Trainer(model, encoder, training).fit(rows, valid, folder, lambda state: _advance(bar, state))
+    trained = TrainedModel(model.eval(), encoder, prepared.causal(), {"epochs": epochs})
+    trained.save(folder)
+    test = prepared.log("test")
+    return {
+        "rows": prepared.rows,
+        "notes": prepared.notes,
+        "epochs": [_flat(entry) for entry in epochs],
+        "valid": evaluate_log(model, encoder, valid) if valid else None,
+        "test": evaluate_log(model, encoder, test) if test else None,
+    }
+
+
+def _advance(bar: Any, state: dict[str, Any]) -> None:
+    bar.n = state["epoch"] * state["steps"] + state["step"]
+    bar.set_postfix(epoch=state["epoch"], loss=f"{state['loss']:.4f}", refresh=False)
+    bar.update(0)
+
+
+def _count(bar: Any, rows: int) -> None:
+    bar.update(rows)
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    found = {"epoch": entry["epoch"], "train loss": entry["train_loss"]}
+    for label, metrics in entry.get("valid", {}).items():
+        found |= {f"{label} logloss": metrics["logloss"], f"{label} AUC": metrics["auc"]}
+    return found
+
+
+def prepare_with_bar(log: ParquetLog, schema: Schema, split: Split, folder: Path) -> Prepared:
+    """`lirank.features.prepare.prepare` with a progress bar."""
+    nothing: list[None] = []
+    with progress(nothing, "reading", total=log.rows, unit="row") as bar:
+        return prepare(log, schema, split, folder, lambda rows: _count(bar, rows))
+
+
+def evaluate_run(
+    folder: Path, logs: Path | None, *, intervals: bool = False, by: str = "", against: Path | None = None
+) -> dict[str, Any]:
+    """Measure a run.
+
+    Args:
+        folder: The run's folder.
+        logs: Rows from after its training; None for its own test rows.
+        intervals: Whether the AUC gets a bootstrap interval.
+        by: Column whose values are reported one by one.
+        against: Another run, compared on the same rows.
+
+    Returns:
+        `labels`, and where asked for `segments` and `against`.
+    """
+    trained = TrainedModel.load(folder)
+    scored = scored_rows(trained, folder, logs, by)
+    found: dict[str, Any] = {"labels": {}}
+    names = [label.name for label in trained.encoder.schema.labels]
+    for t, name in enumerate(names):
+        entry = report(scored["p"][:, t], scored["labels"][:, t], scored["group"], scored["weight"])
+        if intervals and entry["auc"] is not None:
+            known = ~np.isnan(scored["labels"][:, t])
+            groups = None if scored["group"] is None else scored["group"][known]
+            interval = auc_interval(scored["p"][known, t], scored["labels"][known, t], groups)
+            if interval is not None:
+                entry |= {"auc_low": interval.low, "auc_high": interval.high}
+        found["labels"][name] = entry
+    if by:
+        values, counts = np.unique(scored["by"], return_counts=True)
+        frequent = values[np.argsort(-counts, kind="stable")][:_SEGMENTS]
+        found["segments"] = {
+            str(value): {
+                name: report(scored["p"][scored["by"] == value, t], scored["labels"][scored["by"] == value, t])
+                for t, name in enumerate(names)
+            }
+            for value in frequent
+        }
+    if against is not None:
+        found["against"] = _against(scored, TrainedModel.load(against), against, logs, names)
+    return found
+
+
+def _against(
+    scored: dict[str, Any], other: TrainedModel, folder: Path, logs: Path | None, names: list[str]
+) -> list[dict[str, Any]]:
+    theirs = scored_rows(other, folder, logs, "")
+    if not np.array_equal(theirs["labels"], scored["labels"], equal_nan=True):
+        raise ValueError(f"{folder}: scored other rows than the first run; name LOGS that both can score")
+    rows = []
+    for t, name in enumerate(names):
+        known = ~np.isnan(scored["labels"][:, t])
+        groups = None if scored["group"] is None else scored["group"][known]
+        result = compare(scored["p"][known, t], theirs["p"][known, t], scored["labels"][known, t], groups)
+        for metric, interval in (("auc", result.auc), ("logloss", result.logloss)):
+            rows.append(
+                {
+                    "label": name,
+                    "metric": metric,
+                    "difference": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
+                }
+            )
+    return rows
+
+
+def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str) -> dict[str, Any]:
+    """Score raw rows, or the run's own test rows."""
+    schema = trained.encoder.schema
+    if logs is None:
+        log = held_out_rows(folder)
+        if log is None:
+            raise ValueError(f"{folder}: the run has no test rows; name LOGS")
+    else:
+        log = ParquetLog.open(logs)
+        log.require([*schema.columns(), *([by] if by else [])])
+    found: dict[str, list[np.ndarray]] = {"p": [], "labels": [], "group": [], "weight": [], "by": []}
+    for piece in _in_order(log, schema, by) if logs is not None else log.read():
+        table = trained.causal.extend(piece) if logs is not None else piece
+        batch = trained.encoder.encode(table)
+        found["p"].append(trained.model.predict(batch).numpy())
+        for name in ("labels", "group", "weight"):
+            value = getattr(batch, name)
+            if value is not None:
+                found[name].append(value.numpy())
+        if by:
+            log.require([by])
+            found["by"].append(np.array(decoded(column_of(table, by)).to_pylist(), dtype=object).astype(str))
+    return {name: np.concatenate(pieces) if pieces else None for name, pieces in found.items()}
+
+
+def _in_order(log: ParquetLog, schema: Schema, by: str) -> Any:
+    columns = list(dict.fromkeys([*schema.columns(), *([by] if by else [])]))
+    if schema.time is None:
+        yield from log.read(columns)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield from in_time_order(log, columns, schema.time.column, scratch)
+
+
+def baselines(log: ParquetLog, schema: Schema, split: Split, seed: int = 0) -> dict[str, Any]:
+    """Logistic regression and LightGBM on the rows and features that a model would get.
+
+    Args:
+        log: The log.
+        schema: The schema.
+        split: How to divide it.
+        seed: Seed of both.
+
+    Returns:
+        By label, metrics of both and of the constant base rate.
+    """
+    for module in ("sklearn", "lightgbm"):
+        require(module, baseline.EXTRA)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare_with_bar(log, schema, split, Path(scratch) / DATA)
+        return prepared_baselines(prepared, seed)
+
+
+def prepared_baselines(prepared: Prepared, seed: int = 0) -> dict[str, Any]:
+    """`baselines` on prepared data."""
+    encoder = prepared.encoder()
+    logs = {part: prepared.log(part) for part in ("train", "valid", "test")}
+    if logs["test"] is None or logs["train"] is None:
+        raise ValueError("test: expected rows to test on")
+    found = {}
+    for t, label in enumerate(encoder.schema.labels):
+        train, test = (baseline.load_rows(encoder, log, t) for log in (logs["train"], logs["test"]))
+        valid = baseline.load_rows(encoder, logs["valid"], t) if logs["valid"] else None
+        groups = None if test.batch.group is None else test.batch.group.numpy()
+        linear = baseline.logistic_regression(encoder.layout, train, valid, test, seed)
+        trees, setting = baseline.lightgbm(encoder.layout, train, valid, test, seed)
+        rate = np.full(len(test.label), train.label.mean())
+        found[label.name] = {
+            "base rate": report(rate, test.label, groups, test.weight),
+            "logistic regression": report(linear, test.label, groups, test.weight),
+            "LightGBM": report(trees, test.label, groups, test.weight) | {"setting": setting},
+        }
+    return found
