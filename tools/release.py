@@ -166,25 +166,78 @@ def build(names: Sequence[str], root: Path = ROOT) -> None:
         run(root, "uv", "build", "--quiet", "--package", name, "--out-dir", "dist")
 
 
+def check_state(root: Path = ROOT) -> None:
+    """Refuse a work tree from which a release would go wrong.
+
+    Args:
+        root: A git work tree.
+
+    Raises:
+        ValueError: If it has changes, is no branch, is shallow, or lacks commits or tags of its remote.
+    """
+    if dirty := run(root, "git", "status", "--porcelain"):
+        raise ValueError(f"work tree: expected no changes, got\n{dirty}")
+    branch = run(root, "git", "branch", "--show-current")
+    if not branch:
+        raise ValueError("work tree: expected a branch, got a detached HEAD")
+    if run(root, "git", "rev-parse", "--is-shallow-repository") == "true":
+        raise ValueError("work tree: expected the whole history, got a shallow clone: git fetch --unshallow --tags")
+    if "origin" not in run(root, "git", "remote").split():
+        return
+    run(root, "git", "fetch", "--quiet", "--tags", "origin", branch)
+    behind = int(run(root, "git", "rev-list", "--count", f"HEAD..origin/{branch}"))
+    if behind:
+        raise ValueError(f"{branch}: expected all commits of origin/{branch}, {behind} are missing: git pull")
+
+
+def release_all(root: Path = ROOT, *, wheels: bool = True) -> list[Release]:
+    """Plan and carry out; a step that fails takes all commits and tags of this call back.
+
+    Args:
+        root: A git work tree without changes.
+        wheels: Whether to build them.
+
+    Returns:
+        What was released.
+    """
+    head, tags = run(root, "git", "rev-parse", "HEAD"), run(root, "git", "tag", "--list").split()
+    releases = plan(root)
+    try:
+        for release in releases:
+            apply(release, root)
+        if wheels:
+            build([release.name for release in releases], root)
+    except BaseException:
+        if made := set(run(root, "git", "tag", "--list").split()) - set(tags):
+            run(root, "git", "tag", "--delete", *made)
+        run(root, "git", "reset", "--quiet", "--hard", head)  # the work tree had no changes
+        raise
+    return releases
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Print the plan; carry it out unless asked not to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--dry-run", action="store_true", help="only print what would be released")
+    parser.add_argument("--no-wheels", action="store_true", help="do not build what is released")
     options = parser.parse_args(arguments)
     try:
-        if not options.dry_run and (dirty := run(root, "git", "status", "--porcelain")):
-            raise ValueError(f"work tree: expected no changes, got\n{dirty}")
-        releases = plan(root)
-        for release in releases:
-            print(f"{release.name}: {release.previous or 'unreleased'} -> {release.version}\n\n{release.notes}\n")
-            if not options.dry_run:
-                apply(release, root)
-        if not options.dry_run:
-            build([release.name for release in releases], root)
+        if options.dry_run:
+            releases = plan(root)
+        else:
+            check_state(root)
+            releases = release_all(root, wheels=not options.no_wheels)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    print("; ".join(f"git push origin {release.tag}" for release in releases) or "nothing to release")
+    for release in releases:
+        print(f"{release.name}: {release.previous or 'unreleased'} -> {release.version}\n\n{release.notes}\n")
+    if not releases:
+        print("nothing to release")
+        return 0
+    branch = run(root, "git", "branch", "--show-current") or "main"
+    # all or nothing: a tag without its commit, or a commit without its tag, would be planned again
+    print(f"git push --atomic origin {branch} {' '.join(release.tag for release in releases)}")
     return 0
 
 

@@ -136,3 +136,88 @@ def test_a_dirty_work_tree_is_refused(released, capsys):
     released.write("packages/lonely/dirty.txt", "x")
     assert main([], released.root) == 2
     assert "work tree: expected no changes, got\n?? packages/lonely/dirty.txt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def published(released, tmp_path_factory):
+    """The released workspace with a bare remote that has everything."""
+    remote = tmp_path_factory.mktemp("remote") / "remote.git"
+    released.git("clone", "--quiet", "--bare", str(released.root), str(remote))
+    released.git("remote", "add", "origin", str(remote))
+    released.git("fetch", "--quiet", "origin")
+    return released, remote
+
+
+def test_the_printed_command_publishes_and_a_second_clone_has_nothing_to_release(published, tmp_path, capsys):
+    repository, remote = published
+    repository.write("packages/core/src/core/new.py", "")
+    repository.commit("feat(core): new")
+    assert main(["--no-wheels"], repository.root) == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1]
+    assert command.startswith("git push --atomic origin main core-v0.2.0")
+    repository.git(*command.split()[1:])
+    clone = tmp_path / "clone"
+    repository.git("clone", "--quiet", str(remote), str(clone))
+    assert plan(clone) == []
+    assert main(["--no-wheels"], clone) == 0
+    assert "nothing to release" in capsys.readouterr().out
+
+
+def test_a_branch_behind_its_remote_is_refused(published, tmp_path, capsys):
+    repository, remote = published
+    clone = tmp_path / "clone"
+    repository.git("clone", "--quiet", str(remote), str(clone))
+    repository.write("packages/core/src/core/new.py", "")
+    repository.commit("feat(core): new")
+    repository.git("push", "--quiet", "origin", "main")
+    assert main(["--no-wheels"], clone) == 2
+    assert "expected all commits of origin/main, 1 are missing" in capsys.readouterr().err
+
+
+def test_a_shallow_clone_is_refused(published, tmp_path, capsys):
+    repository, remote = published
+    clone = tmp_path / "clone"
+    repository.git("clone", "--quiet", "--depth=1", f"file://{remote}", str(clone))
+    assert main(["--no-wheels"], clone) == 2
+    assert "shallow clone" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_takes_everything_back(released, change, monkeypatch, capsys):
+    change("core", "feat(core): new")
+    change("lonely", "feat(lonely): new")
+    before = released.git("rev-parse", "HEAD"), released.git("tag", "--list")
+
+    def fail(names, root):
+        raise ValueError("uv build: no space left")
+
+    monkeypatch.setattr(release, "build", fail)
+    assert main([], released.root) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert (released.git("rev-parse", "HEAD"), released.git("tag", "--list")) == before
+    assert released.git("status", "--porcelain") == ""
+
+
+def test_a_tag_of_somebody_else_survives_the_way_back(released, change, capsys):
+    change("lonely", "feat(lonely): new")
+    released.git("tag", "lonely-v0.2.0", released.git("commit-tree", "HEAD^{tree}", "-m", "elsewhere"))
+    assert main(["--no-wheels"], released.root) == 2
+    assert "lonely-v0.2.0" in released.git("tag", "--list")
+
+
+def test_the_first_release_of_this_workspace(tmp_path):
+    """Release 0.1.0 of every package, end to end but for the wheels, in a throw-away clone with a bare remote."""
+    remote, clone = tmp_path / "remote.git", tmp_path / "clone"
+    run = release.run
+    run(release.ROOT, "git", "clone", "--quiet", "--bare", "--no-hardlinks", str(release.ROOT), str(remote))
+    for tag in run(remote, "git", "tag", "--list").split():
+        run(remote, "git", "tag", "--delete", tag)
+    run(tmp_path, "git", "clone", "--quiet", str(remote), str(clone))
+    run(clone, "git", "checkout", "--quiet", "-B", "main", "origin/HEAD")
+    for name, value in (("user.name", "Test"), ("user.email", "test@example.org")):
+        run(clone, "git", "config", name, value)
+    releases = release.release_all(clone, wheels=False)
+    assert {r.name: r.version for r in releases} == {name: p.version for name, p in packages(clone).items()}
+    assert all(r.notes.startswith(f"## {r.version} (") for r in releases)
+    assert problems(packages(clone)) == []
+    run(clone, "git", "push", "--quiet", "--atomic", "origin", "main", *(r.tag for r in releases))
+    assert plan(clone) == []

@@ -1,0 +1,77 @@
+"""What holds for the structure of every package."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from workspace import ROOT, packages
+
+PACKAGES = list(packages())
+MOST_MODULES = 12
+MOST_LINES = 600
+
+
+def _source(package):
+    return ROOT / "packages" / package / "src"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_folder_and_no_file_is_too_large_to_read(package):
+    folders = {path.parent for path in _source(package).rglob("*.py")}
+    modules = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {name: count for name, count in modules.items() if count > MOST_MODULES} == {}
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in _source(package).rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_a_sibling_inside_a_function(package):
+    """Only command lines may, so that `--help` starts at once; a function-local import elsewhere hides a circle."""
+    name = package.replace("-", "_")
+    found = []
+    for path in _source(package).rglob("*.py"):
+        place = path.relative_to(_source(package) / name)
+        if place.parts[0] in {"cli", "cli.py", "demo.py"}:
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            imported = [i.module or "" for i in ast.walk(function) if isinstance(i, ast.ImportFrom)]
+            imported += [a.name for i in ast.walk(function) if isinstance(i, ast.Import) for a in i.names]
+            found += [f"{place}:{function.name}: {m}" for m in imported if m.split(".")[0] == name]
+    assert found == []
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "core-tensor"])
+def test_the_command_line_starts_without_torch(package):
+    name = package.replace("-", "_")
+    code = f"import sys, {name}.cli; heavy = {{'torch', 'scipy', 'transformers', 'pyarrow'}} & set(sys.modules)\n"
+    code += f"assert not heavy, heavy\n{name}.cli.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "core-tensor"])
+def test_every_demo_has_the_options_of_all_demos(package):
+    name = package.replace("-", "_")
+    done = subprocess.run([sys.executable, "-m", name, "demo", "--help"], capture_output=True, text=True, check=True)
+    for option in ("--quick", "--json", "-o, --out"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_layers_and_circles_are_checked(package):
+    metadata = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())
+    contracts = metadata["tool"]["importlinter"]["contracts"]
+    assert {"layers", "acyclic_siblings"} <= {contract["type"] for contract in contracts}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_an_index_shows_of_a_package(package):
+    metadata = importlib.metadata.metadata(package)
+    assert metadata["Summary"]
+    assert metadata["License-Expression"] == "Apache-2.0"
