@@ -67,7 +67,8 @@ def requirements(root: Path) -> dict[str, list[str]]:
 
 def unmet(root: Path, pins: list[Pin], python: str) -> list[str]:
     """Requirements that no pin meets on one Python, each with the file that states it."""
-    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    environment: dict[str, str] = {name: str(value) for name, value in default_environment().items()}
+    environment |= {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     live = {pin.name: pin for pin in pins if pin.marker is None or pin.marker.evaluate(environment)}
     own = {canonicalize_name(path.parent.name) for path in root.glob("packages/*/pyproject.toml")}
     missing = []

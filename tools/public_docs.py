@@ -74,9 +74,10 @@ def class_faults(name: str, cls: type) -> Iterator[str]:
         yield f"{name}: no docstring"
         return
     own = "__init__" in vars(cls)
-    arguments = parameters(cls.__init__) if own else []
+    constructor = vars(cls).get("__init__", cls)
+    arguments = parameters(constructor) if own else []
     arguments = [argument for argument in arguments if argument not in {"args", "kwargs"}]
-    init = inspect.getdoc(cls.__init__) if own else ""
+    init = inspect.getdoc(constructor) if own else ""
     for argument in undocumented_arguments(f"{docstring}\n\n{init or ''}", arguments, "Args", "Attributes"):
         yield f"{name}: argument {argument} is under neither Args nor Attributes"
     for member, value in vars(cls).items():
@@ -93,10 +94,12 @@ def class_faults(name: str, cls: type) -> Iterator[str]:
 
 def main() -> int:
     """Print the faults of all packages; 1 if there are any."""
-    missing = []
+    missing: list[str] = []
     for package in packages():
         module = importlib.import_module(package.replace("-", "_"))
-        for name in module.__all__:
+        if not getattr(module, "__all__", None):
+            missing.append(f"{module.__name__}: no __all__")
+        for name in getattr(module, "__all__", ()):
             missing += faults(f"{module.__name__}.{name}", getattr(module, name))
     page = OPERATORS.read_text(encoding="utf-8")
     core = importlib.import_module("core_tensor")

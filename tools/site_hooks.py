@@ -5,6 +5,7 @@ over the files under `reproduce/results/`; a link to any other file of the repos
 package gets a page of reference made from the docstrings of its public names.
 """
 
+import ast
 import posixpath
 import re
 from collections.abc import Iterator
@@ -27,11 +28,57 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path in sorted(ROOT.glob("packages/*/reproduce/results/**/*")):
         if path.is_file():
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    for path in sorted(ROOT.glob("packages/*/src/*/__init__.py")):
-        module, name = path.parent.name, path.parents[2].name
-        page = f"# {name}: reference\n\n::: {module}\n"
-        files.append(File.generated(config, f"reference/{name}.md", content=page))
+    for name, places in public_names().items():
+        files.append(File.generated(config, f"reference/{name}.md", content=reference_page(name, places)))
     return files
+
+
+def public_names() -> dict[str, dict[str, str]]:
+    """Every public name of every package, with the module that defines it: what its `__init__` imports lazily."""
+    found = {}
+    for path in sorted(ROOT.glob("packages/*/src/*/__init__.py")):
+        module, tree = path.parent.name, ast.parse(path.read_text(encoding="utf-8"))
+        exported: list[str] = next(
+            (ast.literal_eval(s.value) for s in tree.body if isinstance(s, ast.Assign) and _target(s) == "__all__"), []
+        )
+        homes = {
+            alias.asname or alias.name: statement.module or module
+            for statement in ast.walk(tree)
+            if isinstance(statement, ast.ImportFrom)
+            for alias in statement.names
+        }
+        found[path.parents[2].name] = {name: f"{homes.get(name, module)}.{name}" for name in exported}
+    return found
+
+
+def _target(statement: ast.Assign) -> str:
+    """The name that a statement assigns, if it is one."""
+    first = statement.targets[0]
+    return first.id if isinstance(first, ast.Name) else ""
+
+
+def reference_page(package: str, places: dict[str, str]) -> str:
+    """A page with an entry for every public name."""
+    options = "    options:\n      show_root_heading: true\n      heading_level: 2\n"
+    entries = "\n".join(f"::: {place}\n{options}" for place in places.values())
+    words = f"Import these from `{package.replace('-', '_')}`."
+    return f"# {package}: reference\n\n{words}\n\n{entries}"
+
+
+def on_post_build(config: MkDocsConfig, **_: Any) -> None:
+    """Fail where a public name has no entry in the reference.
+
+    Raises:
+        ValueError: With the names.
+    """
+    missing = []
+    for package, places in public_names().items():
+        page = Path(config.site_dir) / "reference" / package / "index.html"
+        page = page if page.exists() else Path(config.site_dir) / "reference" / f"{package}.html"
+        html = page.read_text(encoding="utf-8")
+        missing += [place for place in places.values() if f'id="{place}"' not in html]
+    if missing:
+        raise ValueError(f"reference: no entry for {', '.join(missing)}")
 
 
 def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
