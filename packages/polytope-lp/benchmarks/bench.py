@@ -137,7 +137,7 @@ def _solve_packed(folder: str, tol: float, threads: int, queue: Any) -> None:
 def solve_apart(sources: int, tol: float, threads: int) -> dict[str, Any]:
     """Generate a packed problem and solve it in a process of its own, whose memory is then the solver's."""
     from polytope_lp.runs.folders import write_marketplace
-    from polytope_lp.tables.packed import pack
+    from polytope_lp.tables.pack import pack
 
     with tempfile.TemporaryDirectory() as folder:
         write_marketplace(Marketplace(sources=sources), f"{folder}/problem")

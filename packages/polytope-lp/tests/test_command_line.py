@@ -26,7 +26,7 @@ def test_generate_solve_verify_and_tampering(tmp_path):
     assert solved["gap"] <= 1e-4
     assert json.loads(_run("verify", out, "--json").output)["ok"]
     assert {f.name for f in out.iterdir()} == {
-        "primal.arrow", "prices.parquet", "history.parquet", "policy.npz", "input.json", "certificate.json",
+        "primal.arrow", "prices.parquet", "history.parquet", "policy.npz", "input.json", "certificate.json", "run.json",
     }  # fmt: skip
     certificate = json.loads((out / "certificate.json").read_text())
     certificate["lower_bound"] *= 0.99
@@ -69,7 +69,7 @@ def test_unsorted_edges_give_the_same_solution():
         ({"cost": [1.0, np.inf, 1.0, 1.0]}, {}, "edges.cost: .*inf"),
         ({"destination": ["x", "z", "x", "y"]}, {}, "edges.destination: 'z' has no budget"),
         ({"destination": [1, 2, 3, 4]}, {}, "edges.destination: "),
-        ({"source": [1.5, 2.5, 1.0, 1.0]}, {}, "edges.source: expected integers or strings"),
+        ({"source": [1.5, 2.5, 1.0, 1.0]}, {}, "edges.source: expected integers, strings"),
         ({"source": ["b", None, "a", "c"]}, {}, "edges.source: .*1 nulls"),
         ({"source": ["b", "b", "b", "c"]}, {}, "source b and destination x stand in more than one edge"),
         ({}, {"budget": [1.0, np.inf]}, "budgets.budget: .*inf"),
@@ -199,7 +199,8 @@ def test_an_upper_bound_keeps_the_cap_of_the_problem(tmp_path):
     _run("solve", problem, "--upper", 0.6, "-o", out)
     assert json.loads((out / "input.json").read_text())["read"]["polytope"] == {"cap": 2.0, "upper": 0.6}
     _run("verify", out)
-    _run("solve", problem, "--cap", "inf", "--upper", 0.6, "-o", out)
+    assert "read.polytope.cap" in _run("solve", problem, "--cap", "inf", "--upper", 0.6, "-o", out, code=2).output
+    _run("solve", problem, "--cap", "inf", "--upper", 0.6, "-o", out, "--overwrite")
     assert json.loads((out / "input.json").read_text())["read"]["polytope"] == {"cap": None, "upper": 0.6}
     _run("verify", out)
     assert "cap" in _run("solve", problem, "--cap", -1, "-o", out, code=2).output
@@ -238,8 +239,8 @@ def test_a_killed_solve_resumes_from_its_folder(tmp_path):
         time.sleep(0.005)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
-    assert {f.name for f in out.iterdir() if not f.name.startswith(".")} == {"checkpoint.npz"}  # nothing half-written
-    resumed = json.loads(_run("solve", problem, "-o", out, "--tol", 1e-5, "--resume", "--json").output)
+    assert {f.name for f in out.iterdir() if not f.name.startswith(".")} == {"checkpoint.npz", "run.json"}
+    resumed = json.loads(_run("solve", problem, "-o", out, "--tol", 1e-5, "--json").output)
     assert resumed["status"] in {"optimal", "stalled"}
     assert not (out / "checkpoint.npz").exists()
     history = pq.read_table(out / "history.parquet")

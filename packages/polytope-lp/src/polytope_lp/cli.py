@@ -1,25 +1,42 @@
 """The command `polytope-lp`."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import click
-from core_tensor.app.cli import command_line, emit, json_option, progress, table
+from core_tensor.app.cli import (
+    command_line,
+    emit,
+    json_option,
+    out_option,
+    overwrite_option,
+    progress,
+    quick_option,
+    seed_option,
+    table,
+    threads_option,
+)
 
-from polytope_lp.matching.generate import KINDS, Marketplace
+from polytope_lp.matching.choices import KINDS, SOURCES_PER_BATCH
 
-OUT = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
 EXISTING = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+COLUMN_HELP = (
+    "What a column is called: --column source=user --column cost=bid; several budgets per destination as "
+    "--column budget=money,views --column cost=bid,ones. Names as in polytope_lp.Columns."
+)
+budgets_option = click.option("--budgets", type=EXISTING, help="File of budgets, if PROBLEM is a file of edges.")
+unused_option = click.option("--allow-unused-budgets", is_flag=True, help="Let budgets without any edge pass.")
+column_option = click.option("--column", "named", multiple=True, metavar="NAME=COLUMN", help=COLUMN_HELP)
+tol_option = click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
 
 
 @command_line("polytope-lp")
 def main() -> None:
     """Web-scale matching LPs: dual decomposition and projection onto any polytope.
 
-    Start with `polytope-lp demo`. Your own data: one Parquet table of edges (source, destination, value, cost), one of
-    budgets (destination, budget), then `polytope-lp solve edges.parquet --budgets budgets.parquet -o out/`.
+    Start with `polytope-lp demo`. Your own data: one table of edges (source, destination, value, cost), one of budgets
+    (destination, budget), as Parquet or CSV, then `polytope-lp solve edges.parquet --budgets budgets.parquet -o out/`.
     """
 
 
@@ -30,42 +47,45 @@ def main() -> None:
 @click.option(
     "--kind", type=click.Choice([k for k in KINDS if k != "pacing"]), default="uncorrelated", help="Law of costs."
 )
-@click.option("--seed", type=int, default=0, help="Seed of everything.")
-@click.option("-o", "--out", type=OUT, required=True, help="Problem folder to write.")
+@seed_option
+@out_option("Problem folder to write.", folder=True, required=True)
+@overwrite_option
 @json_option
-def generate(out: Path, as_json: bool, **given: Any) -> None:
+def generate(out: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Generate a marketplace: edges/*.parquet, budgets.parquet and problem.json."""
-    from polytope_lp.matching.generate import SOURCES_PER_BATCH
+    from core_tensor.app.runs import RunFolder
+
+    from polytope_lp.matching.generate import Marketplace
     from polytope_lp.runs.folders import write_marketplace
 
     market = Marketplace(**given)
     batches = -(-market.sources // SOURCES_PER_BATCH)
-    edges = write_marketplace(market, out, lambda items: progress(items, "generate", batches, "batch"))
-    emit({"out": str(out), "edges": edges, **given}, as_json, f"{out}: {edges:,} edges of {market.sources:,} sources")
+    with RunFolder.claim(out, "polytope-lp generate", given, overwrite=overwrite) as run:
+        if run.result is None:
+            edges = write_marketplace(
+                market, out, lambda items: progress(items, "generate", batches, "batch"), resume=run.resumed
+            )
+            run.finish({"out": str(out), "edges": edges, **given})
+        result = run.result or {}
+    emit(result, as_json, f"{out}: {result['edges']:,} edges of {market.sources:,} sources")
 
 
 @main.command()
 @click.argument("problem", type=EXISTING)
-@click.option("--budgets", type=EXISTING, help="Parquet file of budgets, if PROBLEM is a file of edges.")
-@click.option("--sources", type=EXISTING, help="Parquet file of caps by source (source, cap), where they differ.")
+@budgets_option
+@click.option("--sources", type=EXISTING, help="File of caps by source (source, cap), where they differ.")
 @click.option("--cap", type=float, help="Most that one source may be matched; the problem's own (else 1) if absent.")
 @click.option("--upper", type=float, help="Most of one edge; the problem's own if absent.")
-@click.option(
-    "--column",
-    "named",
-    multiple=True,
-    metavar="NAME=COLUMN",
-    help="What a column is called: --column source=user --column cost=bid; several budgets per destination as "
-    "--column budget=money,views --column cost=bid,ones. Names as in polytope_lp.Columns.",
-)
-@click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
+@column_option
+@tol_option
 @click.option("--time-limit", type=float, help="Seconds after which the best point so far is written.")
-@click.option("--threads", type=int, help="CPU threads; all that torch finds if absent.", show_default="all")
-@click.option("--allow-unused-budgets", is_flag=True, help="Let budgets without any edge pass.")
+@threads_option
+@unused_option
 @click.option("--warm-start", type=EXISTING, help="Solution folder of a like problem whose prices to start from.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder.")
+@click.option("--resume", is_flag=True, hidden=True, help="What happens anyway.")
 @click.option("--plot", is_flag=True, help="Also draw convergence.png (needs polytope-lp[plot]).")
-@click.option("-o", "--out", type=OUT, required=True, help="Solution folder to write.")
+@out_option("Solution folder to write.", folder=True, required=True)
+@overwrite_option
 @json_option
 def solve(
     problem: Path,
@@ -74,94 +94,116 @@ def solve(
     cap: float | None,
     upper: float | None,
     named: tuple[str, ...],
-    tol: float,
-    time_limit: float | None,
-    threads: int | None,
     allow_unused_budgets: bool,
-    warm_start: Path | None,
-    resume: bool,
     plot: bool,
     out: Path,
     as_json: bool,
+    **rest: Any,
 ) -> None:
-    """Solve a problem folder, or a Parquet file of edges, to a certified gap.
+    """Solve a problem folder, or a file of edges, to a certified gap.
 
     Writes primal.arrow (source, destination, x), prices.parquet, certificate.json, history.parquet, policy.npz and
-    input.json. A run that is killed leaves checkpoint.npz behind, from which --resume goes on. Under torchrun
-    (torchrun --nproc-per-node 2 -m polytope_lp solve ...) the ranks share the blocks.
+    input.json. The same command goes on where a killed run, or one that met its time limit, has stopped. Under
+    torchrun (torchrun --nproc-per-node 2 -m polytope_lp solve ...) the ranks share the blocks.
     """
-    import torch
+    from core_tensor.app import figures
 
-    from polytope_lp.matching.options import Options
-    from polytope_lp.runs.folders import write_solution
-    from polytope_lp.runs.ranks import ranks, whole
-    from polytope_lp.solve import solve as run
-    from polytope_lp.tables.columns import columns_of
-    from polytope_lp.tables.tables import overridden, polytope_of, read_problem
+    from polytope_lp.plots import EXTRA, picture
+    from polytope_lp.runs.folders import Source, read_history, read_prices
+    from polytope_lp.tables.tables import overridden
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    described = None if cap is None and upper is None else overridden(problem, budgets, cap, upper)
-    columns = _columns(named)
-    loaded = read_problem(
-        problem,
-        budgets,
-        None if described is None else polytope_of(described),
-        columns_of(columns) if columns else None,
-        sources=sources,
-        allow_unused=allow_unused_budgets,
-    )
-    start = None if warm_start is None else _prices(warm_start, loaded.rows)
-    state = out / "checkpoint.npz"
-    options = Options(tol=tol, time_limit=time_limit, checkpoint=state)
-    nothing: list[int] = []
-    with ranks(loaded) as (shard, group, first), progress(nothing, "solve", unit="eval") as bar:
-        if not resume and first:
-            _remove(out)
-        if group is not None:
-            torch.distributed.barrier()
-
-        def report(entry: dict[str, Any]) -> None:
-            if not first:
-                return
-            bar.update()
-            gap = "-" if entry["gap"] is None else f"{entry['gap']:.2e}"
-            bar.set_postfix(gap=gap, violation=f"{entry['violation']:.1e}", gamma=f"{entry['gamma']:.1e}")
-
-        solution = whole(run(shard, group=group, options=options, report=report, warm_start=start), loaded, group)
-    if not first:
-        return
-    read = {"polytope": described, "columns": columns, "allow_unused": allow_unused_budgets}
-    write_solution(solution, out, problem, budgets, read, sources)
-    _remove(out)
-    result = {"out": str(out), **solution.certificate()}
     if plot:
-        from polytope_lp.plots import picture
-
-        result["picture"] = str(picture(solution, out / "convergence.png"))
+        figures.check(out / "convergence.png", EXTRA)
+    described = None if cap is None and upper is None else overridden(problem, budgets, cap, upper)
+    read = {"polytope": described, "columns": _columns(named) or None, "allow_unused": allow_unused_budgets}
+    result = _solve(Source.of(problem, budgets, sources, read), out, **rest)
+    if result is None:
+        return
+    if plot:
+        title = f"{result['edges']:,} edges, {result['status']}"
+        drawn = picture(read_history(out), read_prices(out), out / "convergence.png", title)
+        result = result | {"picture": str(drawn)}
     emit(result, as_json, lambda: _describe(result))
 
 
-def _remove(out: Path) -> None:
-    # The checkpoints of all ranks.
-    for file in out.glob("checkpoint*.npz"):
-        file.unlink(missing_ok=True)
+def _solve(
+    source: Any,
+    out: Path,
+    tol: float,
+    time_limit: float | None,
+    warm_start: Path | None,
+    overwrite: bool,
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Solve into a run folder; the result, or None on ranks that do not report."""
+    import torch
+    from core_tensor.app import ranks
+    from core_tensor.app.files import sha256
+    from core_tensor.app.runs import RunFolder
+
+    from polytope_lp.matching.options import Options
+    from polytope_lp.runs.folders import write_solution
+    from polytope_lp.runs.ranks import solution_of_all
+    from polytope_lp.solve import solve as run_solver
+
+    del resume
+    state = out / "checkpoint.npz"
+    options = Options(tol=tol, time_limit=time_limit, checkpoint=state)
+    loaded = source.problem()
+    start = None if warm_start is None else _prices(warm_start, loaded.rows)
+    inputs = {
+        "files": sorted(source.sha256.values()),
+        "read": source.read,
+        "tol": tol,
+        "warm_start": None if warm_start is None else sha256(warm_start / "prices.parquet"),
+    }
+    nothing: list[int] = []
+    with ranks.join() as all_ranks:
+        first, group = all_ranks.first, torch.distributed.group.WORLD if all_ranks.size > 1 else None
+        with (
+            RunFolder.claim(out, "polytope-lp solve", inputs, overwrite=overwrite, ranks=all_ranks) as run,
+            progress(nothing, "solve", unit="eval") as bar,
+        ):
+            if all_ranks.share(run.result) is not None:
+                return run.result if first else None
+            shard = loaded if group is None else loaded.shard(all_ranks.rank, all_ranks.size)
+
+            def report(entry: dict[str, Any]) -> None:
+                if first:
+                    bar.update()
+                    gap = "-" if entry["gap"] is None else f"{entry['gap']:.2e}"
+                    bar.set_postfix(gap=gap, violation=f"{entry['violation']:.1e}", gamma=f"{entry['gamma']:.1e}")
+
+            own = run_solver(shard, group=group, options=options, report=report, warm_start=start)
+            solution = solution_of_all(own, loaded, all_ranks)
+            if not first:
+                return None
+            write_solution(solution, out, source)
+            result = {"out": str(out), **solution.certificate()}
+            if solution.status not in {"time_limit", "evaluation_limit"}:
+                run.finish(result)
+                for file in out.glob("checkpoint*.npz"):
+                    file.unlink(missing_ok=True)
+            return result
 
 
 @main.command()
 @click.argument("problem", type=EXISTING)
-@click.option("--budgets", type=EXISTING, help="Parquet file of budgets, if PROBLEM is a file of edges.")
-@click.option("--allow-unused-budgets", is_flag=True, help="Let budgets without any edge pass.")
-@click.option("-o", "--out", type=OUT, required=True, help="Folder to write; must not exist.")
+@budgets_option
+@unused_option
+@out_option("Folder to write.", folder=True, required=True)
+@overwrite_option
 @json_option
-def pack(problem: Path, budgets: Path | None, allow_unused_budgets: bool, out: Path, as_json: bool) -> None:
+def pack(
+    problem: Path, budgets: Path | None, allow_unused_budgets: bool, out: Path, overwrite: bool, as_json: bool
+) -> None:
     """Turn Parquet into arrays that solve maps from disk, for problems larger than memory.
 
     Edges sorted by source stream from file to file. Every command that takes a problem folder takes the result.
     """
-    from polytope_lp.tables.packed import pack as run
+    from polytope_lp.tables.pack import pack as run
 
-    packed = run(problem, out, budgets, allow_unused=allow_unused_budgets)
+    packed = run(problem, out, budgets, overwrite=overwrite, allow_unused=allow_unused_budgets)
     result = {"out": str(out), "sources": packed.data.blocks, "edges": packed.data.variables}
     emit(result, as_json, lambda: f"{out}: {packed.data.variables:,} edges of {packed.data.blocks:,} sources")
 
@@ -219,8 +261,8 @@ def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | N
 @main.command()
 @click.argument("policy", type=FILE)
 @click.argument("edges", type=FILE)
-@click.option("--column", "named", multiple=True, metavar="NAME=COLUMN", help="As in `solve`.")
-@click.option("-o", "--out", type=FILE, required=True, help="Parquet file to write: source, destination, x.")
+@column_option
+@out_option("Parquet file to write: source, destination, x.", required=True)
 @json_option
 def score(policy: Path, edges: Path, named: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Allocate the sources of a Parquet file of EDGES by an exported POLICY (or a solution's policy.npz)."""
@@ -246,7 +288,7 @@ def pacing(out: Path, spent: Path, elapsed: float, report: Path | None, as_json:
 
     from polytope_lp.runs.folders import read_prices
     from polytope_lp.serving.pacing import pacing_report, spent_by_row
-    from polytope_lp.tables.tables import read_table
+    from polytope_lp.tables.files import read_table
 
     plan = read_prices(out)
     found = pacing_report(plan, spent_by_row(read_table(spent), plan), elapsed)
@@ -263,36 +305,35 @@ def pacing(out: Path, spent: Path, elapsed: float, report: Path | None, as_json:
 @main.command()
 @click.option("--sources", type=int, default=100_000, help="Number of sources.")
 @click.option("--destinations", type=int, default=1000, help="Number of destinations.")
-@click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
-@click.option("--threads", type=int, help="CPU threads; all that torch finds if absent.", show_default="all")
+@tol_option
+@threads_option
 @json_option
-def bench(sources: int, destinations: int, tol: float, threads: int | None, as_json: bool) -> None:
+def bench(sources: int, destinations: int, tol: float, as_json: bool) -> None:
     """Time this machine: one evaluation of the dual at several ridges, and a solve to a certified gap.
 
     Comparisons with other solvers are in the repository: `uvx nox -s bench -- polytope-lp`.
     """
-    import torch
-
+    from polytope_lp.matching.generate import Marketplace
     from polytope_lp.timing import time_machine
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     result = time_machine(Marketplace(sources=sources, destinations=destinations), tol)
     emit(result, as_json, lambda: f"{_describe(result)}\n\n{table(result['ridges'])}")
 
 
 @main.command()
-@click.option("--sources", type=int, default=200_000, help="Number of sources.")
-@click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
-@click.option("-o", "--out", type=OUT, default=Path("polytope-lp-demo"), help="Folder to write.")
+@click.option("--sources", type=int, default=200_000, help="Number of sources; --quick takes a tenth.")
+@tol_option
+@seed_option
+@threads_option
+@quick_option
+@out_option("Folder to write.", folder=True, default="polytope-lp-demo")
+@overwrite_option
 @json_option
-def demo(sources: int, tol: float, out: Path, as_json: bool) -> None:
+def demo(sources: int, tol: float, seed: int, quick: bool, out: Path, overwrite: bool, as_json: bool) -> None:
     """Generate a marketplace, solve it to a certified gap, and write allocation, prices and a convergence picture."""
     from polytope_lp.demo import run
 
-    started = time.monotonic()
-    result = run(sources, tol, out)
-    result["seconds_total"] = round(time.monotonic() - started, 2)
+    result = run(max(1, sources // 10) if quick else sources, tol, seed, out, overwrite=overwrite)
     emit(result, as_json, lambda: _describe(result))
 
 

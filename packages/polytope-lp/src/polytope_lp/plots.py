@@ -5,42 +5,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_tensor.app.extras import pyplot
-from core_tensor.app.files import atomic_path
+import pyarrow as pa
+from core_tensor.app import figures
 
-from polytope_lp.matching.solution import Solution
-
+EXTRA = "polytope-lp[plot]"
 INK, BLUE, ORANGE, GREY = "#222222", "#2166ac", "#d6604d", "#999999"
 
 
-def picture(solution: Solution, path: str | Path) -> Path:
+def picture(history: pa.Table, prices: pa.Table, path: str | Path, title: str) -> Path:
     """Draw the gap over the evaluations, and prices against the use of the budgets.
 
     Args:
-        solution: A solution with a certified gap.
+        history: One row per evaluation, as in `history.parquet`.
+        prices: What `Solution.prices` gives.
         path: Image to write.
+        title: What is above the first picture.
 
     Returns:
         The path.
     """
-    plt = pyplot("polytope-lp[plot]")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    convergence(left, solution)
-    prices(right, solution)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    plt.close(figure)
+    plt = figures.pyplot(EXTRA)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    convergence(left, history.to_pylist(), title)
+    price_by_use(right, prices)
+    figures.save(figure, path)
     return Path(path)
 
 
-def convergence(a: Any, solution: Solution) -> None:
+def convergence(a: Any, history: list[dict[str, Any]], title: str) -> None:
     """Certified gap, cost of the ridge and violation by evaluation; a dotted line where the ridge changes.
 
     Args:
         a: Matplotlib axes.
-        solution: The solution.
+        history: One entry per evaluation.
+        title: Title of the axes.
     """
-    history = solution.history
     at = np.array([h["evaluation"] for h in history])
     gap = np.array([np.nan if h["gap"] is None else h["gap"] for h in history])
     plot = a.semilogy
@@ -59,41 +58,24 @@ def convergence(a: Any, solution: Solution) -> None:
                 va="top",
                 transform=a.get_xaxis_transform(),
             )
-    a.set(
-        xlabel="evaluations of the dual",
-        ylabel="relative",
-        title=f"{solution.problem.data.variables:,} edges, gap {solution.gap:.1e}",
-    )
-    a.legend(frameon=False)
+    a.set(xlabel="evaluations of the dual", ylabel="relative", title=title)
+    a.legend()
     a.grid(alpha=0.2)
 
 
-def prices(a: Any, solution: Solution) -> None:
+def price_by_use(a: Any, prices: pa.Table) -> None:
     """Price of every destination against the part of its budget that is used.
 
     Args:
         a: Matplotlib axes.
-        solution: The solution.
+        prices: What `Solution.prices` gives.
     """
-    budget = solution.problem.budgets.numpy()
-    used = solution.load.numpy() / np.where(budget > 0, budget, 1.0)
-    binding = solution.lam.numpy() > 0
-    a.scatter(
-        used[~binding],
-        solution.lam.numpy()[~binding],
-        s=10,
-        color=GREY,
-        alpha=0.6,
-        label=f"{(~binding).sum()} free budgets",
-    )
-    a.scatter(
-        used[binding], solution.lam.numpy()[binding], s=10, color=BLUE, label=f"{binding.sum()} budgets with a price"
-    )
-    a.set(
-        xlabel="part of the budget used", ylabel="price λ (value per unit of budget)", title="Prices", yscale="symlog"
-    )
-    a.set_yscale(
-        "symlog", linthresh=max(float(np.median(solution.lam[solution.lam > 0])) / 10, 1e-9) if binding.any() else 1.0
-    )
-    a.legend(frameon=False)
+    budget, load, price = (np.asarray(prices.column(name), dtype=np.float64) for name in ("budget", "load", "price"))
+    used, binding = load / np.where(budget > 0, budget, 1.0), price > 0
+    free = ~binding
+    a.scatter(used[free], price[free], s=10, color=GREY, alpha=0.6, label=f"{free.sum()} free budgets")
+    a.scatter(used[binding], price[binding], s=10, color=BLUE, label=f"{binding.sum()} budgets with a price")
+    a.set(xlabel="part of the budget used", ylabel="price λ (value per unit of budget)", title="Prices")
+    a.set_yscale("symlog", linthresh=float(np.median(price[binding])) / 10 if binding.any() else 1.0)
+    a.legend()
     a.grid(alpha=0.2)

@@ -96,10 +96,20 @@ def test_damaged_folders_are_refused(tmp_path, damage):
         index.unlink()
     else:
         np.save(index, np.load(index) + 1000)
-    with pytest.raises(ValueError, match=r"packed|index"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"packed|index"):
         open_packed(tmp_path / "packed")
-    with pytest.raises(ValueError, match="already exists"):
-        pack(tmp_path / "problem", tmp_path / "packed")
+    pack(tmp_path / "problem", tmp_path / "packed", overwrite=True)
+
+
+def test_a_folder_of_another_problem_is_not_packed_over(tmp_path):
+    for name, sources in (("one", 500), ("other", 400)):
+        write_marketplace(Marketplace(sources=sources, destinations=20), tmp_path / name)
+    packed = pack(tmp_path / "one", tmp_path / "packed")
+    assert pack(tmp_path / "one", tmp_path / "packed").data.variables == packed.data.variables
+    with pytest.raises(ValueError, match="holds a run with other inputs"):
+        pack(tmp_path / "other", tmp_path / "packed")
+    with pytest.raises(ValueError, match="found other files"):
+        pack(tmp_path / "one", tmp_path / "other")
 
 
 def test_a_failed_pack_leaves_nothing(tmp_path):

@@ -67,10 +67,10 @@ def test_caps_by_source_follow_their_keys(oracle):
 @pytest.mark.parametrize(
     ("caps", "message"),
     [
-        ({"user": ["u1"], "cap": [1.0]}, "source 'u2' of the edges has no cap"),
+        ({"user": ["u1"], "cap": [1.0]}, "'u2' of the edges has no cap"),
         ({"user": ["u1", "u2", "u3"], "cap": [1.0, -1.0, 1.0]}, "sources.cap: .*at least 0"),
         ({"user": ["u1", "u2", "u2"], "cap": [1.0, 1.0, 1.0]}, "sources.user: expected each source once"),
-        ({"user": [1, 2, 3], "cap": [1.0, 1.0, 1.0]}, "sources.user: int64 keys do not fit"),
+        ({"user": [1, 2, 3], "cap": [1.0, 1.0, 1.0]}, "sources.user: large_string keys do not fit the int64"),
         ({"user": ["u1", "u2", "u3"], "cap": [1.0, float("nan"), 1.0]}, "sources.cap: .*nan"),
         ({"user": ["u1", "u2", "u3"]}, "sources: expected a column 'cap'"),
     ],
@@ -123,7 +123,7 @@ def test_frames_of_other_libraries_give_the_same_problem():
     )
     objectives.append(solve(from_arrow(encoded, budgets, columns=names), 1e-7).objective)
     assert np.ptp(objectives) == 0.0
-    with pytest.raises(TypeError, match="edges: expected an Arrow or pandas table, got int"):
+    with pytest.raises(TypeError, match=r"edges: expected a table .*, got int"):
         from_arrow(3, budgets)
 
 
@@ -183,7 +183,7 @@ def test_problem_folders_may_hold_caps_and_names(tmp_path):
         read_problem(folder)
     pq.write_table(table.rename_columns(["user", "campaign", "v", "b"]), folder / "edges" / "2.parquet")
     (folder / "problem.json").write_text(json.dumps({"columns": names}))
-    with pytest.raises(ValueError, match=r"2.parquet: columns or types differ"):
+    with pytest.raises(ValueError, match=r"2.parquet: expected a column 'bid'"):
         read_problem(folder)
 
 

@@ -66,6 +66,7 @@ class Dual(Protocol):
         budgets: Right-hand sides b, shape (rows,), float64.
         blocks: Number of blocks of the whole problem.
         variables: Number of variables of the whole problem.
+        own_variables: Number of variables of this rank's blocks.
         ceiling: Greatest value that c'x takes on the blocks: a lower bound above it proves infeasibility.
         unit: What gaps are relative to where the bounds are smaller: the most that one edge can add to the objective.
         row_unit: What violations of each row are relative to, shape (rows,), float64.
@@ -77,6 +78,7 @@ class Dual(Protocol):
     budgets: Tensor
     blocks: int
     variables: int
+    own_variables: int
     ceiling: float
     unit: float
     row_unit: Tensor
@@ -133,6 +135,7 @@ class FusedDual:
         self.problem, self.group, self.statistics = problem, group, found
         self.budgets, self.free = problem.budgets, problem.equality
         self.repairable, self.blocks, self.variables = found.repairable, found.blocks, found.variables
+        self.own_variables = problem.data.variables
         self.unit, self.row_unit = found.unit, found.row_unit
         square = torch.where(found.square > 0, found.square, 1.0)
         self.scale = torch.exp2(-torch.round(torch.log2(square) / 2))

@@ -17,10 +17,8 @@ import numpy as np
 from core_tensor.checks import check_choice, check_number
 from numpy.typing import NDArray
 
+from polytope_lp.matching.choices import KINDS, SOURCES_PER_BATCH
 from polytope_lp.matching.problem import MatchingProblem
-
-KINDS = ("uncorrelated", "tied", "counts", "pacing")
-SOURCES_PER_BATCH = 1 << 15
 
 
 @dataclass(frozen=True)

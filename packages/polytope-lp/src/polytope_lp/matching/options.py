@@ -5,7 +5,8 @@ from pathlib import Path
 
 from core_tensor.checks import check_choice, check_number
 
-METHODS = ("auto", "lbfgs", "accelerated", "newton")
+from polytope_lp.matching.choices import METHODS
+
 SMALLEST_TOL = 1e-11
 """Sums of millions of float64 terms carry errors of about this relative size; no certificate can claim less."""
 

@@ -4,15 +4,19 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from core_tensor import BlockData
+from core_tensor.checks import check_tensor
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from polytope_lp.polytopes import CappedBox
+
+if TYPE_CHECKING:
+    from polytope_lp.matching.statistics import Statistics
 
 CHUNKS = 64
 """Most chunks in which sums are taken; the number depends on the problem alone, never on threads or ranks."""
@@ -35,6 +39,8 @@ class MatchingProblem:
         first_block: Number of the first block within the whole problem, for shards.
         resources: Names of the budgets, where every destination has several; row k * destinations + j is budget k of
             destination j.
+        statistics: What `measure` finds in the whole problem, where it is known (packed problems); a changed copy of
+            the problem does not have it.
     """
 
     data: BlockData
@@ -47,6 +53,7 @@ class MatchingProblem:
     first_block: int = 0
     sharded: bool = field(default=False)
     resources: tuple[str, ...] = ()
+    statistics: "Statistics | None" = field(default=None, init=False)
 
     @classmethod
     def from_arrays(
@@ -117,7 +124,6 @@ class MatchingProblem:
             weight=weight,
             equality=shape.equality,
         )
-        data.check(b.shape[0])
         rows = torch.zeros(b.shape[0], dtype=torch.bool) if equality is None else torch.as_tensor(equality)
         problem = cls(
             data,
@@ -129,8 +135,32 @@ class MatchingProblem:
             skipped,
             resources=resources,
         )
+        problem.check()
         problem._check_edges(allow_unused)
         return problem
+
+    def check(self) -> None:
+        """Refuse arrays that would make the kernels read outside of them, or that fit no problem.
+
+        Raises:
+            ValueError: If a shape or value does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        check_tensor("budgets", self.budgets, ndim=1, dtype=torch.float64, finite=True)
+        check_tensor("equality", self.equality, shape=(self.rows,), dtype=torch.bool)
+        check_tensor("bounds", self.bounds, ndim=1, dtype=torch.int64)
+        self.data.check(self.rows)
+        rising = self.bounds.numel() >= 2 and bool((self.bounds[1:] >= self.bounds[:-1]).all())
+        if not rising or int(self.bounds[0]) != 0 or int(self.bounds[-1]) != self.data.blocks:
+            raise ValueError(f"bounds: expected a rising sequence from 0 to {self.data.blocks}")
+        if self.rows % max(1, len(self.resources)):
+            raise ValueError(f"budgets: expected a multiple of {len(self.resources)} resources, got {self.rows}")
+        for name, keys, count in (
+            ("source_keys", self.source_keys, self.data.blocks),
+            ("destination_keys", self.destination_keys, self.destinations),
+        ):
+            if keys is not None and len(keys) != count:
+                raise ValueError(f"{name}: expected {count} keys, got {len(keys)}")
 
     @property
     def polytope(self) -> CappedBox:
@@ -212,7 +242,7 @@ class MatchingProblem:
             raise ValueError(f"world_size: expected at most the {chunks} chunks of the problem, got {world_size}")
         low, high = rank * chunks // world_size, (rank + 1) * chunks // world_size
         begin, end = int(self.bounds[low]), int(self.bounds[high])
-        return dataclasses.replace(
+        shard = dataclasses.replace(
             self,
             data=self.slice(begin, end),
             bounds=self.bounds[low : high + 1] - begin,
@@ -220,6 +250,20 @@ class MatchingProblem:
             first_block=self.first_block + begin,
             sharded=True,
         )
+        return shard if self.statistics is None else shard.with_statistics(self.statistics)
+
+    def with_statistics(self, statistics: "Statistics") -> "MatchingProblem":
+        """The same problem, of which it is known what `measure` finds.
+
+        Args:
+            statistics: Those of the whole problem.
+
+        Returns:
+            A copy with the same arrays.
+        """
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "statistics", statistics)
+        return copy
 
     def limits(self, begin: int, end: int) -> Tensor:
         """Greatest value of each variable of a run of blocks, min(u, d / w).

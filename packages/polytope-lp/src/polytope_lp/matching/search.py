@@ -11,6 +11,10 @@ from torch import Tensor
 from polytope_lp.matching.evaluation import Dual, Evaluation
 from polytope_lp.matching.options import Options
 
+HISTORY = (
+    *("evaluation", "seconds", "gamma", "proximal", "lower", "upper", "gap", "violation", "smoothing", "fractional"),
+)
+"""What an entry of the history holds."""
 CROSSED = 1e-9
 """Relative gap below zero at which bounds contradict each other."""
 

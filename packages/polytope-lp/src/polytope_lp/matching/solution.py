@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.matching.evaluation import FusedDual, primal_piece
@@ -266,6 +268,15 @@ class Solution:
             return grid[2]
         return min(grid, key=lambda gamma: dual.evaluate(self.primal_lam, gamma).upper)
 
+    def destination_keys(self) -> NDArray[Any] | None:
+        """What a policy calls the destinations.
+
+        Returns:
+            Shape (destinations,), integers or text; None for 0, 1, 2, ...
+        """
+        keys = self.problem.destination_keys
+        return None if keys is None else policy_keys(keys)
+
     def certificate(self) -> dict[str, Any]:
         """The claims of this solution as JSON; infinities stand as null.
 
@@ -333,3 +344,20 @@ def primal_schema(problem: MatchingProblem) -> pa.Schema:
 
 def _named(keys: Any, numbers: Tensor, first: int) -> pa.Array:
     return pa.array((numbers + first).numpy()) if keys is None else keys.take(pa.array(numbers.numpy()))
+
+
+def policy_keys(keys: pa.Array) -> NDArray[Any]:
+    """Keys as a policy holds them, with nothing but numpy: integers, or text (hexadecimal for bytes, ISO for times).
+
+    Args:
+        keys: Integers, text, bytes, dates or timestamps.
+
+    Returns:
+        The keys, an integer or a text dtype.
+    """
+    if pa.types.is_integer(keys.type):
+        return np.asarray(keys, dtype=np.int64)
+    values = keys.to_pylist()
+    if values and isinstance(values[0], bytes):
+        return np.array([value.hex() for value in values], dtype=str)
+    return np.array([value if isinstance(value, str) else value.isoformat() for value in values], dtype=str)

@@ -71,20 +71,38 @@ class Statistics:
         Returns:
             Every field by name.
         """
-        return {f.name: torch.as_tensor(getattr(self, f.name)).reshape(-1) for f in fields(self)}
+        dtypes: dict[Any, torch.dtype] = {bool: torch.bool, int: torch.int64}
+        return {
+            f.name: torch.as_tensor(getattr(self, f.name), dtype=dtypes.get(f.type, torch.float64)).reshape(-1)
+            for f in fields(self)
+        }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Tensor]) -> "Statistics":
+    def from_arrays(cls, arrays: dict[str, Tensor], rows: int) -> "Statistics":
         """The inverse of `arrays`.
 
         Args:
             arrays: Every field by name.
+            rows: Rows of the problem.
 
         Returns:
             The statistics.
+
+        Raises:
+            ValueError: If a field is missing, or of another type, shape or sign.
         """
-        vectors = {"square", "load", "spent", "row_unit"}
-        return cls(**{name: a if name in vectors else a.item() for name, a in arrays.items()})  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for each in fields(cls):
+            array = arrays.get(each.name)
+            vector, flag = each.type is Tensor, each.type is bool
+            if array is None or array.shape != (rows if vector else 1,) or (array.dtype == torch.bool) is not flag:
+                raise ValueError(f"statistics: expected {each.name} with {rows if vector else 1} entries")
+            if not flag and (bool((array < 0).any()) or not bool(torch.isfinite(array).all())):
+                raise ValueError(f"statistics: expected {each.name} of at least 0 and finite")
+            values[each.name] = array.double().clone() if vector else array.item()
+        if values["row_unit"].numel() and not bool((values["row_unit"] > 0).all()):
+            raise ValueError("statistics: expected row_unit above 0")
+        return cls(**values)
 
 
 def packing_rows(problem: MatchingProblem, group: Any = None) -> Tensor:
@@ -133,7 +151,7 @@ def tight_limits(
 
 
 def measure(problem: MatchingProblem, group: Any = None) -> Statistics:
-    """Read the problem once.
+    """Read the problem once, where it does not know its statistics yet.
 
     Args:
         problem: The problem, or this rank's shard.
@@ -145,6 +163,8 @@ def measure(problem: MatchingProblem, group: Any = None) -> Statistics:
     Raises:
         ValueError: If the objective can exceed the range of float64.
     """
+    if problem.statistics is not None:
+        return problem.statistics
     m, agree = problem.rows, torch.tensor([int(problem.nonnegative and not problem.data.equality)])
     if group is not None:
         torch.distributed.all_reduce(agree, op=torch.distributed.ReduceOp.MIN, group=group)
@@ -246,7 +266,7 @@ class Presolved:
     statistics: Statistics
 
 
-def presolve(problem: MatchingProblem, group: Any = None, statistics: Statistics | None = None) -> Presolved:
+def presolve(problem: MatchingProblem, group: Any = None) -> Presolved:
     r"""Bound every amount by what its rows allow, and measure it in units of that bound, where bounds are loose.
 
     With $x = 2^k y$ and $t \le 2^k$ the same LP has costs $2^k c$, coefficients $2^k a$, weights $2^k w$ and bounds
@@ -256,12 +276,11 @@ def presolve(problem: MatchingProblem, group: Any = None, statistics: Statistics
     Args:
         problem: The problem, or this rank's shard.
         group: Process group of the shards, or None.
-        statistics: Those of the problem; measured here if None.
 
     Returns:
         What is solved.
     """
-    found = measure(problem, group) if statistics is None else statistics
+    found = measure(problem, group)
     if not found.loose:
         return Presolved(problem, None, found)
     packing = None if found.repairable else packing_rows(problem, group)

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run as one npz file, so that a killed run continues bit by bit."""
+"""Checkpoints: the whole state of a run as one npz file, so that a killed run continues to the same bits."""
 
 import hashlib
 import json
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.app.files import atomic_path
+from core_tensor.app.files import atomic_path, read_npz, reading
 from torch import Tensor
 
 from polytope_lp.matching.continuation import Stage, State
 from polytope_lp.matching.evaluation import Evaluation
 from polytope_lp.matching.options import Options
 from polytope_lp.matching.problem import MatchingProblem
-from polytope_lp.matching.search import Incumbent, Search
+from polytope_lp.matching.search import HISTORY, Incumbent, Search
 from polytope_lp.optimizers import accelerated, lbfgs, second_order
 
 _VECTORS = ("point", "gradient", "extrapolated")
@@ -132,12 +132,12 @@ def _previous(path: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            meta = json.loads(bytes(file["meta"]))
-            return meta, {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-    except Exception as error:
-        raise ValueError(f"checkpoint: {path} cannot be read ({error})") from error
+    arrays = read_npz(path, "meta")
+    with reading(path, "a checkpoint"):
+        meta = json.loads(bytes(arrays.pop("meta")))
+        if not isinstance(meta["history"], list) or not isinstance(meta["mark"], str):
+            raise ValueError("history or mark of another type")
+        return meta, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _latest(path: Path, search: Search) -> tuple[Path, dict[str, Any], dict[str, Tensor]] | None:
@@ -174,6 +174,25 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
     mine, meta, arrays = latest
     if meta["mark"] != fingerprint(problem):
         raise ValueError(f"checkpoint: {mine} belongs to another problem")
+    with reading(mine, "a checkpoint of this problem"):
+        _check(arrays, meta, search)
+        return _restored(search, meta, arrays)
+
+
+def _check(arrays: dict[str, Tensor], meta: dict[str, Any], search: Search) -> None:
+    rows = search.dual.budgets.shape[0]
+    for name, array in arrays.items():
+        anchor, pairs = name in {"anchor", "best_anchor"}, name in {"steps", "changes"}
+        shape = (arrays["steps"].shape[0], rows) if pairs else (search.dual.own_variables if anchor else rows,)
+        if tuple(array.shape) != shape or not array.is_floating_point() or not bool(torch.isfinite(array).all()):
+            raise ValueError(f"{name}: expected finite numbers of shape {shape}, got {tuple(array.shape)}")
+    entries = [entry for entry in meta["history"] if set(entry) == set(HISTORY)]
+    if len(entries) != len(meta["history"]) or not isinstance(meta["stalled"], bool):
+        raise ValueError("history or state of another form")
+    float(entries[-1]["seconds"] + entries[-1]["fractional"] + meta["iterations"] + meta["at"])
+
+
+def _restored(search: Search, meta: dict[str, Any], arrays: dict[str, Tensor]) -> Stage:
     numbers = {name: float(text) for name, text in meta["numbers"].items()}
     vectors = {name: arrays[name] for name in _VECTORS if name in arrays}
     state: State

@@ -6,6 +6,9 @@ policy into a service that has neither torch nor this package (`polytope-lp expo
 
 import json
 import math
+import struct
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
     from polytope_lp.matching.solution import Solution
 
 Array = NDArray[np.float64]
+_BROKEN = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RecursionError),
+    *(MemoryError, NotImplementedError, SyntaxError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+"""What parsing a broken or foreign file can raise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,27 @@ class Policy:
     resources: int = 1
     needs: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what no allocation can be made from."""
+        lam, names = self.lam, ("cap", "upper", "weights")
+        if lam.ndim != 1 or lam.dtype != np.float64 or not np.isfinite(lam).all():
+            raise ValueError(f"lam: expected finite float64 prices in one row, got {lam.dtype} of shape {lam.shape}")
+        if not 0.0 < self.gamma < math.inf:
+            raise ValueError(f"gamma: expected a finite number above 0, got {self.gamma}")
+        if not self.cap >= 0.0 or not (self.upper is None or self.upper >= 0.0):
+            raise ValueError(f"cap, upper: expected numbers of at least 0, got {self.cap} and {self.upper}")
+        if self.cap == math.inf and self.upper in {None, math.inf} and not {"cap", "upper"} & set(self.needs):
+            raise ValueError("cap: expected a finite number where there is no upper bound")
+        if self.resources < 1 or lam.size % self.resources:
+            raise ValueError(f"resources: expected a divisor of the {lam.size} prices, got {self.resources}")
+        if not set(self.needs) <= set(names):
+            raise ValueError(f"needs: expected some of {', '.join(names)}, got {self.needs}")
+        if self.keys is not None:
+            if self.keys.shape != (lam.size // self.resources,) or self.keys.dtype.kind not in "iuU":
+                raise ValueError(f"keys: expected {lam.size // self.resources} integers or texts")
+            if np.unique(self.keys).size != self.keys.size:
+                raise ValueError("keys: expected each destination once")
+
     @classmethod
     def from_solution(cls, solution: "Solution", gamma: float | None = None) -> "Policy":
         """The policy of a solution.
@@ -55,7 +84,7 @@ class Policy:
         Returns:
             The policy.
         """
-        data, keys = solution.problem.data, solution.problem.destination_keys
+        data = solution.problem.data
         if gamma is None:
             gamma = solution.policy_ridge()
         fixed = data.upper is None or data.upper.numel() == 1
@@ -70,7 +99,7 @@ class Policy:
             float(data.cap[0]) if data.cap.numel() else math.inf,
             float(data.upper[0]) if fixed and data.upper is not None else None,
             data.equality,
-            None if keys is None else np.asarray(keys.to_numpy(zero_copy_only=False)),
+            solution.destination_keys(),
             max(1, len(solution.problem.resources)),
             tuple(name for name, needed in several.items() if needed),
         )
@@ -205,7 +234,8 @@ class Policy:
             The policy.
 
         Raises:
-            ValueError: If the file is none.
+            ValueError: If the file is not a policy.
+            FileNotFoundError: If it does not exist.
         """
         try:
             if Path(path).suffix == ".json":
@@ -215,18 +245,22 @@ class Policy:
                 with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                     lam, rest = file["lam"], json.loads(bytes(file["meta"]))
                     keys = file["keys"] if "keys" in file.files else None
+            if not isinstance(rest["equality"], bool) or not isinstance(rest["resources"], int):
+                raise ValueError("equality or resources of another type")
             return cls(
                 lam,
                 float(rest["gamma"]),
                 math.inf if rest["cap"] is None else float(rest["cap"]),
-                rest["upper"],
-                bool(rest["equality"]),
+                None if rest["upper"] is None else float(rest["upper"]),
+                rest["equality"],
                 None if keys is None else np.asarray(keys),
-                int(rest["resources"]),
+                rest["resources"],
                 tuple(rest["needs"]),
             )
-        except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a policy file ({error})") from error
+        except FileNotFoundError:
+            raise
+        except _BROKEN as error:
+            raise ValueError(f"{path}: not a policy file ({type(error).__name__}: {error})") from error
 
 
 def project(

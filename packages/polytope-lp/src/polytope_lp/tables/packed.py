@@ -1,7 +1,5 @@
 """Packed problems: one `.npy` file per array, mapped and never read as a whole, so that a solve streams the disk."""
 
-import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,16 +8,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from core_tensor import BlockData
-from core_tensor.app.files import read_json, write_json
+from core_tensor.app.files import read_json, reading, sha256, write_json
 from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.matching.problem import MatchingProblem
+from polytope_lp.matching.statistics import Statistics, measure
 
 DESCRIPTION = "packed.json"
 _BLOCKS = ("offsets", "index", "cost", "coefficient", "cap", "upper", "weight")
 _REST = ("budgets", "equality", "bounds")
 _KEYS = ("source_keys", "destination_keys")
+_STATISTICS = "statistics-"
 
 
 def is_packed(path: str | Path) -> bool:
@@ -34,60 +34,26 @@ def is_packed(path: str | Path) -> bool:
     return (Path(path) / DESCRIPTION).is_file()
 
 
-def pack(path: str | Path, out: str | Path, budgets: str | Path | None = None, **reading: Any) -> MatchingProblem:
-    """Turn Parquet into a packed problem; edges sorted by source go from file to file without being held.
+def write_packed(problem: MatchingProblem, folder: Path, mapped: dict[int, tuple[Path, NDArray[Any]]]) -> None:
+    """Write a problem; `packed.json` comes last, so that a folder without it is incomplete.
 
     Args:
-        path: As in `read_problem`.
-        out: Folder to write, which must not exist.
-        budgets: As in `read_problem`.
-        **reading: Further arguments of `read_problem`.
-
-    Returns:
-        The packed problem, mapped.
-
-    Raises:
-        ValueError: If the folder exists, or the problem cannot be read.
+        problem: The problem.
+        folder: Where to.
+        mapped: Arrays that lie in files of the folder already, by address: the file and the array.
     """
-    from polytope_lp.tables.tables import read_problem
-
-    root = Path(out)
-    if root.exists():
-        raise ValueError(f"{root}: already exists; choose another folder")
-    partial = root.with_name(f"{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        mapped: dict[int, tuple[Path, Any]] = {}  # the arrays too: an address must not be given out again
-
-        def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-            file = partial / f"{name}.npy"
-            array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-            mapped[array.ctypes.data] = file, array
-            return array
-
-        problem = read_problem(path, budgets, allocate=allocate, **reading)
-        _write(problem, partial, mapped)
-        del problem
-        partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_packed(root)
-
-
-def _write(problem: MatchingProblem, folder: Path, mapped: dict[int, tuple[Path, Any]]) -> None:
     arrays = {name: getattr(problem.data, name) for name in _BLOCKS}
     arrays |= {name: getattr(problem, name) for name in _REST}
+    arrays |= {f"{_STATISTICS}{name}": array for name, array in measure(problem).arrays().items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     for name, array in arrays.items():
-        if array is None:
-            continue
         held = mapped.get(array.data_ptr())
         if held is not None and held[1].shape == tuple(array.shape) and held[0].exists():
             held[0].rename(folder / f"{name}.npy")
         else:
             np.save(folder / f"{name}.npy", array.numpy())
     for file, _ in mapped.values():  # sorted or stacked into another array
-        if file.name != "index.npy":
+        if file.stem not in arrays:
             file.unlink(missing_ok=True)
     for name in _KEYS:
         keys = getattr(problem, name)
@@ -98,12 +64,28 @@ def _write(problem: MatchingProblem, folder: Path, mapped: dict[int, tuple[Path,
     write_json(
         folder / DESCRIPTION,
         {
-            "arrays": {name: list(array.shape) for name, array in arrays.items() if array is not None},
+            "arrays": {name: list(array.shape) for name, array in arrays.items()},
             "equality": problem.data.equality,
             "skipped": problem.skipped,
             "resources": list(problem.resources),
+            "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.suffix in {".npy", ".arrow"}},
         },
     )
+
+
+def changed_files(path: str | Path) -> list[str]:
+    """Files of a packed problem that are not as `pack` wrote them.
+
+    Args:
+        path: Folder that `pack` wrote.
+
+    Returns:
+        Names.
+    """
+    root = Path(path)
+    with reading(root / DESCRIPTION, "the description of a packed problem"):
+        written = dict(read_json(root / DESCRIPTION)["sha256"])
+    return [name for name, digest in written.items() if not (root / name).is_file() or sha256(root / name) != digest]
 
 
 def open_packed(path: str | Path) -> MatchingProblem:
@@ -119,39 +101,49 @@ def open_packed(path: str | Path) -> MatchingProblem:
         ValueError: If a file is missing, truncated or foreign.
     """
     root = Path(path)
-    try:
+    with reading(root / DESCRIPTION, "the description of a packed problem"):
         described = read_json(root / DESCRIPTION)
-        found = {name: _map(root / f"{name}.npy", shape) for name, shape in described["arrays"].items()}
-        keys = {name: _keys(root / f"{name}.arrow") for name in _KEYS}
-        data = BlockData(**{name: found.get(name) for name in _BLOCKS}, equality=bool(described["equality"]))  # type: ignore[arg-type]
-        budgets = found["budgets"].clone()
-        data.check(budgets.shape[0])
-    except (KeyError, OSError, TypeError, json.JSONDecodeError, pa.ArrowException) as error:
-        raise ValueError(f"{root}: not a packed problem ({error})") from error
-    return MatchingProblem(
+        shapes = {str(name): [int(n) for n in shape] for name, shape in described["arrays"].items()}
+        equality, skipped, resources = described["equality"], described["skipped"], described["resources"]
+        if not isinstance(equality, bool) or not isinstance(skipped, int) or not isinstance(resources, list):
+            raise ValueError("equality, skipped or resources of another type")
+        missing = [name for name in ("offsets", "index", "cost", "cap", *_REST) if name not in shapes]
+        if missing:
+            raise ValueError(f"no array {missing[0]}")
+    found = {name: _map(root / f"{name}.npy", shape) for name, shape in shapes.items()}
+    keys = {name: _keys(root / f"{name}.arrow") for name in _KEYS}
+    data = BlockData(**{name: found.get(name) for name in _BLOCKS}, equality=equality)  # type: ignore[arg-type]
+    kept = {name.removeprefix(_STATISTICS): a for name, a in found.items() if name.startswith(_STATISTICS)}
+    problem = MatchingProblem(
         data,
-        budgets,
+        found["budgets"].clone(),
         found["equality"].clone(),
         found["bounds"].clone(),
         **keys,
-        skipped=int(described["skipped"]),
-        resources=tuple(described["resources"]),
+        skipped=skipped,
+        resources=tuple(str(name) for name in resources),
     )
+    with reading(root, "a packed problem"):
+        problem.check()
+        return problem.with_statistics(Statistics.from_arrays(kept, problem.rows))
 
 
 def _map(file: Path, shape: list[int]) -> Tensor:
-    try:
+    with reading(file, "an array of a packed problem"):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{file}: truncated or not an array of a packed problem ({error})") from error
-    if list(array.shape) != shape:
-        raise ValueError(f"{file}: expected shape {tuple(shape)}, got {array.shape}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has no read-only tensors; nothing here writes to a problem
-        return torch.from_numpy(array)
+        if list(array.shape) != shape:
+            raise ValueError(f"shape {tuple(shape)} is described, {array.shape} is there")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has no read-only tensors; nothing here writes to a problem
+            return torch.from_numpy(array)
 
 
 def _keys(file: Path) -> Any:
     if not file.exists():
         return None
-    return pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("keys").combine_chunks()
+    with reading(file, "the keys of a packed problem"):
+        keys = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("keys").combine_chunks()
+        keys.validate(full=True)
+        if keys.null_count:
+            raise ValueError(f"{keys.null_count} nulls")
+        return keys

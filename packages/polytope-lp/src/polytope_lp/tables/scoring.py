@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from core_tensor.app.files import atomic_path
 
+from polytope_lp.matching.solution import policy_keys
 from polytope_lp.serving.policy import Policy
 from polytope_lp.tables.columns import Columns, names_of
-from polytope_lp.tables.keys import Sources, numbers, require
-from polytope_lp.tables.tables import read_table
+from polytope_lp.tables.files import read_table
+from polytope_lp.tables.keys import Sources, numbers, plain_keys, require
 
 
 def score_file(policy: Policy, edges: str | Path, names: Columns, out: str | Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def score_file(policy: Policy, edges: str | Path, names: Columns, out: str | Pat
     """
     if policy.needs:
         raise ValueError(f"policy: needs {', '.join(policy.needs)} by source or edge; use Policy.score")
-    table = read_table(Path(edges)).combine_chunks()
+    table = read_table(Path(edges), names).combine_chunks()
     if table.num_rows == 0:
         raise ValueError("edges: expected at least one edge, got none")
     rows, costs = names_of(names.destination), names_of(names.cost)
@@ -40,7 +41,7 @@ def score_file(policy: Policy, edges: str | Path, names: Columns, out: str | Pat
         runs.add(chunk)
     offsets, _, order = runs.finish()
     values = numbers("edges.value", require(table.schema, table, "edges", names.value), np.float64)
-    found = [policy.rows(_keys(require(table.schema, table, "edges", name))) for name in rows]
+    found = [policy.rows(_keys(name, require(table.schema, table, "edges", name))) for name in rows]
     there = [name if names.optional(name, table.schema, "edges") else None for name in costs]
     ones = np.ones(table.num_rows)
     cost = [ones if name is None else numbers(f"edges.{name}", table.column(name), np.float64) for name in there]
@@ -49,7 +50,10 @@ def score_file(policy: Policy, edges: str | Path, names: Columns, out: str | Pat
     order = np.arange(table.num_rows) if order is None else order
     x = policy.score_sources(offsets, values[order], a[order], row[order])
     kept = np.flatnonzero(x > 0)
-    columns = {name: table.column(key).take(pa.array(order[kept])) for name, key in _output(names).items()}
+    columns = {
+        name: plain_keys(f"edges.{key}", table.column(key)).take(pa.array(order[kept]))
+        for name, key in _output(names).items()
+    }
     with atomic_path(out) as temporary:
         pq.write_table(pa.table({**columns, "x": x[kept]}), temporary)
     return {
@@ -65,7 +69,6 @@ def _output(names: Columns) -> dict[str, str]:
     return {"source": names.source, "destination": names_of(names.destination)[0]}
 
 
-def _keys(column: Any) -> Any:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.to_numpy() if pa.types.is_integer(column.type) else np.array(column.to_pylist())
+def _keys(name: str, column: Any) -> Any:
+    keys = plain_keys(f"edges.{name}", column)
+    return policy_keys(keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from core_tensor.app.files import read_json, sha256
 from numpy.typing import NDArray
@@ -17,13 +15,16 @@ from numpy.typing import NDArray
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.polytopes import CappedBox
 from polytope_lp.tables.columns import Columns, columns_of, names_of
-from polytope_lp.tables.keys import Keys, Sources, key_column, numbers, require
+from polytope_lp.tables.files import EdgeFile, read_table
+from polytope_lp.tables.keys import Keys, Sources, key_column, numbers, places, require, value_dtype
 from polytope_lp.tables.packed import DESCRIPTION, is_packed, open_packed
 
 Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """Makes an array of the edges from its name, shape and dtype: in memory, or in a file."""
 
 _OBJECTIVE = ""
+ON_PROBLEM = ("polytope", "columns")
+"""What a `problem.json` may say."""
 
 
 def _in_memory(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:  # noqa: ARG001
@@ -54,7 +55,7 @@ def from_arrow(
 
     Raises:
         ValueError: If a column is missing, or a value, key or order does not fit.
-        TypeError: If a table is none.
+        TypeError: If an argument is not a table.
     """
     names = columns or Columns()
     table = _table("edges", edges)
@@ -62,7 +63,7 @@ def from_arrow(
     return _assemble(
         [table.num_rows],
         lambda: iter(table.to_batches()),
-        table.schema,
+        [table.schema],
         _table("budgets", budgets),
         whole,
         polytope,
@@ -82,20 +83,22 @@ def read_problem(
     allow_unused: bool = False,
     allocate: Allocate | None = None,
 ) -> MatchingProblem:
-    """A problem from a folder (`edges/*.parquet`, `budgets.parquet`, `problem.json`) or from Parquet files.
+    """A problem from a folder (`edges/**/*.parquet`, `budgets.parquet`, `problem.json`), or from Parquet or CSV files.
 
     A folder that `polytope_lp.pack` wrote is mapped, not read.
 
     A folder may also hold `sources.parquet` (source and cap), and `problem.json` the names of columns in `columns`.
+    Edges may lie in subfolders such as `edges/date=2026-01-31/`, whose names then stand for a column; files may differ
+    in the order of their columns and in the width of their numbers. Keys in CSV files are text.
 
     Edges are streamed; nothing is held twice when they are sorted by source.
 
     Args:
-        path: The folder, or the Parquet file of the edges.
-        budgets: Parquet file of the budgets; the folder's own if None.
+        path: The folder, or the file of the edges.
+        budgets: File of the budgets; the folder's own if None.
         polytope: What a source may do; what `problem.json` says (at most one match per source) if None.
         columns: Names of the columns; those of `problem.json` if None.
-        sources: Parquet file of the sources' caps; the folder's own if None.
+        sources: File of the sources' caps; the folder's own if None.
         allow_unused: Whether budgets without any edge are allowed.
         allocate: Makes the arrays of the edges from name, shape and dtype; `numpy.empty` if None.
 
@@ -113,23 +116,25 @@ def read_problem(
     if columns is None:
         columns = columns_of(described.get("columns", {}))
     caps = Path(path) / "sources.parquet" if sources is None else Path(sources)
-    whole = read_table(caps) if sources is not None or caps.exists() else None
-    readers = [_open(file) for file in files]
+    caps_table = read_table(caps, columns) if sources is not None or caps.exists() else None
+    edges = [EdgeFile.open(file, columns) for file in files]
+    for file in edges:
+        file.check(columns, edges[0].schema)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for file, source in zip(files, readers, strict=True):
-            try:
-                yield from source.iter_batches(batch_size=1 << 17)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+        for file in edges:
+            yield from file.batches()
 
-    schema = readers[0].schema_arrow
-    for file, source in zip(files, readers, strict=True):
-        if not source.schema_arrow.equals(schema):
-            raise ValueError(f"{file}: columns or types differ from those of {files[0]}")
-    counts = [source.metadata.num_rows for source in readers]
     return _assemble(
-        counts, batches, schema, read_table(budget_file), whole, polytope, columns, allow_unused, allocate or _in_memory
+        [file.rows for file in edges],
+        batches,
+        [file.schema for file in edges],
+        read_table(budget_file, columns),
+        caps_table,
+        polytope,
+        columns,
+        allow_unused,
+        allocate or _in_memory,
     )
 
 
@@ -137,8 +142,8 @@ def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Pa
     """The files of a problem.
 
     Args:
-        path: A problem folder, or the Parquet file of the edges.
-        budgets: Parquet file of the budgets, or None for the folder's own.
+        path: A problem folder, or the file of the edges.
+        budgets: File of the budgets, or None for the folder's own.
 
     Returns:
         Edge files, budget file, and what `problem.json` says.
@@ -148,22 +153,25 @@ def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Pa
     """
     root = Path(path)
     if is_packed(root):
-        return sorted(root.glob("*.npy")), root / DESCRIPTION, {}
+        return [], root / DESCRIPTION, {}
     if root.is_dir():
-        files = sorted((root / "edges").glob("*.parquet"))
+        inside = sorted((root / "edges").rglob("*.parquet"))
+        files = [f for f in inside if not any(p.startswith((".", "_")) for p in f.relative_to(root).parts)]
         if not files:
             raise ValueError(f"{root}: expected edges/*.parquet in the problem folder, found none")
         described = read_json(root / "problem.json") if (root / "problem.json").exists() else {}
+        if not isinstance(described, dict) or not all(isinstance(described.get(k, {}), dict) for k in ON_PROBLEM):
+            raise ValueError(f"{root / 'problem.json'}: expected an object with {' and '.join(ON_PROBLEM)}")
         return files, Path(budgets) if budgets else root / "budgets.parquet", described
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder")
     if budgets is None:
-        raise ValueError("budgets: expected a Parquet file of budgets beside a Parquet file of edges")
+        raise ValueError("budgets: expected a file of budgets beside a file of edges")
     return [root], Path(budgets), {}
 
 
 def input_hashes(path: str | Path, budgets: str | Path | None, sources: str | Path | None = None) -> dict[str, str]:
-    """SHA-256 of every file of a problem.
+    """SHA-256 of every file of a problem; of a packed one that of its description, which holds those of the others.
 
     Args:
         path: As in `read_problem`.
@@ -194,7 +202,7 @@ def overridden(path: str | Path, budgets: str | Path | None, cap: float | None, 
     if cap is not None:
         described["cap"] = None if np.isinf(cap) else cap
     if upper is not None:
-        described["upper"] = upper
+        described["upper"] = None if np.isinf(upper) else upper
     return described
 
 
@@ -206,12 +214,20 @@ def polytope_of(described: dict[str, Any]) -> CappedBox:
 
     Returns:
         The polytope.
+
+    Raises:
+        ValueError: If a value is neither a number nor null, or `equality` neither true nor false.
     """
-    cap = described.get("cap", 1.0)
+    cap, upper, equality = (described.get(*default) for default in (("cap", 1.0), ("upper", None), ("equality", False)))
+    for name, value in (("cap", cap), ("upper", upper)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"polytope.{name}: expected a number or null, got {value!r}")
+    if not isinstance(equality, bool):
+        raise ValueError(f"polytope.equality: expected true or false, got {equality!r}")
     return CappedBox(
         cap=float("inf") if cap is None else float(cap),
-        upper=described.get("upper"),
-        equality=bool(described.get("equality", False)),
+        upper=None if upper is None else float(upper),
+        equality=equality,
     )
 
 
@@ -222,35 +238,10 @@ def _table(name: str, given: Any) -> pa.Table:
         return pa.Table.from_pandas(given, preserve_index=False)
     try:
         return pa.table(given)
-    except (TypeError, pa.ArrowException) as error:
-        raise TypeError(f"{name}: expected an Arrow or pandas table, got {type(given).__name__} ({error})") from error
-
-
-def _open(file: Path) -> pq.ParquetFile:
-    if not file.exists():
-        raise ValueError(f"{file}: no such file")
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
-
-
-def read_table(file: Path) -> pa.Table:
-    """Read a Parquet file.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: If it is missing or unreadable.
-    """
-    try:
-        return _open(file).read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise TypeError(
+            f"{name}: expected a table (Arrow, pandas, polars, duckdb), got {type(given).__name__} ({error})"
+        ) from error
 
 
 @dataclass
@@ -271,13 +262,12 @@ class _Edges:
 
     @classmethod
     def read(
-        cls, total: int, batches: Any, schema: pa.Schema, keys: Keys, names: Columns, allocate: Allocate
+        cls, total: int, batches: Any, schemas: list[pa.Schema], keys: Keys, names: Columns, allocate: Allocate
     ) -> "_Edges":
-        rows, costs = names_of(names.destination), names_of(names.cost)
+        rows, costs, schema = names_of(names.destination), names_of(names.cost), schemas[0]
         for name in (names.source, *rows, names.value):
-            if schema.get_field_index(name) < 0:
-                raise ValueError(f"edges: expected a column {name!r}, got {', '.join(schema.names)}")
-        dtype = np.float32 if pa.types.is_float32(schema.field(names.value).type) else np.float64
+            require(schema, schema.empty_table(), "edges", name)
+        dtype = value_dtype([each.field(names.value).type for each in schemas])
         there = [name if names.optional(name, schema, "edges") else None for name in costs]
         extra = [name for name in (names.upper, names.weight) if names.optional(name, schema, "edges")]
         columns = {_OBJECTIVE: names.value} | {name: name for name in (*there, *extra) if name}
@@ -298,7 +288,7 @@ class _Edges:
                 for k, shift in enumerate(shifts):
                     index[to, k] = found[k if len(rows) > 1 else 0] + shift
             for key, array in arrays.items():
-                array[to] = numbers(f"edges.{columns[key]}", batch.column(columns[key]), dtype)
+                array[to] = numbers(f"edges.{columns[key]}", require(batch.schema, batch, "edges", columns[key]), dtype)
             np.negative(arrays[_OBJECTIVE][to], out=arrays[_OBJECTIVE][to])  # values are maximised
             at += batch.num_rows
         return cls(index, arrays, there * (per_edge if len(there) == 1 else 1), sources)
@@ -324,7 +314,7 @@ class _Edges:
 def _assemble(
     counts: list[int],
     batches: Any,
-    schema: pa.Schema,
+    schemas: list[pa.Schema],
     table: pa.Table,
     caps: pa.Table | None,
     polytope: CappedBox | None,
@@ -337,7 +327,7 @@ def _assemble(
     b = [numbers(f"budgets.{n}", require(table.schema, table, "budgets", n), np.float64) for n in budgets]
     if sum(counts) == 0:
         raise ValueError("edges: expected at least one edge, got none")
-    edges = _Edges.read(sum(counts), batches, schema, keys, names, allocate)
+    edges = _Edges.read(sum(counts), batches, schemas, keys, names, allocate)
     offsets, source_keys = edges.sorted()
     shape, lonely = polytope or CappedBox(), 0
     if caps is not None:
@@ -371,16 +361,10 @@ def _capped(shape: CappedBox, caps: pa.Table, source_keys: Any, names: Columns) 
         raise ValueError("sources: expected caps in the polytope or in the table of sources, got both")
     keys = key_column(caps, "sources", names.source)
     values = numbers(f"sources.{names.cap}", require(caps.schema, caps, "sources", names.cap), np.float64)
-    try:
-        at = pc.index_in(source_keys.cast(keys.type), keys)
-    except pa.ArrowException as error:
-        raise ValueError(f"sources.{names.source}: {keys.type} keys do not fit the {source_keys.type} keys") from error
-    if at.null_count:
-        missing = source_keys.filter(pc.is_null(at))[0].as_py()
-        raise ValueError(f"sources.{names.source}: source {missing!r} of the edges has no cap")
+    at = places(f"sources.{names.source}", source_keys, keys, "of the edges has no cap")
     if (values < 0).any():
         raise ValueError(f"sources.{names.cap}: expected values of at least 0, got {values.min()}")
-    return dataclasses.replace(shape, cap=torch.from_numpy(values[np.asarray(at)])), len(keys) - len(source_keys)
+    return dataclasses.replace(shape, cap=torch.from_numpy(values[at])), len(keys) - len(source_keys)
 
 
 def _refuse_equal_edges(offsets: NDArray[np.int64], first: NDArray[np.int32], source_keys: Any, keys: Keys) -> None:
@@ -397,7 +381,7 @@ def _refuse_equal_edges(offsets: NDArray[np.int64], first: NDArray[np.int32], so
 def _senses(table: pa.Table, names: Columns) -> NDArray[np.bool_] | None:
     if not names.optional(names.sense, table.schema, "budgets"):
         return None
-    senses = table.column(names.sense).to_pylist()
+    senses = require(table.schema, table, "budgets", names.sense).to_pylist()
     wrong = [s for s in senses if s not in {"<=", "="}]
     if wrong:
         raise ValueError(f"budgets.{names.sense}: expected '<=' or '=', got {wrong[0]!r}")
