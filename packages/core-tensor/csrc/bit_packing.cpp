@@ -24,15 +24,19 @@ CT_INLINE uint64_t expand(uint64_t x, int bits) {  // its inverse; bits above 8 
   return (x & one) | ((x << gap) & (one << 8));
 }
 
-void pack_row(const uint8_t* codes, uint8_t* bytes, int64_t columns, int64_t row_bytes, int bits) {
-  if (row_bytes == 0) return;
+// Returns all bits that stand in any eight codes.
+uint64_t pack_row(const uint8_t* codes, uint8_t* bytes, int64_t columns, int64_t row_bytes, int bits) {
+  if (row_bytes == 0) return 0;
+  uint64_t seen = 0;
   std::memset(bytes + row_bytes - 4, 0, 4);
   for (int64_t j = 0; j < columns; j += 8, bytes += bits, row_bytes -= bits) {
     uint64_t x = 0;
     std::memcpy(&x, codes + j, columns - j < 8 ? columns - j : 8);
+    seen |= x;
     x = compress(x, bits);
     std::memcpy(bytes, &x, row_bytes >= 8 ? 8 : row_bytes < bits ? row_bytes : bits);  // the next eight overwrite
   }
+  return seen;
 }
 
 void unpack_row(const uint8_t* bytes, uint8_t* codes, int64_t columns, int64_t row_bytes, int bits) {
@@ -46,11 +50,16 @@ void unpack_row(const uint8_t* bytes, uint8_t* codes, int64_t columns, int64_t r
 
 }  // namespace
 
-CT_EXPORT void ct_pack_bits(const uint8_t* codes, uint8_t* words, int64_t rows, int64_t columns, int64_t words_per_row,
+// Returns 1, or 0 if a code has more bits.
+CT_EXPORT int ct_pack_bits(const uint8_t* codes, uint8_t* words, int64_t rows, int64_t columns, int64_t words_per_row,
                             int bits, int threads) {
   const int64_t row_bytes = 4 * words_per_row;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < rows; ++i) pack_row(codes + i * columns, words + i * row_bytes, columns, row_bytes, bits);
+  uint64_t seen = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : seen)
+  for (int64_t i = 0; i < rows; ++i)
+    seen |= pack_row(codes + i * columns, words + i * row_bytes, columns, row_bytes, bits);
+  const uint64_t allowed = ((uint64_t{1} << bits) - 1) * 0x0101010101010101u;
+  return (seen & ~allowed) == 0;
 }
 
 CT_EXPORT void ct_unpack_bits(const uint8_t* words, uint8_t* codes, int64_t rows, int64_t columns,

@@ -46,13 +46,15 @@ struct CdBlock {
 
 }  // namespace
 
-#define CT_CD_BLOCK(NAME, T)                                                                                       \
-  CT_EXPORT void NAME(const T* correction, const T* weight, const T* residual, const T* sigma, const T* scale,     \
-                      const T* zero, const int64_t* group, const uint8_t* mask, T* updated, int64_t size,          \
-                      int64_t columns, int max_code, int rounds, int threads) {                                    \
-    const CdBlock<T> block{correction, weight, residual, sigma, scale, zero, group, mask, updated, size, columns,  \
-                           static_cast<T>(max_code), rounds != 0};                                                 \
-    run_tiles<T>(block, columns, threads);                                                                         \
+#define CT_CD_BLOCK(NAME, T)                                                                                           \
+  CT_EXPORT int NAME(const T* correction, const T* weight, const T* residual, const T* sigma, const T* scale,          \
+                     const T* zero, const int64_t* group, const uint8_t* mask, T* updated, int64_t size,               \
+                     int64_t columns, int64_t groups, int max_code, int rounds, int threads) {                         \
+    if (!are_indices(group, size, groups)) return 0;                                                                   \
+    const CdBlock<T> block{correction, weight, residual, sigma, scale, zero, group, mask, updated, size, columns,      \
+                           static_cast<T>(max_code), rounds != 0};                                                     \
+    run_tiles<T>(block, columns, threads);                                                                             \
+    return 1;                                                                                                          \
   }
 
 CT_CD_BLOCK(ct_cd_block_float32, float)

@@ -91,13 +91,15 @@ void run(const Problem<T>& q, int threads, Row each) {
 
 }  // namespace
 
-#define CT_CD_SPARSE(NAME, T, ROW)                                                                                   \
-  CT_EXPORT void NAME(uint8_t* codes, T* gradient, const T* sigma, const T* inverse, const T* scale,                 \
-                      const int64_t* group, const uint8_t* frozen, int64_t* moves, uint8_t* converged, int64_t rows, \
-                      int64_t p, int64_t groups, int max_code, int64_t max_sweeps, int threads) {                    \
-    run<T>({codes, gradient, sigma, inverse, scale, group, frozen, moves, converged, rows, p, groups,                \
-            static_cast<T>(max_code), max_sweeps},                                                                   \
-           threads, ROW);                                                                                            \
+#define CT_CD_SPARSE(NAME, T, ROW)                                                                                     \
+  CT_EXPORT int NAME(uint8_t* codes, T* gradient, const T* sigma, const T* inverse, const T* scale,                    \
+                     const int64_t* group, const uint8_t* frozen, int64_t* moves, uint8_t* converged, int64_t rows,    \
+                     int64_t p, int64_t groups, int max_code, int64_t max_sweeps, int threads) {                       \
+    if (!are_indices(group, p, groups)) return 0;                                                                      \
+    run<T>({codes, gradient, sigma, inverse, scale, group, frozen, moves, converged, rows, p, groups,                  \
+            static_cast<T>(max_code), max_sweeps},                                                                     \
+           threads, ROW);                                                                                              \
+    return 1;                                                                                                          \
   }
 
 CT_CD_SPARSE(ct_cd_sparse_float32, float, row_float)

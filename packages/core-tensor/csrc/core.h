@@ -24,3 +24,25 @@ inline int ct_level() {
 #define CT_V3
 inline int ct_level() { return 2; }
 #endif
+
+// What a kernel is handed may come from a file: numbers that it follows as indices are looked at before anything is read
+// or written through them. A kernel that refuses returns 0, and its caller in Python says why.
+
+// Whether all numbers lie in [0, size).
+inline bool are_indices(const int64_t* values, int64_t count, int64_t size) {
+  int outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(size);
+  return outside == 0;
+}
+
+// Whether `count` + 1 numbers rise from 0 to `end`.
+inline bool are_offsets(const int64_t* values, int64_t count, int64_t end) {
+  int falls = values[0] != 0 || values[count] != end;
+  for (int64_t i = 0; i < count; ++i) falls |= values[i + 1] < values[i];
+  return falls == 0;
+}
+
+// A sum of 64 bits that wraps around instead of being undefined.
+CT_INLINE int64_t wrapping_sum(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}

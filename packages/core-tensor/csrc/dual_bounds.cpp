@@ -11,11 +11,14 @@ enum Found { kTotals = 5, kPriced = kTotals, kBudget, kViolation, kRepaired };  
 
 }  // namespace
 
-CT_EXPORT void ct_dual_bounds(const int64_t* sums, const double* scale, const double* lam, const double* budgets,
-                              const uint8_t* free, double keep, double* gradient, double* shrink, double* found,
-                              int64_t rows, int) {
+// Returns 1, or 0 if a scale is not positive.
+CT_EXPORT int ct_dual_bounds(const int64_t* sums, const double* scale, const double* lam, const double* budgets,
+                             const uint8_t* free, double keep, double* gradient, double* shrink, double* found,
+                             int64_t rows, int) {
   double priced[4] = {}, budget[4] = {}, repaired[4] = {}, violation = 0.0;  // four sums each, which overlap
+  int refused = 0;
   for (int64_t j = 0; j < rows; ++j) {
+    refused |= !(scale[2 * j] > 0.0) | !(scale[2 * j + 1] > 0.0);
     const double load = static_cast<double>(sums[2 * j]) / scale[2 * j], b = budgets[j], g = load - b;
     const double spent = static_cast<double>(sums[2 * j + 1]) / scale[2 * j + 1], limit = keep * b;
     gradient[j] = g;
@@ -25,9 +28,13 @@ CT_EXPORT void ct_dual_bounds(const int64_t* sums, const double* scale, const do
     budget[j % 4] += lam[j] * b;
     repaired[j % 4] += spent * shrink[j];
   }
-  for (int i = 0; i < kTotals; ++i) found[i] = static_cast<double>(sums[2 * rows + i]) / scale[2 * rows + i];
+  for (int i = 0; i < kTotals; ++i) {
+    refused |= !(scale[2 * rows + i] > 0.0);
+    found[i] = static_cast<double>(sums[2 * rows + i]) / scale[2 * rows + i];
+  }
   found[kPriced] = (priced[0] + priced[1]) + (priced[2] + priced[3]);
   found[kBudget] = (budget[0] + budget[1]) + (budget[2] + budget[3]);
   found[kViolation] = violation;
   found[kRepaired] = (repaired[0] + repaired[1]) + (repaired[2] + repaired[3]);
+  return !refused;
 }

@@ -37,13 +37,15 @@ struct GptqBlock {
 
 }  // namespace
 
-#define CT_GPTQ_BLOCK(NAME, T)                                                                                     \
-  CT_EXPORT void NAME(const T* weight, const T* lower, const T* diagonal, const T* scale, const T* zero,           \
-                      const int64_t* group, T* quantized, T* error, int64_t size, int64_t columns, int max_code,   \
-                      int threads) {                                                                               \
-    const GptqBlock<T> block{weight, lower, diagonal, scale, zero, group, quantized, error, size, columns,         \
-                             static_cast<T>(max_code)};                                                            \
-    run_tiles<T>(block, columns, threads);                                                                         \
+#define CT_GPTQ_BLOCK(NAME, T)                                                                                         \
+  CT_EXPORT int NAME(const T* weight, const T* lower, const T* diagonal, const T* scale, const T* zero,                \
+                     const int64_t* group, T* quantized, T* error, int64_t size, int64_t columns, int64_t groups,      \
+                     int max_code, int threads) {                                                                      \
+    if (!are_indices(group, size, groups)) return 0;                                                                   \
+    const T top = static_cast<T>(max_code);                                                                            \
+    run_tiles<T>(GptqBlock<T>{weight, lower, diagonal, scale, zero, group, quantized, error, size, columns, top},      \
+                 columns, threads);                                                                                    \
+    return 1;                                                                                                          \
   }
 
 CT_GPTQ_BLOCK(ct_gptq_block_float32, float)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "core.h"
@@ -23,6 +24,19 @@ struct Scratch {
   std::vector<uint8_t> done;
   std::vector<double> x, step, moved;   // (items * slots)
   std::vector<double> gram, alpha;
+
+  // Memory for a block of this many items.
+  void fit(int64_t of_block, bool filled) {
+    items = of_block;
+    columns = items + (filled ? 0 : slots);
+    gain.resize(slots * columns);
+    u.resize(slots);
+    v.resize(columns + 1);
+    distance.resize(columns + 1);
+    owner.resize(columns + 1);
+    from.resize(columns + 1);
+    done.resize(columns + 1);
+  }
 };
 
 // Slot by slot, a shortest augmenting path from the slot to a free column; `vertex` receives the item of every slot.
@@ -260,18 +274,19 @@ bool are_blocks(const int64_t* offsets, int64_t variables, int64_t blocks, int64
     return false;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t n = offsets[b + 1] - offsets[b];
-    if (n % slots != 0 || (filled && n > 0 && n / slots < slots)) return false;
+    if (n > INT32_MAX || n % slots != 0 || (filled && n > 0 && n / slots < slots)) return false;
   }
   return true;
 }
 
 }  // namespace
 
-// Returns 1, or 0 for values or offsets that do not fit: nothing is written then.
+// Returns 1, 0 for values or offsets that do not fit (nothing is written then), or -1 if there is too little memory.
 CT_EXPORT int ct_project_assignment(const double* values, const int64_t* offsets, double* x, double* weights,
                                     int32_t* items, int64_t variables, int64_t blocks, int64_t slots, int64_t limit,
                                     int filled, int threads) {
   if (!in_range(values, variables) || !are_blocks(offsets, variables, blocks, slots, filled != 0)) return 0;
+  int result = 1;
 #pragma omp parallel num_threads(threads)
   {
     Scratch s;
@@ -284,20 +299,18 @@ CT_EXPORT int ct_project_assignment(const double* values, const int64_t* offsets
       std::fill_n(weights + b * limit, limit, 0.0);
       std::fill_n(items + b * limit * slots, limit * slots, -1);
       if (n == 0) continue;
-      s.items = n / slots;
-      s.columns = s.items + (filled ? 0 : slots);
-      s.gain.resize(slots * s.columns);
-      s.u.resize(slots);
-      s.v.resize(s.columns + 1);
-      s.distance.resize(s.columns + 1);
-      s.owner.resize(s.columns + 1);
-      s.from.resize(s.columns + 1);
-      s.done.resize(s.columns + 1);
-      if (!project(s, values + first, limit, filled != 0, c)) continue;
+      try {  // an exception must not leave a parallel region
+        s.fit(n / slots, filled != 0);
+        if (!project(s, values + first, limit, filled != 0, c)) continue;
+      } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        result = -1;
+        continue;
+      }
       std::copy(s.x.begin(), s.x.end(), x + first);
       std::copy(c.weights.begin(), c.weights.end(), weights + b * limit);
       std::copy(c.vertices.begin(), c.vertices.end(), items + b * limit * slots);
     }
   }
-  return 1;
+  return result;
 }

@@ -25,12 +25,15 @@ CT_CLONES void project_one(const Family<double>& family, const double* v, double
 
 }  // namespace
 
-CT_EXPORT void ct_project_blocks(const double* v, const int64_t* offsets, const double* cap, const double* upper,
-                                 const double* weight, double* x, int64_t blocks, int64_t cap_stride,
-                                 int64_t upper_stride, int equality, int threads) {
+// Returns 1, or 0 for offsets that do not rise from 0 to `variables`, or a block too long for 32-bit positions.
+CT_EXPORT int ct_project_blocks(const double* v, const int64_t* offsets, const double* cap, const double* upper,
+                                const double* weight, double* x, int64_t variables, int64_t blocks, int64_t cap_stride,
+                                int64_t upper_stride, int equality, int threads) {
+  if (!are_offsets(offsets, blocks, variables)) return 0;
   const Family<double> family{cap, cap_stride, upper, upper_stride, weight, equality != 0};
   int64_t longest = 1;
   for (int64_t b = 0; b < blocks; ++b) longest = std::max(longest, offsets[b + 1] - offsets[b]);
+  if (longest > INT32_MAX) return 0;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<double> r(longest), values(longest + 1);
@@ -41,4 +44,5 @@ CT_EXPORT void ct_project_blocks(const double* v, const int64_t* offsets, const 
       project_one(family, v, x, offsets[b], offsets[b + 1] - offsets[b], cap[b * cap_stride], r, out);
     }
   }
+  return 1;
 }

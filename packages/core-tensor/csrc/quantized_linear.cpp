@@ -142,14 +142,23 @@ CT_EXPORT void ct_dequantize_rows(const uint8_t* words, const float* scale, cons
   for (int64_t row = 0; row < rows; ++row) dequantize_row(w, row, out + row * columns);
 }
 
-// y[t, row] += sum over the row's outliers of value * x[t, column].
-CT_EXPORT void ct_add_outliers(const float* x, const int64_t* offsets, const int32_t* columns, const float* values,
-                               float* y, int64_t tokens, int64_t rows, int64_t features, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t t = 0; t < tokens; ++t) {
+// y[t, row] += sum over the row's outliers of value * x[t, column]. Returns 1, or 0 for offsets that do not rise from 0
+// to the number of outliers or a column that x does not have; y is of no use then.
+CT_EXPORT int ct_add_outliers(const float* x, const int64_t* offsets, const int32_t* columns, const float* values,
+                              float* y, int64_t tokens, int64_t rows, int64_t features, int64_t outliers, int threads) {
+  if (!are_offsets(offsets, rows, outliers)) return 0;
+  int refused = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : refused)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t begin = offsets[row], end = offsets[row + 1];
+    int outside = 0;
+    for (int64_t k = begin; k < end; ++k) outside |= static_cast<uint32_t>(columns[k]) >= features;
+    refused |= outside;
+    for (int64_t t = 0; t < tokens && !outside; ++t) {
       float sum = 0;
-      for (int64_t k = offsets[row]; k < offsets[row + 1]; ++k) sum += values[k] * x[t * features + columns[k]];
+      for (int64_t k = begin; k < end; ++k) sum += values[k] * x[t * features + columns[k]];
       y[t * rows + row] += sum;
     }
+  }
+  return !refused;
 }

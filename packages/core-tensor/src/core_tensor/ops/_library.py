@@ -2,6 +2,9 @@
 
 import ctypes
 import functools
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
@@ -10,16 +13,25 @@ import torch
 
 # `import torch` stands above the load on purpose: both then share the OpenMP runtime that torch brings.
 
+_SYMBOLS: dict[str, list[str]] = {}
+"""Symbols of the library by the module that calls them."""
+
+_forked = False
+"""Whether this process was forked: GNU's OpenMP waits forever for a team of threads that stayed with the parent."""
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 
 @functools.cache
 def native() -> ctypes.CDLL | None:
-    """The compiled library, or None where the distribution was built without a C++ compiler.
-
-    Found through `importlib.resources`, because in an editable install the library does not stand beside this file.
-
-    Returns:
-        The loaded library, or None.
-    """
+    """The compiled library, or None where the distribution was built without a C++ compiler."""
+    # in an editable install the library does not stand beside this file
     folder = resources.files("core_tensor")
     for name in ("libcore_tensor_native.so", "libcore_tensor_native.dylib"):
         found = folder / name
@@ -27,6 +39,24 @@ def native() -> ctypes.CDLL | None:
             with resources.as_file(found) as path:
                 return ctypes.CDLL(str(path))
     return None
+
+
+def serves(module: str) -> bool:
+    """Whether the library holds every symbol that a module has named by `function`; warns once if not."""
+    library = native()
+    if library is None:
+        _warn("the compiled library is missing; reinstall core-tensor with a C++17 compiler")
+        return False
+    complete = all(hasattr(library, name) for name in _SYMBOLS.get(module, []))
+    if not complete:
+        _warn("the compiled library is older than the code; build core-tensor anew")
+    return complete
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    message = f"{reason}. Slow references in plain torch serve instead, see core_tensor.backends()"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def function(name: str, *argtypes: Any, returns: Any = None) -> Callable[..., Any]:
@@ -40,22 +70,18 @@ def function(name: str, *argtypes: Any, returns: Any = None) -> Callable[..., An
     Returns:
         A callable that takes tensors, or None, for `c_void_p` arguments and appends `torch.get_num_threads()`.
     """
+    _SYMBOLS.setdefault(sys._getframe(1).f_globals["__name__"], []).append(name)
     pointers = [i for i, kind in enumerate(argtypes) if kind is ctypes.c_void_p]
 
     @functools.cache
     def symbol() -> Any:
-        library = native()
-        if library is None:
-            raise RuntimeError(
-                "core_tensor was installed without its compiled library; reinstall with a C++17 compiler"
-            )
-        found = getattr(library, name)
+        found = getattr(native(), name)
         found.argtypes = [*argtypes, ctypes.c_int]
         found.restype = returns
         return found
 
     def call(*args: Any) -> Any:
-        values = [*args, torch.get_num_threads()]
+        values = [*args, 1 if _forked else torch.get_num_threads()]
         for i in pointers:
             if values[i] is not None:
                 values[i] = values[i].data_ptr()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from core_tensor.ops._library import native
+from core_tensor.ops._library import serves
 
 _LIBRARY = torch.library.Library("core_tensor", "DEF")
 _BACKENDS: dict[str, dict[str, str]] = {}
@@ -35,7 +35,7 @@ def operator(
         schema: `name(arguments) -> returns` in torch's schema language.
         reference: Plain torch implementation, the truth; serves every device without a kernel of its own.
         fake: Shapes and dtypes of the results without computing them.
-        cpu: Call into the compiled library; used when the library is there.
+        cpu: Call into the compiled library; used where the library holds every symbol that its module names.
         cuda: `"module:function"` of the Triton launcher, imported at the first call on a CUDA tensor.
         setup_context: Saves for backward, as in `torch.library.register_autograd`.
         backward: Gradient formula, as in `torch.library.register_autograd`.
@@ -49,7 +49,7 @@ def operator(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     live = {"cpu": "reference", "cuda": "reference"}
-    if cpu is not None and native() is not None:
+    if cpu is not None and serves(cpu.__module__):
         _LIBRARY.impl(name, cpu, "CPU")
         live["cpu"] = "native"
     if cuda is not None and importlib.util.find_spec("triton") is not None:

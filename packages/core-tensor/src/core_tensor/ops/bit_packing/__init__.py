@@ -11,7 +11,7 @@ so a code may straddle two words and no bit is wasted except at the end of a row
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_choice, check_tensor
+from core_tensor.checks import check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.bit_packing import cpu, reference
 
@@ -56,12 +56,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     Raises:
         ValueError: If the shape, the number of bits or a code is out of range.
-        TypeError: If `codes` is not uint8.
+        TypeError: If `codes` is not uint8, or `bits` not an int.
     """
     check_tensor("codes", codes, ndim=2, dtype=torch.uint8)
-    check_choice("bits", bits, range(1, 9))
-    if codes.numel() and int(codes.max()) >= 1 << bits:
-        raise ValueError(f"codes: expected values below 2**{bits} = {1 << bits}, got {int(codes.max())}")
+    check_number("bits", bits, low=1, high=8, integer=True)
     packed: Tensor = _pack(codes, bits)
     return packed
 
@@ -78,14 +76,15 @@ def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
         Codes, shape (rows, columns), uint8.
 
     Raises:
-        ValueError: If the shape does not fit `bits` and `columns`.
-        TypeError: If `words` is not int32.
+        ValueError: If `bits` or `columns` is out of range, or the shape does not fit them.
+        TypeError: If `words` is not int32, or a number is not an int.
     """
     check_tensor("words", words, ndim=2, dtype=torch.int32)
-    check_choice("bits", bits, range(1, 9))
-    if columns < 0 or words.shape[1] != _words(columns, bits):
+    check_number("bits", bits, low=1, high=8, integer=True)
+    check_number("columns", columns, low=0, integer=True)
+    if words.shape[1] != _words(columns, bits):
         raise ValueError(
-            f"words: expected {_words(max(columns, 0), bits)} words per row for {columns} codes of {bits} bits, "
+            f"words: expected {_words(columns, bits)} words per row for {columns} codes of {bits} bits, "
             f"got {words.shape[1]}"
         )
     codes: Tensor = _unpack(words, bits, columns)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from core_tensor.ops._library import function
+from core_tensor.ops.bit_packing import reference
 
-_pack_bits = function("ct_pack_bits", c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int)
+_pack_bits = function("ct_pack_bits", c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, returns=c_int)
 _unpack_bits = function("ct_unpack_bits", c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int)
 
 
@@ -16,7 +17,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     codes = codes.contiguous()
     rows, columns = codes.shape
     words = torch.empty((rows, -(-columns * bits // 32)), dtype=torch.int32)
-    _pack_bits(codes, words, rows, columns, words.shape[1], bits)
+    if not _pack_bits(codes, words, rows, columns, words.shape[1], bits):
+        reference.check_codes(codes, bits)
     return words
 
 

@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 
+def check_codes(codes: Tensor, bits: int) -> None:
+    """Refuse codes of more bits."""
+    largest = int(codes.max()) if codes.numel() else 0
+    if largest >= 1 << bits:
+        raise ValueError(f"codes: expected values below 2**{bits} = {1 << bits}, got {largest}")
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """See `core_tensor.pack_bits`."""
+    check_codes(codes, bits)
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
     stream = (codes.long()[:, :, None] >> torch.arange(bits, device=codes.device)) & 1  # (rows, columns, bits)

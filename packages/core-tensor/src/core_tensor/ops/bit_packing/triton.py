@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from core_tensor.ops._compile import CompileRow
+from core_tensor.ops.bit_packing import reference
 
 BLOCK = 256
 
@@ -43,6 +44,7 @@ def _unpack_kernel(words, codes, columns, words_per_row, bits: tl.constexpr, BLO
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """See `core_tensor.pack_bits`."""
+    reference.check_codes(codes, bits)
     codes = codes.contiguous()
     rows, columns = codes.shape
     words = torch.empty((rows, -(-columns * bits // 32)), dtype=torch.int32, device=codes.device)

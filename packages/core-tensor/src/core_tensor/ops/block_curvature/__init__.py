@@ -7,6 +7,8 @@ with $x_i$ the projections that `dual_pass` computes. Blocks at a vertex add not
 fractional ones. Every term is added as a 64-bit fixed-point number: threads and ranks cannot change a result.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from core_tensor.checks import check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.block_curvature import cpu, reference
 from core_tensor.ops.dual_pass import BlockData
+
+ROWS = (1 << 30) - 1
+"""Rows at most: 64 bits address no larger square matrix of 64-bit numbers."""
 
 
 def _fake(
@@ -49,18 +54,18 @@ def block_curvature(data: BlockData, x: Tensor, rows: int, scale: float, *, chec
         x: Their projections, shape (variables,), float64.
         rows: Number of rows of A.
         scale: Fixed-point factor; `2**61` over a bound of the entries, such as the greatest squared norm of a row.
-        check: Whether the data are checked; pass False for data that were checked once.
+        check: Whether the data are checked; pass False for data that were checked once, with as many rows.
 
     Returns:
         The sum times `scale`, rounded, shape (rows, rows), int64.
 
     Raises:
-        ValueError: If a shape or value does not fit.
+        ValueError: If a shape, device or value does not fit, or an entry has no room in 64 bits at this scale.
         TypeError: If a dtype does not fit.
     """
-    check_number("rows", rows, low=0, integer=True)
-    check_number("scale", scale, low=0.0, open_low=True)
-    check_tensor("x", x, shape=(data.variables,), dtype=torch.float64)
+    check_number("rows", rows, low=0, high=ROWS, integer=True)
+    check_number("scale", scale, low=0.0, open_low=True, high=math.inf, open_high=True)
+    check_tensor("x", x, shape=(data.variables,), dtype=torch.float64, device=data.cost.device)
     if check:
         data.check(rows)
     summed: Tensor = _curvature(

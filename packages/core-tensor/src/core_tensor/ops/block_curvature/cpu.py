@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from core_tensor.ops._library import function
+from core_tensor.ops.dual_pass.reference import NO_ROOM
 
 _ARGUMENTS = (*[c_void_p] * 8, *[c_int64] * 6, c_double, c_int)
 _curvature = {
-    torch.float32: function("ct_block_curvature_f32", *_ARGUMENTS),
-    torch.float64: function("ct_block_curvature_f64", *_ARGUMENTS),
+    torch.float32: function("ct_block_curvature_f32", *_ARGUMENTS, returns=c_int),
+    torch.float64: function("ct_block_curvature_f64", *_ARGUMENTS, returns=c_int),
 }
 
 
@@ -31,7 +32,7 @@ def block_curvature(
     arrays = [None if t is None else t.contiguous() for t in given]
     dtype = next((t.dtype for t in (coefficient, upper, weight) if t is not None), torch.float64)
     result = torch.zeros(rows, rows, dtype=torch.int64)
-    _curvature[dtype](
+    fits = _curvature[dtype](
         *arrays,
         result,
         int(offsets[0]),
@@ -43,4 +44,6 @@ def block_curvature(
         scale,
         int(equality),
     )
+    if not fits:
+        raise ValueError(NO_ROOM)
     return result

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from core_tensor.ops.dual_pass.reference import add_fixed_point
 from core_tensor.ops.project_blocks import reference as blocks_reference
 
 
@@ -41,5 +42,5 @@ def block_curvature(
             accumulate=True,
         )
         if length:
-            result += torch.round(A @ torch.stack(P) @ A.T * scale).long()
+            add_fixed_point(result, A @ torch.stack(P) @ A.T * scale)
     return result

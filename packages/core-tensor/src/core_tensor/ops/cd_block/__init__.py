@@ -17,7 +17,7 @@ Departure: the paper keeps $P$ and $\hat P$ for all features; the left-looking f
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_number, check_tensor
+from core_tensor.checks import check_flag, check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.cd_block import cpu, reference
 
@@ -80,12 +80,13 @@ def cd_block(
         The residual after the pass, shape (B, q).
 
     Raises:
-        ValueError: If shapes do not fit or the block has more than 1024 features.
+        ValueError: If shapes or devices do not fit, a group is out of range, or the block has more than 1024 features.
         TypeError: If dtypes differ or are neither float32 nor float64.
     """
     check_tensor("weight", weight, ndim=2, dtype=(torch.float32, torch.float64))
     size, columns = weight.shape
     check_number("block size", size, high=MAX_BLOCK, integer=True)
+    device = weight.device
     for name, tensor, shape in (
         ("correction", correction, (size, columns)),
         ("residual", residual, (size, columns)),
@@ -93,10 +94,11 @@ def cd_block(
         ("scale", scale, (None, columns)),
         ("zero", zero, tuple(scale.shape)),
     ):
-        check_tensor(name, tensor, shape=shape, dtype=weight.dtype)
-    check_tensor("group", group, shape=(size,), dtype=torch.int64)
+        check_tensor(name, tensor, shape=shape, dtype=weight.dtype, device=device)
+    check_tensor("group", group, shape=(size,), dtype=torch.int64, device=device)
     if mask is not None:
-        check_tensor("mask", mask, shape=(size, columns), dtype=torch.bool)
+        check_tensor("mask", mask, shape=(size, columns), dtype=torch.bool, device=device)
     check_number("max_code", max_code, low=1, high=255, integer=True)
+    check_flag("quantize", quantize)
     updated: Tensor = _cd_block(correction, weight, residual, sigma, scale, zero, group, mask, max_code, quantize)
     return updated

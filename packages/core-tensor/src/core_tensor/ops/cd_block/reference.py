@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_indices
+
 
 def cd_block(
     correction: Tensor,
@@ -17,6 +19,7 @@ def cd_block(
     quantize: bool,
 ) -> Tensor:
     """See `core_tensor.cd_block`."""
+    check_indices("group", group, scale.shape[0])
     updated = torch.empty_like(weight, memory_format=torch.contiguous_format)
     delta = torch.zeros_like(updated)  # new minus old residual of the features already visited
     for j in range(weight.shape[0]):

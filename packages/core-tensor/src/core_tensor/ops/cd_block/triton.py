@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core_tensor.checks import check_indices
 from core_tensor.ops._compile import CompileRow
 from core_tensor.ops._triton_math import quantize
 
@@ -57,6 +58,7 @@ def cd_block(
     quantize: bool,
 ) -> Tensor:
     """See `core_tensor.cd_block`."""
+    check_indices("group", group, scale.shape[0])
     correction, weight, residual, sigma = (t.contiguous() for t in (correction, weight, residual, sigma))
     scale, zero, group = scale.contiguous(), zero.contiguous(), group.contiguous()
     flags = None if mask is None else mask.contiguous().view(torch.uint8)

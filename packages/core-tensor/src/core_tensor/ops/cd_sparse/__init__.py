@@ -76,17 +76,18 @@ def cd_sparse(
         sweep changed nothing (q,), bool.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes or devices do not fit, or a group is out of range.
         TypeError: If dtypes differ or are not supported.
     """
     check_tensor("codes", codes, ndim=2, dtype=torch.uint8)
     q, p = codes.shape
-    check_tensor("gradient", gradient, shape=(q, p), dtype=(torch.float32, torch.float64))
-    check_tensor("sigma", sigma, shape=(p, p), dtype=gradient.dtype)
-    check_tensor("scale", scale, shape=(q, None), dtype=gradient.dtype)
-    check_tensor("group", group, shape=(p,), dtype=torch.int64)
+    device = codes.device
+    check_tensor("gradient", gradient, shape=(q, p), dtype=(torch.float32, torch.float64), device=device)
+    check_tensor("sigma", sigma, shape=(p, p), dtype=gradient.dtype, device=device)
+    check_tensor("scale", scale, shape=(q, None), dtype=gradient.dtype, device=device)
+    check_tensor("group", group, shape=(p,), dtype=torch.int64, device=device)
     if frozen is not None:
-        check_tensor("frozen", frozen, shape=(q, p), dtype=torch.bool)
+        check_tensor("frozen", frozen, shape=(q, p), dtype=torch.bool, device=device)
     check_number("max_code", max_code, low=1, high=255, integer=True)
     check_number("max_sweeps", max_sweeps, low=0, integer=True)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _cd_sparse(

@@ -5,10 +5,11 @@ from ctypes import c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_indices
 from core_tensor.ops._library import function
 
 _KERNELS = {
-    dtype: function(f"ct_cd_sparse_{name}", *[c_void_p] * 9, c_int64, c_int64, c_int64, c_int, c_int64)
+    dtype: function(f"ct_cd_sparse_{name}", *[c_void_p] * 9, *[c_int64] * 3, c_int, c_int64, returns=c_int)
     for dtype, name in ((torch.float32, "float32"), (torch.float64, "float64"))
 }
 
@@ -32,5 +33,7 @@ def cd_sparse(
     converged = torch.zeros(out.shape[0], dtype=torch.bool)
     rest = [t.contiguous() for t in (sigma, inverse, scale, group)]
     flags = None if frozen is None else frozen.contiguous()
-    _KERNELS[g.dtype](out, g, *rest, flags, moves, converged, *out.shape, scale.shape[1], max_code, max_sweeps)
+    sizes = (*out.shape, scale.shape[1])
+    if not _KERNELS[g.dtype](out, g, *rest, flags, moves, converged, *sizes, max_code, max_sweeps):
+        check_indices("group", group, scale.shape[1])
     return out, g, moves, converged

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_indices
+
 
 def cd_sparse(
     codes: Tensor,
@@ -15,6 +17,7 @@ def cd_sparse(
     max_sweeps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `core_tensor.cd_sparse`."""
+    check_indices("group", group, scale.shape[1])
     code = codes.to(gradient.dtype, memory_format=torch.contiguous_format, copy=True)
     g = gradient.clone(memory_format=torch.contiguous_format)
     moves = torch.zeros(codes.shape[0], dtype=torch.int64, device=codes.device)

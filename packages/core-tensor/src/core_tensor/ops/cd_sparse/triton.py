@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core_tensor.checks import check_indices
 from core_tensor.ops._compile import CompileRow
 from core_tensor.ops._triton_math import nearest
 
@@ -64,6 +65,7 @@ def cd_sparse(
     max_sweeps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `core_tensor.cd_sparse`."""
+    check_indices("group", group, scale.shape[1])
     out = codes.clone(memory_format=torch.contiguous_format)
     g = gradient.clone(memory_format=torch.contiguous_format)
     diagonal = sigma.diagonal()

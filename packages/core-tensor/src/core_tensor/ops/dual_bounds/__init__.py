@@ -10,6 +10,8 @@ the rows would cost a fifth of the time, since their code has to be fetched anew
 Source: arXiv 2103.05277; the repair of one row per variable scales every row into its budget.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,16 +57,20 @@ def dual_bounds(
         negative; and the numbers named by `BOUNDS`.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes or devices do not fit, a scale is not positive, or a number is NaN or infinite.
         TypeError: If a dtype does not fit.
     """
     check_tensor("lam", lam, ndim=1, dtype=torch.float64)
     rows = lam.shape[0]
-    check_tensor("sums", sums, shape=(2 * rows + 5,), dtype=torch.int64)
-    check_tensor("scale", scale, shape=(2 * rows + 5,), dtype=torch.float64)
-    check_tensor("budgets", budgets, shape=(rows,), dtype=torch.float64)
+    check_tensor("sums", sums, shape=(2 * rows + 5,), dtype=torch.int64, device=lam.device)
+    check_tensor("scale", scale, shape=(2 * rows + 5,), dtype=torch.float64, device=lam.device)
+    check_tensor("budgets", budgets, shape=(rows,), dtype=torch.float64, device=lam.device)
     if free is not None:
-        check_tensor("free", free, shape=(rows,), dtype=torch.bool)
-    check_number("keep", keep, low=0.0)
+        check_tensor("free", free, shape=(rows,), dtype=torch.bool, device=lam.device)
+    check_number("keep", keep, low=0.0, high=math.inf, open_high=True)
     gradient, shrink, found = _bounds(sums, scale, lam, budgets, free, keep)
-    return gradient, shrink, dict(zip(BOUNDS, found.tolist(), strict=True))
+    values = found.tolist()
+    if not math.isfinite(sum(values)):  # looked at only where something is wrong: beside the kernel it takes long
+        for name, tensor in (("lam", lam), ("scale", scale), ("budgets", budgets)):
+            check_tensor(name, tensor, finite=True)
+    return gradient, shrink, dict(zip(BOUNDS, values, strict=True))

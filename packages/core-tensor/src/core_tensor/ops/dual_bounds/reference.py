@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 
 
+def check_scale(scale: Tensor) -> None:
+    """Refuse factors of 0 or less."""
+    if not bool((scale > 0).all()):
+        raise ValueError(f"scale: expected positive factors, got {float(scale.min())}")
+
+
 def dual_bounds(
     sums: Tensor, scale: Tensor, lam: Tensor, budgets: Tensor, free: Tensor | None, keep: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `core_tensor.dual_bounds`."""
+    check_scale(scale)
     m = lam.shape[0]
     values = sums.double() / scale
     load, spent, limit = values[: 2 * m : 2], values[1 : 2 * m : 2], keep * budgets

@@ -9,18 +9,23 @@ fixed-point numbers, $\sum_c \mathrm{round}(s \, \mathrm{sum}_c)$: an addition t
 cannot change a result. Source: arXiv 2103.05277, the dual decomposition and its projections.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_number, check_tensor
+from core_tensor.checks import check_flag, check_indices, check_number, check_offsets, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.dual_pass import cpu, reference
 from core_tensor.ops.project_blocks import check_family
 
 TOTALS = ("cost", "square", "least", "fractional", "nonzero")
 """What stands behind the rows of `dual_pass`'s sums: c'x, ||x - p||^2, sum of min r'v, and two counts."""
+
+
+_VARIABLES = 1 << 48
+"""More variables than any memory holds; multiples of a position up to here fit 64 bits."""
 
 
 def _fake(
@@ -99,21 +104,27 @@ class BlockData:
             ValueError: If a shape or value does not fit.
             TypeError: If a dtype does not fit.
         """
+        # 1. shapes, dtypes, devices
         check_tensor("cost", self.cost, ndim=1, dtype=(torch.float32, torch.float64), finite=True)
-        check_tensor("index", self.index, dtype=torch.int32)
+        device = self.cost.device
+        check_tensor("offsets", self.offsets, ndim=1, dtype=torch.int64, device=device, nonempty=True)
+        check_tensor("index", self.index, dtype=torch.int32, device=device)
         if self.index.ndim not in {1, 2} or self.index.shape[0] != self.variables:
             raise ValueError(
                 f"index: expected ({self.variables},) or ({self.variables}, k), got {tuple(self.index.shape)}"
             )
-        if self.index.numel() and not 0 <= int(self.index.min()) <= int(self.index.max()) < rows:
-            raise ValueError(
-                f"index: expected rows in [0, {rows}), got {int(self.index.min())}..{int(self.index.max())}"
-            )
+        # 2. what the kernels follow as indices
+        check_indices("index", self.index, rows)
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        if not 0 <= first <= last < _VARIABLES:
+            raise ValueError(f"offsets: expected values in [0, 2**48), got {first} to {last}")
+        # 3. the polytopes, and that the least value of every block is finite
         if self.coefficient is not None:
+            shape = tuple(self.index.shape)
             check_tensor(
-                "coefficient", self.coefficient, shape=tuple(self.index.shape), dtype=self.cost.dtype, finite=True
+                "coefficient", self.coefficient, shape=shape, dtype=self.cost.dtype, device=device, finite=True
             )
-        local = self.offsets - self.offsets[0] if self.offsets.numel() else self.offsets
+        local = self.offsets - first
         check_family(self.variables, local, self.cap, self.upper, self.weight, self.equality, self.cost.dtype)
         bounded = self.upper is not None and bool(torch.isfinite(self.upper).all())
         if not bounded and not bool(torch.isfinite(self.cap).all()):
@@ -144,28 +155,21 @@ def dual_pass(
         shrink: Factor by which x is multiplied where a variable stands in the row (least over its rows),
             shape (rows,), float64; None for ones.
         primal: Whether x itself is wanted.
-        check: Whether the data are checked; pass False for data that were checked once.
+        check: Whether the data are checked; pass False for data that were checked once, with as many rows.
 
     Returns:
         Fixed-point sums, shape (2 rows + 5,), int64: A x at the even and c'x by row at the odd positions (0 with
         several rows per variable), then `TOTALS`; and x, shape (variables,) or (0,), float64.
 
     Raises:
-        ValueError: If a shape or value does not fit.
+        ValueError: If a shape, device or value does not fit, or a sum has no room in 64 bits at its scale.
         TypeError: If a dtype does not fit.
     """
-    check_number("gamma", gamma, low=0.0, open_low=True)
-    check_tensor("lam", lam, ndim=1, dtype=torch.float64, finite=True)
+    check_number("gamma", gamma, low=0.0, open_low=True, high=math.inf, open_high=True)
+    check_tensor("lam", lam, ndim=1, dtype=torch.float64, device=data.cost.device, finite=True)
+    check_flag("primal", primal)
     if check:
-        data.check(lam.shape[0])
-        check_tensor("scale", scale, shape=(2 * lam.shape[0] + len(TOTALS),), dtype=torch.float64, finite=True)
-        check_tensor("bounds", bounds, ndim=1, dtype=torch.int64, nonempty=True)
-        if int(bounds[0]) != 0 or int(bounds[-1]) != data.blocks or bool((bounds[1:] < bounds[:-1]).any()):
-            raise ValueError(f"bounds: expected a rising sequence from 0 to {data.blocks}")
-        if anchor is not None:
-            check_tensor("anchor", anchor, shape=(data.variables,), dtype=data.cost.dtype, finite=True)
-        if shrink is not None:
-            check_tensor("shrink", shrink, shape=(lam.shape[0],), dtype=torch.float64, finite=True)
+        _check(data, lam, scale, bounds, anchor, shrink)
     sums, x = _pass(
         data.offsets,
         data.index,
@@ -184,3 +188,19 @@ def dual_pass(
         primal,
     )
     return sums, x
+
+
+def _check(
+    data: BlockData, lam: Tensor, scale: Tensor, bounds: Tensor, anchor: Tensor | None, shrink: Tensor | None
+) -> None:
+    rows, device = lam.shape[0], lam.device
+    data.check(rows)
+    sums = 2 * rows + len(TOTALS)
+    check_tensor("scale", scale, shape=(sums,), dtype=torch.float64, device=device, finite=True)
+    check_tensor("bounds", bounds, ndim=1, dtype=torch.int64, device=device, nonempty=True)
+    check_offsets("bounds", bounds, data.blocks)
+    if anchor is not None:
+        shape = (data.variables,)
+        check_tensor("anchor", anchor, shape=shape, dtype=data.cost.dtype, device=device, finite=True)
+    if shrink is not None:
+        check_tensor("shrink", shrink, shape=(rows,), dtype=torch.float64, device=device, finite=True)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from core_tensor.ops._library import function
+from core_tensor.ops.dual_pass import reference
 
 _ARGUMENTS = (*[c_void_p] * 14, *[c_int64] * 6, c_double, c_int)
 _pass = {
-    torch.float32: function("ct_dual_pass_f32", *_ARGUMENTS),
-    torch.float64: function("ct_dual_pass_f64", *_ARGUMENTS),
+    torch.float32: function("ct_dual_pass_f32", *_ARGUMENTS, returns=c_int),
+    torch.float64: function("ct_dual_pass_f64", *_ARGUMENTS, returns=c_int),
 }
 
 
@@ -36,7 +37,7 @@ def dual_pass(
     arrays = [None if t is None else t.contiguous() for t in given]
     sums = torch.zeros(scale.shape[0], dtype=torch.int64)
     x = torch.zeros(cost.shape[0] if primal else 0, dtype=torch.float64)
-    _pass[cost.dtype](
+    fits = _pass[cost.dtype](
         *arrays,
         sums,
         x if primal else None,
@@ -49,4 +50,6 @@ def dual_pass(
         gamma,
         int(equality),
     )
+    if not fits:
+        raise ValueError(reference.NO_ROOM)
     return sums, x

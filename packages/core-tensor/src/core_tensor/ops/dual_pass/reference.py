@@ -5,6 +5,17 @@ from torch import Tensor
 
 from core_tensor.ops.project_blocks import reference as blocks_reference
 
+NO_ROOM = "scale: expected at most 2**62 over a bound of every sum, but a sum has no room in 64 bits"
+
+
+def add_fixed_point(total: Tensor, values: Tensor) -> None:
+    """Add numbers, rounded, to 64-bit whole numbers in place; refuses what has no room there."""
+    after = total + torch.round(values).nan_to_num(0.0, 0.0, 0.0).long()
+    wraps = ((total < after) != (values > 0)) & (values.round() != 0)
+    if bool((wraps | ~(values.abs() < 2.0**63)).any()):
+        raise ValueError(NO_ROOM)
+    total.copy_(after)
+
 
 def dual_pass(
     offsets: Tensor,
@@ -35,7 +46,7 @@ def dual_pass(
     block, w, u = blocks_reference.bounds(n, local, cap, upper, weight)
     blocks = local.shape[0] - 1
     between = blocks_reference.sums(((x > 0) & (x < u * (1 - 1e-12))).double(), block, blocks)
-    tight = blocks_reference.sums(w * x, block, blocks) >= cap.expand(blocks) * (1 - 1e-12)
+    tight = (blocks_reference.sums(w * x, block, blocks) >= cap.expand(blocks) * (1 - 1e-12)) | equality
     least = blocks_reference.least_value(r, local, cap, upper, weight, equality)
     if shrink is not None:
         factor = torch.where(a != 0, shrink[rows], 1.0).amin(1).clamp_max(1.0) if n else c
@@ -52,5 +63,5 @@ def dual_pass(
         sums[2 * m + 2] = least[begin:end].sum()
         sums[2 * m + 3] = ((between > 0) & ~((between == 1) & tight))[begin:end].sum()
         sums[2 * m + 4] = (x[v] > 0).sum()
-        result += torch.round(sums * scale).long()
+        add_fixed_point(result, sums * scale)
     return result, x if primal else x[:0]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_tensor
+from core_tensor.checks import check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.ghost_norms import cpu, reference
 
@@ -46,7 +46,7 @@ def ghost_norms(left: Sequence[Tensor], right: Sequence[Tensor], bias: Sequence[
         Squared norms, shape (n,), float64. No gradient passes.
 
     Raises:
-        ValueError: If the lists differ in length or are empty, or shapes do not fit.
+        ValueError: If the lists differ in length or are empty, or shapes or devices do not fit.
         TypeError: If dtypes differ or are neither float32 nor float64.
     """
     if not left or not len(left) == len(right) == len(bias):
@@ -55,15 +55,22 @@ def ghost_norms(left: Sequence[Tensor], right: Sequence[Tensor], bias: Sequence[
             f"{len(bias)}"
         )
     n = left[0].shape[0] if isinstance(left[0], Tensor) and left[0].ndim else None
-    for a, b in zip(left, right, strict=True):
+    for a, b, beta in zip(left, right, bias, strict=True):
         try:  # checks that name the argument take as long as a small layer, so they run only if something is wrong
             (a_n, a_rows, a_width), (b_n, b_rows, b_width) = a.shape, b.shape
             fits = a_n == b_n == n and a_rows == b_rows and a.dtype is b.dtype and a.dtype in _SINGLE_OR_DOUBLE
-            fits = fits and a_n * a_rows * a_width * b_width > 0
+            fits = (
+                fits
+                and a_n * a_rows * a_width * b_width > 0
+                and a.device == b.device == left[0].device
+                and type(beta) is float
+            )
         except (AttributeError, TypeError, ValueError):
             fits = False
         if not fits:
             check_tensor("left", a, shape=(n, None, None), dtype=_SINGLE_OR_DOUBLE, nonempty=True)
-            check_tensor("right", b, shape=(n, a.shape[1], None), dtype=a.dtype, nonempty=True)
+            check_tensor("left", a, device=left[0].device)
+            check_tensor("right", b, shape=(n, a.shape[1], None), dtype=a.dtype, device=a.device, nonempty=True)
+            check_number("bias", beta)
     squares: Tensor = _ghost_norms(list(left), list(right), list(bias))
     return squares

@@ -53,16 +53,17 @@ def gptq_block(
         Quantized weights and scaled errors e, both of shape (B, q).
 
     Raises:
-        ValueError: If shapes do not fit or the block has more than 1024 features.
+        ValueError: If shapes or devices do not fit, a group is out of range, or the block has more than 1024 features.
         TypeError: If dtypes differ or are neither float32 nor float64.
     """
     check_tensor("weight", weight, ndim=2, dtype=(torch.float32, torch.float64))
     size, columns = weight.shape
     check_number("block size", size, high=MAX_BLOCK, integer=True)
-    check_tensor("factor", factor, shape=(size, size), dtype=weight.dtype)
-    check_tensor("scale", scale, shape=(None, columns), dtype=weight.dtype)
-    check_tensor("zero", zero, shape=tuple(scale.shape), dtype=weight.dtype)
-    check_tensor("group", group, shape=(size,), dtype=torch.int64)
+    device = weight.device
+    check_tensor("factor", factor, shape=(size, size), dtype=weight.dtype, device=device)
+    check_tensor("scale", scale, shape=(None, columns), dtype=weight.dtype, device=device)
+    check_tensor("zero", zero, shape=tuple(scale.shape), dtype=weight.dtype, device=device)
+    check_tensor("group", group, shape=(size,), dtype=torch.int64, device=device)
     check_number("max_code", max_code, low=1, high=255, integer=True)
     result: tuple[Tensor, Tensor] = _gptq_block(weight, factor, scale, zero, group, max_code)
     return result

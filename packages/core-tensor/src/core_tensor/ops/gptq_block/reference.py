@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_indices
+
 
 def gptq_block(
     weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, group: Tensor, max_code: int
 ) -> tuple[Tensor, Tensor]:
     """See `core_tensor.gptq_block`."""
+    check_indices("group", group, scale.shape[0])
     w = weight.clone(memory_format=torch.contiguous_format)
     quantized, error = torch.empty_like(w), torch.empty_like(w)
     for j in range(w.shape[0]):

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core_tensor.checks import check_indices
 from core_tensor.ops._compile import CompileRow
 from core_tensor.ops._triton_math import quantize
 
@@ -40,6 +41,7 @@ def gptq_block(
     weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, group: Tensor, max_code: int
 ) -> tuple[Tensor, Tensor]:
     """See `core_tensor.gptq_block`."""
+    check_indices("group", group, scale.shape[0])
     lower = factor.T.contiguous()  # row j holds U_kj for k <= j
     weight, scale, zero, group = (t.contiguous() for t in (weight, scale, zero, group))
     quantized, error = torch.empty_like(weight), torch.empty_like(weight)

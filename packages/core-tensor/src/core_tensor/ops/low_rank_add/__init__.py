@@ -13,7 +13,7 @@ micro-batch of r rows has rank r (arXiv 2302.09693).
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_tensor
+from core_tensor.checks import check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.low_rank_add import cpu, reference
 
@@ -60,37 +60,51 @@ def low_rank_add(
         y, shape (n * rows, d_out).
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes or devices do not fit, or entries of `out` share memory with one another.
         TypeError: If dtypes differ, or that of x is not floating.
     """
     try:  # checks that name the argument take as long as a small product, so they run only if something is wrong
         (rows, width), (n, r, out_width) = x.shape, outer.shape
         fits = n > 0 and rows % n == 0 and x.dtype in _FLOATING and coefficient.shape == (n,)
         fits = fits and inner.shape == (n, r, width) and x.dtype is inner.dtype is outer.dtype is coefficient.dtype
+        device = x.device
+        fits = fits and inner.device == outer.device == coefficient.device == device and type(bias) is float
         if base is not None:
             fits = fits and base.dtype is x.dtype and base.shape in {(rows, out_width), (out_width,)}
+            fits = fits and base.device == device
         y = x.new_empty(rows, out_width) if out is None else out
-        fits = fits and y.dtype is x.dtype and y.shape == (rows, out_width)
+        if out is not None:
+            fits = fits and y.dtype is x.dtype and y.shape == (rows, out_width) and y.device == device
+            fits = fits and y.is_contiguous()
     except (AttributeError, TypeError, ValueError):
         fits = False
     if not fits:
-        _check(base, x, inner, outer, coefficient, out)
+        _check(base, x, inner, outer, coefficient, bias, out)
     _low_rank_add(base, x, inner, outer, coefficient, bias, y)
     return y
 
 
 def _check(
-    base: Tensor | None, x: Tensor, inner: Tensor, outer: Tensor, coefficient: Tensor, out: Tensor | None
+    base: Tensor | None,
+    x: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    coefficient: Tensor,
+    bias: float,
+    out: Tensor | None,
 ) -> None:
     check_tensor("x", x, ndim=2, dtype=_FLOATING)
-    check_tensor("outer", outer, ndim=3, dtype=x.dtype)
+    check_tensor("outer", outer, ndim=3, dtype=x.dtype, device=x.device)
     (rows, width), (n, r, out_width) = x.shape, outer.shape
     if n == 0 or rows % n:
         raise ValueError(f"x: expected rows of {n} micro-batches of one size, as outer has it, got {rows}")
-    check_tensor("inner", inner, shape=(n, r, width), dtype=x.dtype)
-    check_tensor("coefficient", coefficient, shape=(n,), dtype=x.dtype)
+    check_tensor("inner", inner, shape=(n, r, width), dtype=x.dtype, device=x.device)
+    check_tensor("coefficient", coefficient, shape=(n,), dtype=x.dtype, device=x.device)
     if base is not None:
         shape = (out_width,) if isinstance(base, Tensor) and base.ndim == 1 else (rows, out_width)
-        check_tensor("base", base, shape=shape, dtype=x.dtype)
+        check_tensor("base", base, shape=shape, dtype=x.dtype, device=x.device)
     if out is not None:
-        check_tensor("out", out, shape=(rows, out_width), dtype=x.dtype)
+        check_tensor("out", out, shape=(rows, out_width), dtype=x.dtype, device=x.device)
+        if any(stride == 0 < size - 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+            raise ValueError(f"out: expected memory of its own for every entry, got strides {out.stride()}")
+    check_number("bias", bias)

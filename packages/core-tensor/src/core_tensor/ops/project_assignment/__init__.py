@@ -12,9 +12,12 @@ https://doi.org/10.1007/BF01580381.
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_number, check_tensor
+from core_tensor.checks import check_flag, check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.project_assignment import cpu, reference
+
+MOST = (1 << 31) - 1
+"""Slots, and vertices of a corral, at most: they are counted in 32 bits."""
 
 
 def _fake(values: Tensor, offsets: Tensor, slots: int, filled: bool, limit: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,12 +55,14 @@ def project_assignment(
         item of every slot, -1 for none, shape (blocks, limit, slots), int32. No gradient passes.
 
     Raises:
-        ValueError: If a shape or value does not fit.
+        ValueError: If a shape, device or value does not fit.
         TypeError: If a dtype does not fit.
+        MemoryError: If there is too little memory for a block of so many slots.
     """
     check_tensor("values", values, ndim=1, dtype=torch.float64)
-    check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, nonempty=True)
-    check_number("slots", slots, low=1, integer=True)
-    check_number("limit", limit, low=1, integer=True)
+    check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, device=values.device, nonempty=True)
+    check_number("slots", slots, low=1, high=MOST, integer=True)
+    check_number("limit", limit, low=1, high=MOST, integer=True)
+    check_flag("filled", filled)
     found: tuple[Tensor, Tensor, Tensor] = _project(values.detach().cpu(), offsets.cpu(), slots, filled, limit)
     return found if values.is_cpu else tuple(t.to(values.device) for t in found)  # type: ignore[return-value]

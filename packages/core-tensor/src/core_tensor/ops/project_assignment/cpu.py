@@ -20,7 +20,10 @@ def project_assignment(
     x = torch.empty(variables, dtype=torch.float64)
     weights = torch.empty(blocks, limit, dtype=torch.float64)
     items = torch.empty(blocks, limit, slots, dtype=torch.int32)
-    if _project(values, offsets, x, weights, items, variables, blocks, slots, limit, filled):
-        return x, weights, items
-    reference.check(values, offsets, slots, filled)  # says what the kernel has refused
-    raise AssertionError("project_assignment: the kernel refused what the reference accepts")
+    done = _project(values, offsets, x, weights, items, variables, blocks, slots, limit, filled)
+    if done < 0:
+        raise MemoryError(f"project_assignment: too little memory for blocks of {slots} slots")
+    if not done:
+        reference.check(values, offsets, slots, filled)  # says what the kernel has refused
+        raise AssertionError("project_assignment: the kernel refused what the reference accepts")
+    return x, weights, items

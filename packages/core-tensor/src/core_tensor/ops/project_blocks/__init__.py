@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_tensor
+from core_tensor.checks import check_flag, check_offsets, check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.project_blocks import cpu, reference
 
@@ -74,6 +74,7 @@ def project_blocks(
         TypeError: If a dtype does not fit.
     """
     check_tensor("values", values, ndim=1, dtype=torch.float64, finite=True)
+    check_tensor("offsets", offsets, device=values.device)
     check_family(values.shape[0], offsets, cap, upper, weight, equality, torch.float64)
     projected: Tensor = _project(values, offsets, cap, upper, weight, equality)
     return projected
@@ -103,27 +104,38 @@ def check_family(
         ValueError: If a shape or value does not fit.
         TypeError: If a dtype does not fit.
     """
+    device = offsets.device if isinstance(offsets, Tensor) else None
     check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, nonempty=True)
     blocks = offsets.shape[0] - 1
-    if int(offsets[0]) != 0 or int(offsets[-1]) != variables or bool((offsets[1:] < offsets[:-1]).any()):
-        raise ValueError(f"offsets: expected a rising sequence from 0 to {variables}")
-    check_tensor("cap", cap, ndim=1, dtype=torch.float64)
+    check_offsets("offsets", offsets, variables)
+    check_tensor("cap", cap, ndim=1, dtype=torch.float64, device=device)
     if cap.shape[0] not in {1, blocks}:
         raise ValueError(f"cap: expected shape (1,) or ({blocks},), got {tuple(cap.shape)}")
+    if upper is not None:
+        check_tensor("upper", upper, ndim=1, dtype=dtype, device=device)
+        if upper.shape[0] not in {1, variables}:
+            raise ValueError(f"upper: expected shape (1,) or ({variables},), got {tuple(upper.shape)}")
+    if weight is not None:
+        check_tensor("weight", weight, shape=(variables,), dtype=dtype, device=device, finite=True)
+    check_flag("equality", equality)
+    if has_values(offsets):
+        _check_polytopes(variables, offsets, cap, upper, weight, equality)
+
+
+def _check_polytopes(
+    variables: int, offsets: Tensor, cap: Tensor, upper: Tensor | None, weight: Tensor | None, equality: bool
+) -> None:
     if not bool((cap >= 0).all()):
         raise ValueError("cap: expected values of at least 0, got a negative one or NaN")
-    if upper is not None:
-        check_tensor("upper", upper, ndim=1, dtype=dtype)
-        if upper.shape[0] not in {1, variables} or not bool((upper >= 0).all()):
-            raise ValueError(f"upper: expected (1,) or ({variables},) values of at least 0, got {tuple(upper.shape)}")
-    if weight is not None:
-        check_tensor("weight", weight, shape=(variables,), dtype=dtype, finite=True)
-        if not bool((weight > 0).all()):
-            raise ValueError("weight: expected positive values, got one of 0 or less")
+    if upper is not None and not bool((upper >= 0).all()):
+        raise ValueError("upper: expected values of at least 0, got a negative one or NaN")
+    if weight is not None and not bool((weight > 0).all()):
+        raise ValueError("weight: expected positive values, got one of 0 or less")
     if not equality:
         return
     if not bool(torch.isfinite(cap).all()):
         raise ValueError("cap: expected finite values in an equation, got an infinite one")
+    blocks = offsets.shape[0] - 1
     reach = reference.reach(variables, offsets, cap, upper, weight)
     full = cap.expand(blocks) if cap.shape[0] == 1 else cap
     short = (reach < full * (1 - 1e-12)) & (offsets[1:] > offsets[:-1])

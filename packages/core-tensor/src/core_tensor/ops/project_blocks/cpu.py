@@ -5,9 +5,10 @@ from ctypes import c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_offsets
 from core_tensor.ops._library import function
 
-_project = function("ct_project_blocks", *[c_void_p] * 6, *[c_int64] * 3, c_int)
+_project = function("ct_project_blocks", *[c_void_p] * 6, *[c_int64] * 4, c_int, returns=c_int)
 
 
 def project_blocks(
@@ -20,5 +21,8 @@ def project_blocks(
     x = torch.empty_like(values)
     blocks = offsets.shape[0] - 1
     shared = upper is None or (upper.shape[0] == 1 and values.shape[0] != 1)
-    _project(values, offsets, cap, upper, weight, x, blocks, int(cap.shape[0] > 1), int(not shared), int(equality))
+    sizes = (values.shape[0], blocks, int(cap.shape[0] > 1), int(not shared))
+    if not _project(values, offsets, cap, upper, weight, x, *sizes, int(equality)):
+        check_offsets("offsets", offsets, values.shape[0])
+        raise ValueError(f"offsets: expected blocks below 2**31 variables, got one of {int(offsets.diff().max())}")
     return x

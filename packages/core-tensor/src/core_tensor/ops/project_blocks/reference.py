@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_offsets
+
 
 def block_of(offsets: Tensor) -> Tensor:
     """The block of every variable, shape (variables,)."""
@@ -35,6 +37,7 @@ def project_blocks(
     values: Tensor, offsets: Tensor, cap: Tensor, upper: Tensor | None, weight: Tensor | None, equality: bool
 ) -> Tensor:
     """See `core_tensor.project_blocks`."""
+    check_offsets("offsets", offsets, values.shape[0])
     blocks = offsets.shape[0] - 1
     block, w, u = bounds(values.shape[0], offsets, cap, upper, weight)
     d = cap.expand(blocks)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core_tensor.checks import check_offsets
 from core_tensor.ops._compile import CompileRow
 
 CHUNK = 128
@@ -100,6 +101,7 @@ def project_blocks(
     values: Tensor, offsets: Tensor, cap: Tensor, upper: Tensor | None, weight: Tensor | None, equality: bool
 ) -> Tensor:
     """See `core_tensor.project_blocks`."""
+    check_offsets("offsets", offsets, values.shape[0])
     values, offsets, cap = values.contiguous(), offsets.contiguous(), cap.contiguous()
     x = torch.empty_like(values)
     blocks = offsets.shape[0] - 1

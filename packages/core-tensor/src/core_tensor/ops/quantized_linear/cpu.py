@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from core_tensor.ops._library import function
+from core_tensor.ops.quantized_linear import reference
 
 _gemv = function("ct_quantized_gemv", *[c_void_p] * 6, *[c_int64] * 6, c_int)
 _dequantize_rows = function("ct_dequantize_rows", *[c_void_p] * 4, *[c_int64] * 5, c_int)
-_add_outliers = function("ct_add_outliers", *[c_void_p] * 5, *[c_int64] * 3)
+_add_outliers = function("ct_add_outliers", *[c_void_p] * 5, *[c_int64] * 4, returns=c_int)
 
 FEW_TOKENS = 8
 """Up to here the weights are unpacked in registers and never written."""
@@ -52,5 +53,6 @@ def quantized_linear(
         y = transposed.T.contiguous()
     if offsets is not None and columns is not None and values is not None:
         sparse = (offsets.contiguous(), columns.contiguous(), values.float().contiguous())
-        _add_outliers(inputs, *sparse, y, tokens, rows, features)
+        if not _add_outliers(inputs, *sparse, y, tokens, rows, features, columns.shape[0]):
+            reference.check_outliers(offsets, columns, features)
     return y[:tokens].to(x.dtype)

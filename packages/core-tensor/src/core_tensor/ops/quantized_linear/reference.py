@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_indices, check_offsets
 from core_tensor.ops.bit_packing.reference import unpack_bits
+
+
+def check_outliers(offsets: Tensor, columns: Tensor, features: int) -> None:
+    """Refuse outliers that name a column beyond the features, or are not in compressed sparse rows."""
+    check_offsets("outliers[0]", offsets, columns.shape[0])
+    check_indices("outliers[1]", columns, features)
 
 
 def dequantize(
@@ -39,5 +46,7 @@ def quantized_linear(
     values: Tensor | None,
 ) -> Tensor:
     """See `core_tensor.quantized_linear`."""
+    if offsets is not None and columns is not None:
+        check_outliers(offsets, columns, x.shape[1])
     weight = dequantize(words, scale, zero, bits, group_size, x.shape[1], offsets, columns, values)
     return (x.float() @ weight.T).to(x.dtype)
