@@ -108,11 +108,13 @@ class Generated:
         log: Rows in order of time.
         truth: Probability of every label in every row, as columns of the labels' names.
         schema: A schema of the log: all ids, numbers, history and popularity.
+        market: What was generated.
     """
 
     log: pa.Table
     truth: pa.Table
     schema: Schema
+    market: Market
 
 
 @dataclass
@@ -196,7 +198,7 @@ def generate(market: Market) -> Generated:
     if market.negatives < 1:
         kept = (label > 0) | (generator.random(len(label)) < market.negatives)
         log, known = log.filter(pa.array(kept)), known.filter(pa.array(kept))
-    return Generated(log, known, schema_of(market))
+    return Generated(log, known, schema_of(market), market)
 
 
 def schema_of(market: Market) -> Schema:
