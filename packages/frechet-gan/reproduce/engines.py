@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from core_tensor.app.extras import pyplot
+from core_tensor.app.figures import pyplot
 from core_tensor.app.files import write_json
 from core_tensor.dev.benchmarking import seconds
 from frechet_gan import frechet_distance

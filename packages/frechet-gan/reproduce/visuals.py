@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from core_tensor.app.cli import progress
-from core_tensor.app.extras import pyplot
-from core_tensor.app.figures import save
+from core_tensor.app.figures import pyplot, save
 from core_tensor.app.files import write_json
 from frechet_gan import (
     FeatureStats,

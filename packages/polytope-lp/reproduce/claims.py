@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.app.extras import pyplot
+from core_tensor.app.figures import pyplot
 from core_tensor.app.files import atomic_path, write_json
 from polytope_lp import Assignment, Marketplace, MatchingProblem, Solution, generate, solve
 from polytope_lp.matching.evaluation import FusedDual

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core_tensor.app.extras import pyplot
+from core_tensor.app.figures import pyplot
 from core_tensor.app.files import atomic_path, read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -29,10 +29,3 @@ def require(module: str, extra: str) -> Any:
         if error.name is None or error.name.split(".")[0] != top:
             raise  # the module is there, something it needs is not
         raise MissingExtraError(f"this needs {top}, which is not installed: pip install '{extra}'") from error
-
-
-def pyplot(extra: str) -> Any:
-    """Moved to `core_tensor.app.figures`; goes when the last caller has followed."""
-    from core_tensor.app import figures
-
-    return figures.pyplot(extra)

@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import tempfile
+import tokenize
 import tomllib
 import zipfile
 import zlib
@@ -157,7 +158,7 @@ def _means_broken_file(error: Exception) -> bool:
     parsing = (
         *(OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, MemoryError),
         *(ZeroDivisionError, RecursionError, NotImplementedError, SyntaxError, struct.error, zlib.error),
-        zipfile.BadZipFile,
+        *(zipfile.BadZipFile, tokenize.TokenError),  # numpy reads the header of an array as Python
     )
     kinds = type(error).__mro__
     return isinstance(error, parsing) or any(kind.__module__.split(".")[0] in _READERS for kind in kinds)

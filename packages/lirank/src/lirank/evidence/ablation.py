@@ -32,7 +32,7 @@ from lirank.workflow import scored_rows, train_run
 
 BASE = ModelConfig(cross="low_rank", widths=(64, 32), dim=8)
 SPLIT = Split("time", 0.1, 0.1)
-TRAINING = TrainConfig(epochs=3, batch_size=512)
+TRAINING = TrainConfig(epochs=10, batch_size=256, patience=2)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def ablate(
 
     Returns:
         `component`, `seed`, `null`, `rows` (tested), `bayes` (AUC of the truth), `linear` (logistic regression's),
-        for `on` and `off` the AUC, logloss, RMSE and share of the gap closed, and `difference`, on minus off by what the
-        component is judged by, with the ends of its 95 % interval for AUC.
+        for `on` and `off` the AUC, logloss, RMSE and share of the gap closed, and `difference`, on minus off by what
+        the component is judged by; `auc_difference` has the ends of its 95 % interval.
     """
     size = market or Market(ids=0.5)
     knobs: dict[str, Any] = dict.fromkeys(component.knob, 0.0) if null else dict(component.knob)
