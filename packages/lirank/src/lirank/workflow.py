@@ -9,6 +9,7 @@ import torch
 from core_tensor.app.cli import progress
 from core_tensor.app.extras import require
 
+from lirank.data.batch import Batch
 from lirank.data.ordering import in_time_order
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import Split
@@ -20,9 +21,10 @@ from lirank.model.config import ModelConfig
 from lirank.model.ranker import Ranker
 from lirank.schema.columns import column_of, decoded
 from lirank.schema.features import Schema
+from lirank.serve import deploy
 from lirank.train.loop import TrainConfig, Trainer
 from lirank.train.loop import evaluate as evaluate_log
-from lirank.train.run import DATA, TrainedModel, held_out_rows
+from lirank.train.run import DATA, TrainedModel, part_rows
 
 _SEGMENTS = 20
 
@@ -160,7 +162,7 @@ def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str)
     """Score raw rows, or the run's own test rows."""
     schema = trained.encoder.schema
     if logs is None:
-        log = held_out_rows(folder)
+        log = part_rows(folder, "test")
         if log is None:
             raise ValueError(f"{folder}: the run has no test rows; name LOGS")
     else:
@@ -229,3 +231,50 @@ def prepared_baselines(prepared: Prepared, seed: int = 0) -> dict[str, Any]:
             "LightGBM": report(trees, test.label, groups, test.weight) | {"setting": setting},
         }
     return found
+
+
+def calibrate_run(folder: Path, logs: Path | None, out: Path, method: Any = "auto") -> dict[str, Any]:
+    """Recalibrate a run and save it as another.
+
+    Args:
+        folder: The run.
+        logs: Rows from after its training, whose events are remembered too; None takes its own validation rows.
+        out: Folder of the new run.
+        method: See `lirank.evaluate.calibration.fit_curve`.
+
+    Returns:
+        What `lirank.serve.deploy.recalibrate` returns.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    trained = TrainedModel.load(folder)
+    encoder = trained.encoder
+    found: dict[str, list[np.ndarray]] = {"logits": [], "labels": []}
+    if logs is None:
+        log = part_rows(folder, "valid")
+        pieces = log.read() if log else iter(())
+    else:
+        opened = ParquetLog.open(logs)
+        opened.require(encoder.schema.columns())
+        pieces = (trained.causal.extend(piece) for piece in _in_order(opened, encoder.schema, ""))
+    for table in pieces:
+        batch = encoder.encode(table)
+        with torch.no_grad():
+            logits = trained.model.network(trained.model.vectors(batch), None, calibrate=False)
+        found["logits"].append(logits.numpy())
+        found["labels"].append(batch.labels.numpy())  # type: ignore[union-attr]
+    if not found["logits"]:
+        raise ValueError(f"{folder}: the run has no validation rows; name LOGS")
+    result = deploy.recalibrate(trained, {name: np.concatenate(parts) for name, parts in found.items()}, method)
+    trained.save(out)
+    return result
+
+
+def sample(folder: Path, rows: int = 4096) -> tuple[TrainedModel, Batch]:
+    """A run and some of its held-out rows, or of its training rows where it held out none."""
+    trained = TrainedModel.load(folder)
+    log = part_rows(folder, "test") or part_rows(folder, "valid") or part_rows(folder, "train")
+    if log is None:
+        raise ValueError(f"{folder}: expected the data that `lirank train` prepared, found none")
+    return trained, trained.encoder.encode(next(log.read(rows=rows)))

@@ -3,8 +3,12 @@
 from core_tensor.app.cli import command_line
 
 from lirank.cli.baseline import baseline
+from lirank.cli.calibrate import calibrate
+from lirank.cli.demo import demo
 from lirank.cli.evaluate import evaluate
+from lirank.cli.export import bench, compress, export
 from lirank.cli.schema import schema
+from lirank.cli.serve import serve
 from lirank.cli.train import train
 
 
@@ -13,5 +17,5 @@ def main() -> None:
     """LiRank: train, calibrate, compress, export and serve ranking models from Parquet logs."""
 
 
-for command in (schema, train, evaluate, baseline):
+for command in (schema, train, evaluate, baseline, calibrate, compress, export, serve, bench, demo):
     main.add_command(command)

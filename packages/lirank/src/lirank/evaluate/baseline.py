@@ -79,7 +79,7 @@ def logistic_regression(layout: Layout, train: Rows, valid: Rows | None, test: R
     penalties = (0.03, 0.1, 0.3, 1.0) if valid is not None else (0.1,)
     fits = []
     for c in penalties:
-        model = linear.LogisticRegression(C=c, max_iter=300, solver="lbfgs", random_state=seed)
+        model = linear.LogisticRegression(C=c, max_iter=1000, tol=1e-3, solver="lbfgs", random_state=seed)
         model.fit(x["train"], train.label, sample_weight=train.weight)
         loss = 0.0
         if valid is not None:

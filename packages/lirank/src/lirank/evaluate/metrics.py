@@ -92,9 +92,7 @@ def calibration_ratio(p: Array, labels: Array, weights: Array | None = None) -> 
     return float((w * p).sum()) / positives if positives > 0 else None
 
 
-def report(
-    p: Array, labels: Array, groups: Array | None = None, weights: Array | None = None
-) -> dict[str, float | int | str | None]:
+def report(p: Array, labels: Array, groups: Array | None = None, weights: Array | None = None) -> dict[str, Any]:
     """All metrics of one label; what is undefined is None, with the reason beside it.
 
     Args:

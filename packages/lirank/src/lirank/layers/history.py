@@ -79,7 +79,7 @@ class HistoryTransformer(nn.Module):
             parts.append(candidate[:, None].expand(-1, items.shape[1], -1))
         age = (lengths[:, None] - 1 - place).clamp(0, len(self.recency) - 1)  # (B, L)
         tokens = self.enter(torch.cat(parts, -1)) + self.recency[age]
-        tokens = torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1)  # (B, 1 + L, width)
+        tokens = torch.cat([self.first.expand(tokens.shape[0], 1, -1), tokens], 1)  # (B, 1 + L, width)
         there = torch.cat([torch.ones_like(there[:, :1]), there], 1)
         for encoder in self.encoders:
             tokens = encoder(tokens, there)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from core_tensor.app.files import read_json, reading
+from core_tensor.app.files import reading
 
 from lirank.data.batch import Encoder
 from lirank.data.parquet import ParquetLog
 from lirank.features.causal import CausalFeatures
-from lirank.features.prepare import Prepared, load_causal, load_encoder, save_causal, save_encoder
+from lirank.features.prepare import load_causal, load_encoder, save_causal, save_encoder
 from lirank.model.config import ModelConfig
 from lirank.model.ranker import Ranker
 from lirank.train import checkpoint
@@ -73,13 +73,7 @@ class TrainedModel:
         return cls(model.eval(), encoder, causal, record["training"])
 
 
-def held_out_rows(folder: Path) -> ParquetLog | None:
-    """The test part of the data that a run has prepared; None if it has none."""
-    found = Path(folder) / DATA / "test"
+def part_rows(folder: Path, part: str) -> ParquetLog | None:
+    """The `train`, `valid` or `test` rows that a run has prepared; None if it has none."""
+    found = Path(folder) / DATA / part
     return ParquetLog.open(found) if found.exists() else None
-
-
-def prepared_data(folder: Path) -> Prepared:
-    """The data that a run has prepared."""
-    record = read_json(Path(folder) / DATA / "prepared.json")
-    return Prepared(Path(folder) / DATA, record["rows"], record["notes"])
