@@ -84,8 +84,8 @@ def row_update(
         step: Number of this step, from 1, for Adam's bias correction.
 
     Raises:
-        ValueError: If shapes do not fit, an id is outside [0, N), a gradient is not finite, or a number is out of range;
-            nothing has been written then.
+        ValueError: If shapes do not fit, an id is outside [0, N), a gradient is not finite, or a number is out of
+            range; nothing has been written then.
         TypeError: If a dtype is wrong.
     """
     check_choice("kind", kind, KINDS)

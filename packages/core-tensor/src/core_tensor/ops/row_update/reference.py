@@ -1,6 +1,5 @@
 """Plain torch: a sort, an index_add, and the textbook formulas on the rows that were touched."""
 
-import torch
 from torch import Tensor
 
 

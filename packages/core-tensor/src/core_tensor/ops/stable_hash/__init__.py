@@ -1,10 +1,11 @@
 r"""Hashes that never change: the same on every machine, in every process, in every release.
 
-The hash of a byte string x is $h_0 = \mathrm{XXH64}(x; seed)$ as published by xxHash; an int64 is the string of its eight
-little-endian bytes. Further hashes of the same value cost no second pass over its bytes: they are the outputs of the
-generator splitmix64 seeded with the first,
+The hash of a byte string x is $h_0 = \mathrm{XXH64}(x; seed)$ as published by xxHash; an int64 is the string of its
+eight little-endian bytes. Further hashes of the same value cost no second pass over its bytes: they are the outputs of
+the generator splitmix64 seeded with the first,
 
-$$ h_j = \mathrm{splitmix64}(h_0 + j \, \gamma), \quad \gamma = \mathtt{0x9E3779B97F4A7C15}, \qquad r_j = h_j \bmod m_j . $$
+$$ h_j = \mathrm{splitmix64}(h_0 + j \, \gamma), \quad \gamma = \mathtt{0x9E3779B97F4A7C15}, \qquad
+r_j = h_j \bmod m_j . $$
 
 Sources: the specification of xxHash, version 0.1.1; Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014.

@@ -1,5 +1,7 @@
 """Pure Python integers: XXH64 as published, then splitmix64, one value at a time."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def stable_hash(values: Tensor, offsets: Tensor | None, seed: int, moduli: list[
     raw = values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     ends = range(0, len(raw) + 1, 8) if offsets is None else offsets.tolist()
     rows = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         first = xxh64(raw[start:end], seed & _MASK)
         hashes = [first] + [splitmix64(first + j * _GAMMA) for j in range(1, len(moduli))]
         rows.append([signed(h) if m == 0 else h % m for h, m in zip(hashes, moduli, strict=True)])
