@@ -2,9 +2,9 @@ r"""The long-dwell label: did this impression hold attention longer than most of
 
 A dwell time says little by itself: a video keeps people longer than a headline, the first position longer than the
 tenth. So the label of a row is whether its dwell time exceeds the q-quantile of the dwell times of its context
-(position, content type, platform). Quantiles come from histograms over $\log$ time with buckets one per cent wide: one pass, a few
-kilobytes per context, and two of them add up, so days, files and machines can be counted apart. A context with too few
-rows falls back to a coarser one, the last key dropped first; without any it has the quantile of all rows.
+(position, content type, platform). Quantiles come from histograms over $\log$ time with buckets one per cent wide: one
+pass, a few kilobytes per context, and two of them add up, so days, files and machines can be counted apart. A context
+with too few rows falls back to a coarser one, the last key dropped first; without any it has the quantile of all rows.
 
 Source: LiRank, arXiv 2402.06859, section 3.5 ("dwell time modeling").
 """
