@@ -1,4 +1,5 @@
+"""`python -m meta_embed` is the command `meta-embed`."""
+
 from meta_embed.cli import main
 
-if __name__ == "__main__":
-    main()
+main()

@@ -1,0 +1,1 @@
+"""Metrics by activity, paired bootstrap, baselines, freshness."""

@@ -1,0 +1,150 @@
+"""Scores of the same queries at several support sizes, and their metrics by activity."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from meta_embed.evaluate.metrics import auc, log_loss, member_auc
+from meta_embed.model.personalizer import Personalizer, no_grad_vectors
+from meta_embed.tasks.encode import Array
+from meta_embed.tasks.events import Events
+from meta_embed.tasks.ragged import task_batch
+from meta_embed.tasks.split import Split, split_at
+
+SIZES = (0, 4, 8, 16, 32)
+"""Support sizes at which a member is asked: the same query each time."""
+
+BUCKETS = ((0, 0), (1, 4), (5, 16), (17, 64), (65, 1 << 62))
+"""Activity: events before the query, from and to."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logits of query rows.
+
+    Attributes:
+        logit: Shape (R,).
+        y: Labels, shape (R,).
+        owner: Position of each row's member, shape (R,).
+    """
+
+    logit: Array
+    y: Array
+    owner: Array
+
+    def figures(self) -> dict[str, float]:
+        """AUC, log loss and the mean AUC within members."""
+        return {
+            "auc": auc(self.logit, self.y),
+            "logloss": log_loss(self.logit, self.y),
+            "member_auc": member_auc(self.logit, self.y, self.owner),
+        }
+
+
+def model_scores(model: Personalizer, events: Events, split: Split, *, adapted: bool = True) -> Scores:
+    """Scores of a model whose vectors are adapted to the supports.
+
+    Args:
+        model: The model.
+        events: The log.
+        split: The tasks.
+        adapted: False scores with the vectors of members without events.
+
+    Returns:
+        The scores.
+    """
+    support = split.support if adapted else np.zeros_like(split.support)
+    batch = task_batch(events, split.members, (split.support_start, support), (split.query_start, split.query))
+    e, _ = no_grad_vectors(model, batch)
+    owner = batch.query.owner
+    with torch.no_grad():
+        logits = model.logits(batch.query.ids, batch.query.dense, e[owner]).double().numpy()
+    return Scores(logits, batch.query.y.numpy(), split.members[owner.numpy()])
+
+
+def by_size(
+    events: Events, sizes: Sequence[int], query: int, start: int, predictors: Mapping[str, Callable[[Split], Scores]]
+) -> list[dict[str, Any]]:
+    """Metrics of several predictors, one row per support size; the query is the same at each.
+
+    Args:
+        events: The log of the members who are asked.
+        sizes: Supports, in events.
+        query: Events of the query at most.
+        start: Position of the query in a history.
+        predictors: From a split to scores, by name.
+
+    Returns:
+        Rows with `support`, `members` and the figures of every predictor.
+    """
+    rows = []
+    for n in sizes:
+        split = split_at(events, n, query, start=start)
+        row: dict[str, Any] = {"support": n, "members": len(split.members)}
+        for name, predict in predictors.items():
+            row |= {f"{name}_{figure}": value for figure, value in predict(split).figures().items()}
+        rows.append(row)
+    return rows
+
+
+def last_events(events: Events, query: int, support: int) -> Split:
+    """One task per member: its last events as query, what came before as support.
+
+    Args:
+        events: The log.
+        query: Events of the query at most; a shorter history is asked in full.
+        support: Events of the support at most.
+
+    Returns:
+        The tasks.
+    """
+    from meta_embed.tasks.split import known_before
+
+    members = np.flatnonzero(events.counts > 0)
+    counts = events.counts[members]
+    asked = np.minimum(counts, query)
+    before = np.minimum(counts - asked, support)
+    cut = events.offsets[1:][members] - asked
+    return known_before(events, Split(members, cut - before, before, cut, asked))
+
+
+def by_activity(
+    events: Events, query: int, support: int, predictors: Mapping[str, Callable[[Split], Scores]]
+) -> list[dict[str, Any]]:
+    """Metrics of several predictors by how much each member had done before the query.
+
+    Args:
+        events: The log of the members who are asked.
+        query: Events of the query at most.
+        support: Events of a support at most.
+        predictors: From a split to scores, by name.
+
+    Returns:
+        Rows with `activity`, `members`, `rows` and the figures of every predictor, for buckets with both labels.
+    """
+    split = last_events(events, query, support)
+    activity = events.counts[split.members] - split.query
+    rows = []
+    for low, high in BUCKETS:
+        pick = np.flatnonzero((activity >= low) & (activity <= high))
+        if not len(pick):
+            continue
+        part = Split(*(getattr(split, f)[pick] for f in Split.__dataclass_fields__))
+        name = str(low) if low == high else f"{low}-{high}" if high < 1 << 60 else f">{low - 1}"
+        row: dict[str, Any] = {"activity": name, "members": len(pick), "rows": int(part.query.sum())}
+        scored = {name: predict(part) for name, predict in predictors.items()}
+        y = next(iter(scored.values())).y
+        if y.min() == y.max():
+            continue  # no AUC
+        for predictor, scores in scored.items():
+            row |= {f"{predictor}_{figure}": value for figure, value in scores.figures().items()}
+        rows.append(row)
+    return rows
+
+
+def finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for JSON: a figure that does not exist is null."""
+    return [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()} for row in rows]

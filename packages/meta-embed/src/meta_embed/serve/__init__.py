@@ -1,0 +1,1 @@
+"""Vectors and scores for requests: lookup, HTTP scorer, exported global block."""

@@ -1,0 +1,1 @@
+"""Stores of vectors behind one interface: LMDB, SQLite, Parquet, Redis."""

@@ -1,0 +1,165 @@
+"""The interface that every store has, and the lock that keeps a second writer out."""
+
+import fcntl
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from meta_embed.store.codec import Key, Records, StoreInfo, decode_key, decode_records, encode_key, encode_records
+
+Item = tuple[bytes, bytes, bytes]
+"""Key, record and history of one member."""
+
+
+class Store(ABC):
+    """Vectors of members by key. Backends move bytes; this class gives them their meaning.
+
+    Args:
+        where: Name of the store in messages.
+        info: What the store says about itself.
+    """
+
+    def __init__(self, where: str, info: StoreInfo) -> None:
+        self.where, self.info = where, info
+
+    @abstractmethod
+    def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The record of every key, None where there is none."""
+
+    @abstractmethod
+    def fetch_history(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The history of every key, None where there is none."""
+
+    @abstractmethod
+    def upsert(self, items: Iterable[Item], info: StoreInfo) -> None:
+        """Write records in one transaction: all of them or none."""
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """Every member, in the order of the keys."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of members."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files, connections and the writer's lock."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def keys_of(self, keys: Iterable[Any]) -> list[bytes]:
+        """Bytes of keys, of the store's kind.
+
+        Args:
+            keys: Integers or strings.
+
+        Returns:
+            The bytes.
+        """
+        return [encode_key(key, self.info.key) for key in keys]
+
+    def get(self, keys: Sequence[Key]) -> tuple[list[bool], Records]:
+        """Records of the members that the store knows.
+
+        Args:
+            keys: Entity keys.
+
+        Returns:
+            Whether each key was found, and the records of those that were, in order.
+
+        Raises:
+            TypeError: If a key is of the other kind.
+            ValueError: If a record is corrupt.
+        """
+        values = self.fetch(self.keys_of(keys))
+        try:
+            return [v is not None for v in values], decode_records([v for v in values if v is not None], self.info)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+
+    def put(self, keys: Sequence[Key], records: Records, histories: Sequence[bytes] | None = None) -> None:
+        """Write records of some members.
+
+        Args:
+            keys: Entity keys.
+            records: Their records.
+            histories: Their histories, if the store keeps any.
+
+        Raises:
+            ValueError: If the vectors have another width than the store's.
+        """
+        if records.vectors.shape[1] != self.info.width:
+            raise ValueError(
+                f"{self.where}: holds vectors of width {self.info.width}, got width {records.vectors.shape[1]}"
+            )
+        kept = histories if histories is not None else [b""] * len(keys)
+        self.upsert(zip(self.keys_of(keys), encode_records(records, self.info), kept, strict=True), self.info)
+
+    def members(self) -> Iterator[tuple[Key, bytes]]:
+        """Every member's key and record, in order."""
+        for key, value, _ in self.items():
+            yield decode_key(key, self.info.key), value
+
+
+def pack_info(info: StoreInfo) -> bytes:
+    """What a store says about itself, as JSON."""
+    return msgspec.json.encode(info)
+
+
+def unpack_info(raw: bytes | None, where: str) -> StoreInfo:
+    """Read what `pack_info` wrote.
+
+    Args:
+        raw: JSON, or None where there is none.
+        where: Name of the store, for the message.
+
+    Returns:
+        The description.
+
+    Raises:
+        ValueError: If it is absent or broken.
+    """
+    if raw is None:
+        raise ValueError(f"{where}: expected a store of meta-embed, found no description in it")
+    try:
+        return msgspec.json.decode(raw, type=StoreInfo)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{where}: expected a store of meta-embed ({error})") from error
+
+
+class WriterLock:
+    """A file that one writer holds; the lock goes with the process, so a kill leaves none.
+
+    Args:
+        path: The store's file; the lock lies beside it.
+
+    Raises:
+        ValueError: If another writer holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        lock = path.with_name(f".{path.name}.writer")
+        self.handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.handle)
+            if isinstance(error, BlockingIOError):
+                raise ValueError(f"{path}: held by another writer; wait for it") from error
+            raise
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        os.close(self.handle)

@@ -1,0 +1,1 @@
+"""Events of entities, cut in time: schema, reader, ragged batches, splits, episodes."""

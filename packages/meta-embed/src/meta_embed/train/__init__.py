@@ -1,0 +1,1 @@
+"""The outer loop: meta-training over episodes, early stopping, exact resume."""

@@ -1,0 +1,100 @@
+"""Everything a killed training needs to go on to the same result: weights, optimizer, random state, history."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from core_tensor.app.files import atomic_path, reading
+from torch import Tensor, nn
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        epoch: Finished epochs of meta-training.
+        best: Lowest loss of the held-back members.
+        best_epoch: When it was reached; 0 is before meta-training.
+        best_state: Weights of that moment.
+        history: One entry per epoch.
+    """
+
+    epoch: int = 0
+    best: float = float("inf")
+    best_epoch: int = 0
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rng: np.random.Generator, progress: Progress
+) -> None:
+    """Write a checkpoint, atomically.
+
+    Args:
+        folder: The run folder.
+        model: The model.
+        optimizer: Its optimizer.
+        rng: Source of the episodes.
+        progress: Where the training stands.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+    tensors |= {f"best.{n}": t for n, t in progress.best_state.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    about = {
+        "epoch": progress.epoch,
+        "best": progress.best,
+        "best_epoch": progress.best_epoch,
+        "history": progress.history,
+        "rng": rng.bit_generator.state,
+    }
+    with atomic_path(folder / CHECKPOINT) as temporary:
+        plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        save_file(plain, temporary, metadata={"about": json.dumps(about)})
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> Progress | None:
+    """Take up a checkpoint, if there is one.
+
+    Args:
+        folder: The run folder.
+        model: Gets the weights.
+        optimizer: Gets its state.
+        rng: Gets its state.
+
+    Returns:
+        Where the training stands, or None.
+
+    Raises:
+        ValueError: If the file is broken or of another model.
+    """
+    from safetensors import safe_open
+
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    with reading(path, "a checkpoint of this run"), safe_open(path, "pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        for name in file.keys():  # noqa: SIM118
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = file.get_tensor(name)
+        model.load_state_dict(parts["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, rest = name.partition(".")
+            state.setdefault(int(index), {})[rest] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        rng.bit_generator.state = about["rng"]
+        return Progress(
+            int(about["epoch"]), float(about["best"]), int(about["best_epoch"]), parts["best"], list(about["history"])
+        )
