@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ def test_unsorted_edges_give_the_same_solution():
         ({"destination": [1, 2, 3, 4]}, {}, "edges.destination: "),
         ({"source": [1.5, 2.5, 1.0, 1.0]}, {}, "edges.source: expected integers, strings"),
         ({"source": ["b", None, "a", "c"]}, {}, "edges.source: .*1 nulls"),
-        ({"source": ["b", "b", "b", "c"]}, {}, "source b and destination x stand in more than one edge"),
+        ({"source": ["b", "b", "b", "c"]}, {}, "edge from source b to destination x appears twice"),
         ({}, {"budget": [1.0, np.inf]}, "budgets.budget: .*inf"),
         ({}, {"destination": ["x", "x"]}, "budgets.destination: expected each destination once"),
         ({}, {"destination": ["y", "x", "w"], "budget": [1.0, 1.0, 1.0]}, "budgets: 1 without any edge, such as w"),
@@ -246,3 +247,121 @@ def test_a_killed_solve_resumes_from_its_folder(tmp_path):
     history = pq.read_table(out / "history.parquet")
     assert history["evaluation"].to_pylist() == list(range(1, resumed["evaluations"] + 1))
     _run("verify", out)
+
+
+def _shell(command, **options):
+    import subprocess
+    import sys
+
+    command = command.replace("polytope-lp", f"{sys.executable} -m polytope_lp").replace("PYTHON", sys.executable)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "polytope-lp solve problem -o out --threads 0",
+        "polytope-lp generate --sources 100 --destinations 5 -o /proc/problem",
+        "polytope-lp verify problem",
+        "polytope-lp verify nowhere",
+        "polytope-lp pacing problem --spent problem/budgets.parquet --elapsed 0.5",
+        "polytope-lp export-policy problem -o p.npz",
+        "polytope-lp solve problem -o problem",
+        "polytope-lp solve problem -o out --json > /dev/full",
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(tmp_path, command):
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    _run("generate", "--sources", 100, "--destinations", 5, "--degree", 2, "-o", tmp_path / "problem")
+    done = _shell(command, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    last = [line for line in done.stderr.splitlines() if not line.startswith(("Usage", "Try ")) and line]
+    assert len(last) == 1, done.stderr
+    assert last[0].startswith("Error: ")
+
+
+def test_a_killed_generate_leaves_nothing_that_stands_in_the_way(tmp_path):
+    problem = tmp_path / "problem"
+    args = ("generate", "--sources", 300, "--destinations", 5, "--degree", 2, "-o", problem)
+    _run(*args)
+    whole = {f.name: f.read_bytes() for f in (problem / "edges").iterdir()}
+    record = json.loads((problem / "run.json").read_text())
+    (problem / "run.json").write_text(json.dumps(record | {"result": None}))  # as a kill before the end leaves it
+    (problem / "problem.json").unlink()
+    host = __import__("socket").gethostname()
+    orphan = problem / "edges" / f".partial-{''.join(c for c in host if c.isalnum()) or 'host'}-999999999-x"
+    orphan.mkdir()
+    (orphan / "00000.parquet").write_bytes(b"half")
+    _run(*args)
+    assert {f.name: f.read_bytes() for f in (problem / "edges").iterdir()} == whole
+    _run("solve", problem, "-o", tmp_path / "out")
+    assert "holds a run with other inputs" in _run(*args, "--seed", 1, code=2).output
+
+
+def test_a_solve_that_met_its_limit_goes_on_and_a_finished_one_repeats_its_result(tmp_path):
+    problem, out = tmp_path / "problem", tmp_path / "out"
+    _run("generate", "--sources", 3000, "--destinations", 40, "-o", problem)
+    args = ("solve", problem, "-o", out, "--tol", 1e-6, "--json")
+    short = json.loads(_run(*args, "--time-limit", 0.02).output)
+    assert short["status"] == "time_limit"
+    _run("verify", out)
+    done = json.loads(_run(*args).output)
+    assert done["status"] == "optimal"
+    assert not (out / "checkpoint.npz").exists()
+    assert json.loads(_run(*args).output) == done
+    assert "tol: " in _run("solve", problem, "-o", out, code=2).output
+    assert json.loads(_run("solve", problem, "-o", out, "--overwrite", "--json").output)["tol"] == 1e-4
+
+
+@pytest.mark.parametrize("name", ["policy.npz", "history.parquet", "prices.parquet", "input.json", "primal.arrow"])
+def test_a_solution_with_a_missing_or_garbage_file_is_not_verified(tmp_path, name):
+    _, out = _market(tmp_path, 300)
+    whole = (out / name).read_bytes()
+    for damage in (b"", b"garbage", whole[: len(whole) // 2]):
+        (out / name).write_bytes(damage)
+        assert "Error: " in _run("verify", out, code=2).output
+    (out / name).unlink()
+    assert "Error: " in _run("verify", out, code=2).output
+    (out / name).write_bytes(whole)
+    _run("verify", out)
+
+
+def test_prices_history_and_policy_are_checked_against_the_problem(tmp_path):
+    _, out = _market(tmp_path, 300)
+    prices, history = pq.read_table(out / "prices.parquet"), pq.read_table(out / "history.parquet")
+    policy = Policy.load(out / "policy.npz")
+
+    def lies(line):
+        found = json.loads(_run("verify", out, "--json", code=1).output)["problems"]
+        assert any(line in problem for problem in found), found
+
+    for name, line in (("budget", "the budgets"), ("load", "the loads"), ("used", "the shares used")):
+        column = pa.array([2.0 * (v or 1.0) for v in prices[name].to_pylist()])
+        at = prices.column_names.index(name)
+        pq.write_table(prices.set_column(at, name, column), out / "prices.parquet")
+        lies(line)
+    pq.write_table(prices, out / "prices.parquet")
+    pq.write_table(history.slice(0, history.num_rows - 1), out / "history.parquet")
+    lies("history: ")
+    pq.write_table(history, out / "history.parquet")
+    Policy(policy.lam - 1.0, policy.gamma).save(out / "policy.npz")
+    lies("policy: ")
+    policy.save(out / "policy.npz")
+    _run("verify", out)
+
+
+def test_help_loads_no_torch():
+    assert _shell("PYTHON -c 'import sys, polytope_lp.cli; sys.exit(\"torch\" in sys.modules)'").returncode == 0
+
+
+def test_the_demo_asks_for_matplotlib_before_it_computes(tmp_path, monkeypatch):
+    from core_tensor.app import figures
+    from core_tensor.app.extras import MissingExtraError
+
+    def missing(path, extra):
+        raise MissingExtraError(f"pip install '{extra}'")
+
+    monkeypatch.setattr(figures, "check", missing)
+    assert "polytope-lp[plot]" in _run("demo", "--quick", "-o", tmp_path / "demo", code=2).output
+    assert not (tmp_path / "demo").exists()

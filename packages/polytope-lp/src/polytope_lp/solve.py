@@ -62,7 +62,7 @@ def solve(
         group: `torch.distributed` process group whose ranks hold the shards.
         report: Called with every entry of the history.
         warm_start: Multipliers of an earlier solution, shape (rows,), float64.
-        options: All options at once; `tol` and `time_limit` then stand in it.
+        options: All options at once; `tol` and `time_limit` are then taken from it.
         **changes: Further fields of `Options`.
 
     Returns:

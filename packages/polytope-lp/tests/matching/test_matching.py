@@ -114,7 +114,7 @@ GOOD = {
         ({"index": [0, -1, 0]}, ValueError, "index: "),
         ({"index": [0, 2**40, 0]}, ValueError, "index: "),
         ({"index": [0.0, 1.0, 0.0]}, TypeError, "index: .*integers"),
-        ({"index": [1, 1, 0]}, ValueError, "source 0 and destination 1 stand in more than one edge"),
+        ({"index": [1, 1, 0]}, ValueError, "edge from source 0 to destination 1 appears twice"),
         ({"budgets": [1.0, 1.0, 1.0]}, ValueError, "budgets: 1 without any edge, such as 2"),
         ({"offsets": [0, 2, 4]}, ValueError, "offsets: "),
         ({"polytope": simplex(-1.0)}, ValueError, "cap: .*at least 0"),

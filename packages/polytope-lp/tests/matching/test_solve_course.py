@@ -1,4 +1,4 @@
-"""The same answer by every road: several ranks, a killed and resumed run, the other optimiser, a warm start."""
+"""The same answer by every road: several ranks, a killed and resumed run, the other optimizer, a warm start."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The projected L-BFGS against scipy's L-BFGS-B, which searches along a generalised Cauchy point instead."""
+"""The projected L-BFGS against scipy's L-BFGS-B, which searches along a generalized Cauchy point instead."""
 
 import numpy as np
 import pytest

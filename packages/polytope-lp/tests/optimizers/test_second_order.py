@@ -1,5 +1,7 @@
 """Newton steps on the smoothed dual: the Hessian by differences, and the same optimum as the first-order road."""
 
+import dataclasses
+
 import pytest
 import torch
 from polytope_lp import Marketplace, box, box_cut, generate, knapsack, simplex, solve
@@ -22,13 +24,13 @@ def test_curvature_is_the_derivative_of_the_gradient(random_problem, kind, rows_
     m = dual.budgets.shape[0]
     lam = torch.rand(m, generator=generator, dtype=torch.float64)
     anchor = torch.rand(dual.variables, generator=generator, dtype=torch.float64)
-    for centre in (None, anchor):
-        H = dual.curvature(lam, 0.3, centre)
+    for center in (None, anchor):
+        H = dual.curvature(lam, 0.3, center)
         for j in range(m):
             step = torch.zeros(m, dtype=torch.float64)
             step[j] = 1e-6
-            ahead = dual.evaluate(lam + step, 0.3, centre).gradient
-            behind = dual.evaluate(lam - step, 0.3, centre).gradient
+            ahead = dual.evaluate(lam + step, 0.3, center).gradient
+            behind = dual.evaluate(lam - step, 0.3, center).gradient
             torch.testing.assert_close(-(ahead - behind) / 2e-6, H[:, j], atol=1e-5, rtol=1e-5)
 
 
@@ -44,8 +46,8 @@ def test_newton_and_lbfgs_meet():
 def test_newton_takes_over_where_lbfgs_makes_no_progress(monkeypatch):
     from polytope_lp.matching import continuation
 
-    monkeypatch.setattr(continuation, "SMALL_ROWS", 0)
-    monkeypatch.setattr(continuation, "PATIENCE", 5)
+    impatient = dataclasses.replace(continuation.TUNING, small_rows=0, patience=5)
+    monkeypatch.setattr(continuation, "TUNING", impatient)
     seen = []
     monkeypatch.setattr(
         continuation.second_order, "step", lambda *a, step=continuation.second_order.step: seen.append(1) or step(*a)

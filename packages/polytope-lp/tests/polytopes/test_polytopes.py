@@ -121,11 +121,11 @@ def test_projections_meet_the_kkt_conditions_over_all_vertices(kind, seed, scale
 
 @settings(max_examples=100, deadline=None)
 @given(kinds, st.integers(0, 10**6))
-def test_minimisers_and_limits_are_those_of_the_vertices(kind, seed):
+def test_minimizers_and_limits_are_those_of_the_vertices(kind, seed):
     polytope, vertices = POLYTOPES[kind]
     offsets = torch.tensor([0, vertices.shape[1]])
     cost = np.random.default_rng(seed).normal(size=vertices.shape[1])
-    best = polytope.minimiser(torch.from_numpy(cost), offsets).numpy()
+    best = polytope.minimizer(torch.from_numpy(cost), offsets).numpy()
     assert best @ cost == pytest.approx((vertices @ cost).min())
     assert np.abs(vertices - best).max(1).min() <= 1e-12
     assert (np.abs(vertices).max(0) <= polytope.limits(offsets).numpy() + 1e-12).all()

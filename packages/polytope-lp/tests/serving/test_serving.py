@@ -40,7 +40,7 @@ def _arrays(problem):
     return d.offsets.numpy(), -d.cost.double().numpy(), d.coefficient.double().numpy(), d.index.numpy()
 
 
-def test_policy_repeats_the_solution_and_generalises(solution):
+def test_policy_repeats_the_solution_and_generalizes(solution):
     policy = Policy.from_solution(solution)
     offsets, values, costs, rows = _arrays(solution.problem)
     x = policy.score_sources(offsets, values, costs, rows)

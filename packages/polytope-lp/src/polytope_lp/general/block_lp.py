@@ -187,7 +187,7 @@ class BlockLP:
             x: Its projection, shape (n,).
 
         Returns:
-            The generalised Jacobian of the projection.
+            The generalized Jacobian of the projection.
         """
         faces = []
         for at, group in self.pieces():
@@ -214,7 +214,7 @@ class BlockLP:
                 side = np.where(r > 0, group.kind.lower, group.kind.upper)
                 total += float(np.where(r == 0, 0.0, r * np.where(r == 0, 0.0, side)).sum())
             else:
-                total += float(r @ group.kind.minimiser(_tensor(r), torch.from_numpy(group.offsets)).numpy())
+                total += float(r @ group.kind.minimizer(_tensor(r), torch.from_numpy(group.offsets)).numpy())
         return total
 
     def lower_bound(self, lam: Array) -> float:
@@ -312,7 +312,7 @@ def equilibrated(lp: BlockLP) -> tuple[Conic, Array, Array, tuple[float, float]]
     M = scipy.sparse.csc_array(scipy.sparse.hstack([lp.A, slack]) if k else lp.A)
     c = np.concatenate([lp.c, np.zeros(k)])
     plain = all(isinstance(group.kind, Bounds) for group in lp.groups)
-    fixed = np.zeros(n + k, dtype=bool) if plain else np.arange(n + k) < n  # a scaled simplex is none
+    fixed = np.zeros(n + k, dtype=bool) if plain else np.arange(n + k) < n  # a scaled simplex is not a simplex
     rows, columns = np.ones(m), np.ones(n + k)
     # Columns and the unit of amounts are powers of two: a bound then stays a bound to the last bit.
     for _ in range(10):  # Ruiz

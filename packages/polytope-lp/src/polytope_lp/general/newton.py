@@ -5,7 +5,7 @@ x^{k+1}, \lambda^{k+1} = \arg\min_{x \in C} \max_\lambda \; c'x + \tfrac{\gamma}
 + \lambda'(A x - b) - \tfrac{\delta}{2} \lVert \lambda - \lambda^k \rVert^2 . $$
 
 The step's dual is concave and piecewise quadratic, with $x(\lambda) = \mathrm{Proj}_C(x^k - (c + A'\lambda) / \gamma)$,
-gradient $A x - b - \delta (\lambda - \lambda^k)$ and generalised Hessian $-(A P A' / \gamma + \delta I)$, P the
+gradient $A x - b - \delta (\lambda - \lambda^k)$ and generalized Hessian $-(A P A' / \gamma + \delta I)$, P the
 projection onto the face that x stands on. Inequalities become equations with slacks in C. Blocks need not be compact.
 
 Source: the proximal outer loop of `continuation`, with second-order steps (semismooth Newton for LPs: Li, Sun, Toh).
@@ -131,16 +131,16 @@ def solve_exact(
 
 
 def _step(
-    lp: Conic, centre: Array, start: Array, gamma: float, delta: float, tol: float, most: int = 60
+    lp: Conic, center: Array, start: Array, gamma: float, delta: float, tol: float, most: int = 60
 ) -> tuple[Array, Array, int]:
     lam, scale, weight = start, 1 + float(np.linalg.norm(lp.b)), gamma + lp.ridge
 
     def value(x: Array, lam: Array) -> float:
-        move, shift = x - centre, lam - start
+        move, shift = x - center, lam - start
         bent = float(lp.c @ x + gamma / 2 * move @ move + (lp.ridge * x) @ x / 2)
         return bent + float(lam @ (lp.A @ x - lp.b) - delta / 2 * shift @ shift)
 
-    point = (gamma * centre - lp.c - lp.A.T @ lam) / weight
+    point = (gamma * center - lp.c - lp.A.T @ lam) / weight
     x = lp.project(point)
     now = value(x, lam)
     for step in range(most):
@@ -151,7 +151,7 @@ def _step(
         slope, t = float(gradient @ direction), 1.0
         while True:
             trial = lam + t * direction
-            target = (gamma * centre - lp.c - lp.A.T @ trial) / weight
+            target = (gamma * center - lp.c - lp.A.T @ trial) / weight
             reached = lp.project(target)
             then = value(reached, trial)
             if then >= now + 1e-4 * t * slope - 1e-13 * abs(now) or t < 1e-10:
@@ -177,11 +177,11 @@ def _newton_direction(lp: Conic, face: Face, gradient: Array, weight: Array | fl
 
 
 def curvature(A: scipy.sparse.csc_array, face: Face, scale: Array) -> scipy.sparse.csc_array:
-    """$A P S A'$ with the generalised Jacobian P of a projection and S = diag(scale), constant within every block.
+    """$A P S A'$ with the generalized Jacobian P of a projection and S = diag(scale), constant within every block.
 
     Args:
         A: Matrix, shape (m, n), CSC.
-        face: The generalised Jacobian.
+        face: The generalized Jacobian.
         scale: Positive numbers, shape (n,).
 
     Returns:

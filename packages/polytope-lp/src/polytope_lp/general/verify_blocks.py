@@ -115,7 +115,7 @@ def hull_distance(best: Callable[[Array], Array], x: Array, tol: float = 1e-10) 
     """Distance of a point from the hull of an oracle's vertices, by column generation.
 
     Args:
-        best: Vertex that maximises a direction's inner product.
+        best: Vertex that maximizes a direction's inner product.
         x: The point, shape (n,).
         tol: Distance and improvement below which to stop.
 

@@ -1,4 +1,4 @@
-r"""The outer loop: which ridge, when to lower it, and when to hold it and move the proximal centre instead.
+r"""The outer loop: which ridge, when to lower it, and when to hold it and move the proximal center instead.
 
 The gap at a point has two parts that one evaluation measures exactly: what the ridge costs,
 $\sum_i r_i'x_i - \min_{v \in C_i} r_i'v$, and the rest, infeasibility and its repair. A stage ends when the rest is
@@ -19,35 +19,58 @@ from torch import Tensor
 from polytope_lp.matching.search import FinishedError, Search, zeros
 from polytope_lp.optimizers import accelerated, lbfgs, second_order
 
-TIED, MOSTLY_TIED = 0.5, 0.8
-"""Share of blocks away from a vertex above which a problem may be tied, and above which one stage is proof enough."""
-TIED_RIDGE = 30.0
-"""Factor on the first ridge with which the proximal loop starts on a tied problem."""
-SHARE_OF_TOL = 0.5
-"""Part of the tolerance that the ridge may use."""
-LEAVE = 1.0
-"""A stage ends when what optimisation has left is below this multiple of what the ridge costs."""
-STEEPEST, MILDEST = 0.1, 0.5
-"""Factors by which gamma may fall at once."""
-INEXACT = 0.1
-"""A proximal step is good enough when its promised improvement is below this part of gamma/2 ||x - p||^2."""
-SMALLEST_RIDGE = 1e-9
-"""Least gamma relative to the size of the costs: below it projections lose their digits."""
-NEWTON_ROWS, NEWTON_VARIABLES = 2000, 300_000
-"""Largest problem on which Newton steps take over when the gap has not halved in `PATIENCE` evaluations."""
-SMALL_ROWS, SMALL_VARIABLES = 300, 20_000
-"""Largest problem that Newton steps solve from the start."""
-PATIENCE, SURRENDER = 80, 2000
-"""Evaluations without a halved gap after which Newton steps take over, and after which the run counts as stalled."""
-NEWTON_RIDGE = 10.0
-"""First gamma of Newton steps, in units of `Dual.gamma_start`: a large one makes the dual smooth."""
-NEWTON_STEPS = 50
-"""Newton steps after which the centre moves in any case."""
-LARGEST_RIDGE = 1e4
-"""Greatest gamma in the same unit."""
-FIRST_RIDGE = 0.3
-"""First gamma relative to the size of the costs over that of the variables."""
 
+@dataclass(frozen=True)
+class Tuning:
+    r"""What the outer loop is tuned by. Ridges are in units of `Dual.gamma_start`, the size of costs over amounts.
+
+    Attributes:
+        first_ridge: First ridge: below 1, so that most sources have chosen already.
+        smallest_ridge: Least ridge: below it projections lose their digits, 1e-16 of the reduced costs.
+        largest_ridge: Greatest ridge: beyond it the proximal loop moves by nothing.
+        share_of_tol: Part of the tolerance that the ridge may use; the other half is left to infeasibility.
+        leave: A stage ends when what optimization has left is below this multiple of what the ridge costs: going on
+            would polish what the next ridge changes.
+        steepest: Least factor by which a ridge falls at once: L-BFGS's memory is of use for one tenth, not less.
+        mildest: Greatest such factor: a stage that gains less costs more than it brings.
+        tied: Share of blocks off a vertex above which a problem may be tied, if lowering the ridge does not bring more.
+        mostly_tied: Share above which one stage is proof enough.
+        tied_ridge: Factor on the first ridge with which the proximal loop starts on a tied problem: ties ask for long
+            steps of the center, not for vertices.
+        inexact: A proximal step is good enough when its promised improvement is below this part of
+            $\gamma/2 \lVert x - p \rVert^2$: exact centers cost evaluations that the next one throws away.
+        small_rows: Rows up to which Newton steps solve from the start: a dense system costs less than an evaluation.
+        small_variables: Variables up to which they do.
+        newton_rows: Rows up to which Newton steps take over when the gap does not halve: memory of the dense Hessian.
+        newton_variables: Variables up to which they do: each Hessian is a pass over all of them.
+        newton_ridge: First ridge of Newton steps: a large one makes the dual smooth, and the center does the rest.
+        newton_steps: Newton steps after which the center moves in any case.
+        patience: Evaluations without a halved gap after which Newton steps take over.
+        surrender: Evaluations without a halved gap after which the run counts as stalled.
+    """
+
+    first_ridge: float = 0.3
+    smallest_ridge: float = 1e-9
+    largest_ridge: float = 1e4
+    share_of_tol: float = 0.5
+    leave: float = 1.0
+    steepest: float = 0.1
+    mildest: float = 0.5
+    tied: float = 0.5
+    mostly_tied: float = 0.8
+    tied_ridge: float = 30.0
+    inexact: float = 0.1
+    small_rows: int = 300
+    small_variables: int = 20_000
+    newton_rows: int = 2000
+    newton_variables: int = 300_000
+    newton_ridge: float = 10.0
+    newton_steps: int = 50
+    patience: int = 80
+    surrender: int = 2000
+
+
+TUNING = Tuning()
 
 State = lbfgs.LbfgsState | accelerated.AcceleratedState | second_order.NewtonState
 
@@ -57,7 +80,7 @@ class Stage:
     """Where the outer loop stands: enough to resume it.
 
     Attributes:
-        state: State of the inner optimiser.
+        state: State of the inner optimizer.
         proximal: Whether the proximal loop has begun.
         iterations: Inner iterations in this stage.
         previous: Ridge weight of the stage before.
@@ -76,7 +99,7 @@ class Stage:
 
 
 def run(search: Search, stage: Stage | None, save: Callable[[Stage], None]) -> str:
-    """Minimise until the search is finished.
+    """Minimize until the search is finished.
 
     Args:
         search: The run, with the options.
@@ -100,7 +123,7 @@ def run(search: Search, stage: Stage | None, save: Callable[[Stage], None]) -> s
 
 
 def begin(search: Search, mu: Tensor, gamma: float | None = None) -> Stage:
-    """The first stage, with the optimiser that the options or the size of the problem choose.
+    """The first stage, with the optimizer that the options or the size of the problem choose.
 
     Args:
         search: The run.
@@ -111,11 +134,11 @@ def begin(search: Search, mu: Tensor, gamma: float | None = None) -> Stage:
         The stage.
     """
     dual, options = search.dual, search.options
-    small = mu.shape[0] <= SMALL_ROWS and dual.variables <= SMALL_VARIABLES
+    small = mu.shape[0] <= TUNING.small_rows and dual.variables <= TUNING.small_variables
     newton = options.method == "newton" or (
         options.method == "auto" and small and options.gamma is None and options.proximal is not False
     )
-    default = NEWTON_RIDGE if newton else FIRST_RIDGE
+    default = TUNING.newton_ridge if newton else TUNING.first_ridge
     search.gamma = options.gamma or (default * dual.gamma_start if newton or gamma is None else gamma)
     return Stage(_start(search, mu, newton=newton), proximal=newton)
 
@@ -143,34 +166,34 @@ def _step(search: Search, state: State) -> State:
 
 
 def _advance(search: Search, stage: Stage) -> None:
-    # End the stage if it has done its work: lower the ridge, or recentre.
+    # End the stage if it has done its work: lower the ridge, or recenter.
     smoothing, rest = search.measured()
-    allowed = SHARE_OF_TOL * search.options.tol
+    allowed = TUNING.share_of_tol * search.options.tol
     if smoothing + rest <= 0.5 * stage.reached:
         stage.reached, stage.at = smoothing + rest, len(search.history)
-    if len(search.history) - stage.at > SURRENDER:
+    if len(search.history) - stage.at > TUNING.surrender:
         raise FinishedError("stalled")
     if _newton_takes_over(search, stage):
         stage.proximal = True
-        search.gamma = NEWTON_RIDGE * search.dual.gamma_start
+        search.gamma = TUNING.newton_ridge * search.dual.gamma_start
         stage.state = _start(search, stage.state.point, newton=True)
     if stage.proximal:
         moved, newton = search.moved(), isinstance(stage.state, second_order.NewtonState)
         still = moved <= 1e-3 * allowed * search.size and (not newton or rest <= allowed)
-        done = stage.state.stalled or stage.state.decrement <= INEXACT * moved or still
-        if done or (newton and stage.iterations >= NEWTON_STEPS):
-            _recentre(search, stage)
+        done = stage.state.stalled or stage.state.decrement <= TUNING.inexact * moved or still
+        if done or (newton and stage.iterations >= TUNING.newton_steps):
+            _recenter(search, stage)
         return
-    if not stage.state.stalled and (smoothing <= allowed or rest > LEAVE * smoothing):
+    if not stage.state.stalled and (smoothing <= allowed or rest > TUNING.leave * smoothing):
         return
     _lower(search, stage, smoothing <= allowed, allowed / max(smoothing, 1e-300))
 
 
 def _newton_takes_over(search: Search, stage: Stage) -> bool:
     dual, options = search.dual, search.options
-    fits = dual.budgets.shape[0] <= NEWTON_ROWS and dual.variables <= NEWTON_VARIABLES
+    fits = dual.budgets.shape[0] <= TUNING.newton_rows and dual.variables <= TUNING.newton_variables
     allowed = options.method == "auto" and options.gamma is None and options.proximal is not False
-    late = len(search.history) - stage.at > PATIENCE
+    late = len(search.history) - stage.at > TUNING.patience
     return fits and allowed and late and not isinstance(stage.state, second_order.NewtonState)
 
 
@@ -179,28 +202,30 @@ def _lower(search: Search, stage: Stage, small: bool, factor: float) -> None:
     fixed = search.options.gamma is not None
     share = search.history[-1]["fractional"]
     # Lowering the ridge no longer brings vertices, or the first one found hardly any.
-    tied = share > (TIED if math.isfinite(stage.share) else MOSTLY_TIED) and share > 0.7 * min(stage.share, 1.0)
-    exhausted = search.gamma <= SMALLEST_RIDGE * search.dual.gamma_start or (stage.state.stalled and small)
+    tied = share > (TUNING.tied if math.isfinite(stage.share) else TUNING.mostly_tied) and share > 0.7 * min(
+        stage.share, 1.0
+    )
+    exhausted = search.gamma <= TUNING.smallest_ridge * search.dual.gamma_start or (stage.state.stalled and small)
     if search.options.proximal or (search.options.proximal is None and (tied or exhausted)):
         if tied and not fixed:
-            search.gamma = TIED_RIDGE * (search.gamma if math.isnan(stage.previous) else stage.previous)
+            search.gamma = TUNING.tied_ridge * (search.gamma if math.isnan(stage.previous) else stage.previous)
         stage.proximal = True
-        _recentre(search, stage)
+        _recenter(search, stage)
         return
     if fixed or exhausted:
         if stage.state.stalled:
             raise FinishedError("stalled")
         return
-    factor = min(max(factor, STEEPEST), MILDEST)
+    factor = min(max(factor, TUNING.steepest), TUNING.mildest)
     stage.previous, stage.share = search.gamma, share
-    search.gamma = max(search.gamma * factor, SMALLEST_RIDGE * search.dual.gamma_start)
+    search.gamma = max(search.gamma * factor, TUNING.smallest_ridge * search.dual.gamma_start)
     _restart(search, stage, factor)
 
 
-def _recentre(search: Search, stage: Stage) -> None:
-    # Move the centre, and balance the ridge: infeasibility asks for a larger one, distance from vertices a smaller.
+def _recenter(search: Search, stage: Stage) -> None:
+    # Move the center, and balance the ridge: infeasibility asks for a larger one, distance from vertices a smaller.
     smoothing, rest = search.measured()
-    search.recentre()
+    search.recenter()
     factor = 1.0
     if search.options.gamma is None and isinstance(stage.state, second_order.NewtonState):
         steps = stage.iterations  # many: the dual has too many kinks; few: larger moves pay
@@ -208,7 +233,7 @@ def _recentre(search: Search, stage: Stage) -> None:
     elif search.options.gamma is None:
         factor = 3.0 if rest > 2.0 * smoothing else 0.5 if smoothing > 50.0 * rest else 1.0
     start = search.dual.gamma_start
-    search.gamma = min(max(search.gamma * factor, SMALLEST_RIDGE * start), LARGEST_RIDGE * start)
+    search.gamma = min(max(search.gamma * factor, TUNING.smallest_ridge * start), TUNING.largest_ridge * start)
     _restart(search, stage, factor)
 
 
@@ -234,4 +259,4 @@ def warm(search: Search, lam: Tensor) -> Stage:
     """
     mu = torch.as_tensor(lam, dtype=torch.float64) / search.dual.scale
     mu = torch.where(search.dual.free, mu, mu.clamp_min(0))
-    return begin(search, mu, FIRST_RIDGE * STEEPEST * search.dual.gamma_start)
+    return begin(search, mu, TUNING.first_ridge * TUNING.steepest * search.dual.gamma_start)

@@ -1,4 +1,4 @@
-"""The smoothed dual as the optimisers see it: value, gradient and certified bounds at one point."""
+"""The smoothed dual as the optimizers see it: value, gradient and certified bounds at one point."""
 
 import math
 import time
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 class Dual(Protocol):
-    """What an optimiser needs of a problem.
+    """What an optimizer needs of a problem.
 
     Attributes:
         scale: Power of two by row, so that rows of `scale * A` have norms near one, shape (rows,), float64.
@@ -90,7 +90,7 @@ class Dual(Protocol):
         Args:
             lam: Multipliers, shape (rows,), float64.
             gamma: Weight of the ridge.
-            anchor: Proximal centre, or None for the origin.
+            anchor: Proximal center, or None for the origin.
         """
         ...
 
@@ -100,17 +100,17 @@ class Dual(Protocol):
         Args:
             lam: Multipliers, shape (rows,), float64.
             gamma: Weight of the ridge.
-            anchor: Proximal centre, or None for the origin.
+            anchor: Proximal center, or None for the origin.
         """
         ...
 
     def curvature(self, lam: Tensor, gamma: float, anchor: Tensor | None = None) -> Tensor:
-        r"""Generalised Hessian of the negative dual, $A P A' / \gamma$ with P the derivative of the projections.
+        r"""Generalized Hessian of the negative dual, $A P A' / \gamma$ with P the derivative of the projections.
 
         Args:
             lam: Multipliers, shape (rows,), float64.
             gamma: Weight of the ridge.
-            anchor: Proximal centre, or None for the origin.
+            anchor: Proximal center, or None for the origin.
         """
         ...
 
@@ -193,7 +193,7 @@ class FusedDual:
         Args:
             lam: Multipliers, shape (rows,), float64.
             gamma: Weight of the ridge.
-            anchor: Proximal centre, shape (variables,), or None for the origin.
+            anchor: Proximal center, shape (variables,), or None for the origin.
 
         Returns:
             Value, gradient and bounds.
@@ -232,7 +232,7 @@ class FusedDual:
         Args:
             lam: Multipliers, shape (rows,), float64.
             gamma: Weight of the ridge.
-            anchor: Proximal centre, shape (variables,), or None for the origin.
+            anchor: Proximal center, shape (variables,), or None for the origin.
 
         Returns:
             The primal in the dtype of the costs, shape (variables,).
@@ -250,7 +250,7 @@ class FusedDual:
         Args:
             lam: Multipliers, shape (rows,), float64.
             gamma: Weight of the ridge.
-            anchor: Proximal centre, shape (variables,), or None for the origin.
+            anchor: Proximal center, shape (variables,), or None for the origin.
 
         Returns:
             Shape (rows, rows), float64.
@@ -297,7 +297,7 @@ def primal_piece(
         end: Block after the last.
         lam: Multipliers, shape (rows,), float64.
         gamma: Weight of the ridge.
-        anchor: Proximal centre of the run, shape (variables of the run,), or None.
+        anchor: Proximal center of the run, shape (variables of the run,), or None.
         shrink: Repair factors per row, shape (rows,), or None.
 
     Returns:

@@ -19,7 +19,7 @@ class Options:
         tol: Relative gap between the certified bounds at which the solver stops.
         time_limit: Seconds after which the best point so far is returned; None for no limit.
         evaluations: Evaluations of the dual after which the best point so far is returned.
-        method: Optimiser of each smoothed problem: `lbfgs`, `accelerated`, `newton` (proximal, dense in the rows), or
+        method: Optimizer of each smoothed problem: `lbfgs`, `accelerated`, `newton` (proximal, dense in the rows), or
             `auto`: `newton` for small problems and where `lbfgs` makes no progress, else `lbfgs`.
         gamma: Fixed weight of the ridge; None adapts it to `tol`.
         proximal: Whether the proximal outer loop is used; None lets the policy decide.

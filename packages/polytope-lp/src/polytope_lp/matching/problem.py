@@ -37,6 +37,7 @@ class MatchingProblem:
         destination_keys: What the user calls the rows: an Arrow array, or None for 0, 1, 2, ...
         skipped: Sources without edges, which were left out.
         first_block: Number of the first block within the whole problem, for shards.
+        sharded: Whether this is the part of one rank.
         resources: Names of the budgets, where every destination has several; row k * destinations + j is budget k of
             destination j.
         statistics: What `measure` finds in the whole problem, where it is known (packed problems); a changed copy of
@@ -70,14 +71,14 @@ class MatchingProblem:
         destination_keys: Any = None,
         resources: tuple[str, ...] = (),
         allow_unused: bool = False,
-        minimise: bool = False,
+        minimize: bool = False,
     ) -> "MatchingProblem":
         """Build a problem from arrays and check all of it.
 
         Args:
             offsets: Bounds of the sources' edges, shape (sources + 1,), int64. Empty sources are skipped and counted.
             index: Destination of every edge, shape (edges,) or (edges, rows per edge).
-            value: Value of every edge, which is maximised (costs are its negative), shape (edges,). Stored in float32
+            value: Value of every edge, which is maximized (costs are its negative), shape (edges,). Stored in float32
                 if it is float32, else in float64.
             cost: What an edge takes from its destination's budget, shape and order of `index`; None for one.
             budgets: Budgets b, shape (destinations,).
@@ -88,7 +89,7 @@ class MatchingProblem:
             resources: Names of the budgets where every destination has several; `budgets` then holds those of the first
                 for all destinations, then those of the second, and so on.
             allow_unused: Whether budgets without any edge are allowed.
-            minimise: Whether `value` holds what is minimised, which is then stored without a copy.
+            minimize: Whether `value` holds what is minimized, which is then stored without a copy.
 
         Returns:
             The problem.
@@ -117,7 +118,7 @@ class MatchingProblem:
         data = BlockData(
             offsets=lengths,
             index=narrow_index(index, b.shape[0]),
-            cost=raw if minimise else -raw,
+            cost=raw if minimize else -raw,
             coefficient=None if cost is None else torch.as_tensor(cost).to(raw.dtype),
             cap=cap,
             upper=upper,
@@ -289,8 +290,8 @@ class MatchingProblem:
             if duplicate is not None:
                 block, row = duplicate
                 raise ValueError(
-                    f"edges: source {self.source_name(begin + block)} and destination {self.destination_name(row)} "
-                    "stand in more than one edge"
+                    f"edges: the edge from source {self.source_name(begin + block)} to destination "
+                    f"{self.destination_name(row)} appears twice"
                 )
         if not allow_unused and not used.all():
             missing = np.flatnonzero(~used)
@@ -370,7 +371,7 @@ def _arrow_mask(keep: Tensor) -> Any:
 
 
 def _first_duplicate(block: NDArray[Any], rows: NDArray[Any], m: int) -> tuple[int, int] | None:
-    # First (block, row) of equal edges; sorted destinations are recognised without sorting.
+    # First (block, row) of equal edges; sorted destinations are recognized without sorting.
     key = rows[:, 0].astype(np.int64)
     if rows.shape[1] > 1:  # edges are equal when all their rows are
         key = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)

@@ -1,4 +1,4 @@
-"""What all optimisers share while they run: the best certified bounds so far, the history, and the reasons to stop."""
+"""What all optimizers share while they run: the best certified bounds so far, the history, and the reasons to stop."""
 
 import math
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Incumbent:
 
     Attributes:
         evaluation: What was found there.
-        anchor: The proximal centre that was in force.
+        anchor: The proximal center that was in force.
     """
 
     evaluation: Evaluation
@@ -51,14 +51,14 @@ class Incumbent:
 
 @dataclass
 class Search:
-    """A run: evaluates the dual for an optimiser, keeps the best bounds, and stops when they meet.
+    """A run: evaluates the dual for an optimizer, keeps the best bounds, and stops when they meet.
 
     Attributes:
         dual: The problem.
         options: What the user asked for.
         report: Called with every entry of the history, or None.
         gamma: Weight of the ridge in force.
-        anchor: Proximal centre in force.
+        anchor: Proximal center in force.
         lower: Best lower bound.
         price: Multipliers of the best lower bound.
         incumbent: Best primal.
@@ -95,7 +95,7 @@ class Search:
         return (self.upper - self.lower) / self.size
 
     def objective(self, mu: Tensor) -> tuple[float, Tensor]:
-        """The negative smoothed dual in scaled multipliers, for a minimiser.
+        """The negative smoothed dual in scaled multipliers, for a minimizer.
 
         Args:
             mu: Scaled multipliers, lambda / scale, shape (rows,), float64.
@@ -147,13 +147,13 @@ class Search:
         if len(self.history) >= self.options.evaluations:
             raise FinishedError("evaluation_limit")
 
-    def recentre(self) -> None:
-        """Move the proximal centre to the primal of the last evaluation."""
+    def recenter(self) -> None:
+        """Move the proximal center to the primal of the last evaluation."""
         if self.last is not None:
             self.anchor = self.dual.primal(self.last.lam, self.gamma, self.anchor)
 
     def moved(self) -> float:
-        r"""Proximal term $\gamma/2 \lVert x - p \rVert^2$ at the last evaluation: how far its primal is off the centre.
+        r"""Proximal term $\gamma/2 \lVert x - p \rVert^2$ at the last evaluation: how far its primal is off the center.
 
         Returns:
             The term, in the unit of the objective.
@@ -169,7 +169,7 @@ class Search:
         """The two parts of the gap at the last evaluation, both relative.
 
         Returns:
-            What the ridge costs, and what optimisation has left: infeasibility and its repair.
+            What the ridge costs, and what optimization has left: infeasibility and its repair.
 
         Raises:
             RuntimeError: If nothing has been evaluated yet.

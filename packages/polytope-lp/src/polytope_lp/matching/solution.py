@@ -41,7 +41,7 @@ class Solution:
         gamma: Ridge weight of the primal.
         primal_lam: Multipliers whose projection is the primal, shape (rows,), float64.
         shrink: Repair factors of the primal per row, or None.
-        anchor: Proximal centre of the primal, or None.
+        anchor: Proximal center of the primal, or None.
         problem: The problem (or this rank's shard).
         tol: Gap that was asked for.
         unit: The most that one edge can add to the objective; where shrinking repairs, the optimum is no smaller.
@@ -256,7 +256,7 @@ class Solution:
         """The ridge at which the prices alone allocate best.
 
         Returns:
-            The run's own; where sources at request time lack what the run had (a proximal centre, or other units of
+            The run's own; where sources at request time lack what the run had (a proximal center, or other units of
             their amounts), the one of a few smaller ones with the best repaired value on the problem itself.
         """
         if self.anchor is None and self.presolved.column is None:

@@ -4,7 +4,7 @@ Coordinates that stand at zero and whose gradient pushes them down are held; the
 the others, with the pairs (s, y) restricted to them. All state is explicit, so a run can be stopped, written to disk
 and taken up again without changing a bit of its course.
 
-Source: arXiv 2103.05277 names L-BFGS-B. Departure: two-metric projection (Bertsekas, 1982) in place of the generalised
+Source: arXiv 2103.05277 names L-BFGS-B. Departure: two-metric projection (Bertsekas, 1982) in place of the generalized
 Cauchy point; `tests/test_lbfgs.py` compares both on the same duals.
 """
 

@@ -1,12 +1,12 @@
 r"""Semismooth Newton on the smoothed dual over $\mu \ge 0$ (some coordinates free), for problems with few rows.
 
-The dual is piecewise quadratic; its generalised Hessian is $-A P A' / \gamma$ with P the derivative of the projections.
+The dual is piecewise quadratic; its generalized Hessian is $-A P A' / \gamma$ with P the derivative of the projections.
 Coordinates held at zero are left out (two-metric projection, as in `lbfgs`), the rest solve
 $(A P A'/\gamma + \delta I) d = -\nabla$ with a damping $\delta$ that vanishes with the gradient, then backtrack.
 
 Source: Li, Sun, Toh, "On the efficient computation of a projector over the Birkhoff polytope" and its sequels, for the
-use of P; the paper behind this package stays with first-order methods. Under the proximal loop few steps per centre are
-enough, and the loop ends after finitely many centres because the problem is an LP.
+use of P; the paper behind this package stays with first-order methods. Under the proximal loop few steps per center are
+enough, and the loop ends after finitely many centers because the problem is an LP.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def step(
 
     Args:
         objective: Value and gradient of a point.
-        hessian: Generalised Hessian at a point, shape (n, n), float64.
+        hessian: Generalized Hessian at a point, shape (n, n), float64.
         state: Where the run stands.
         free: Coordinates without a sign, shape (n,), bool.
         gamma: Weight of the ridge: 1 / gamma bounds the curvature of scaled rows.

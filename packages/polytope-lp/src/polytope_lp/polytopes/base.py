@@ -1,17 +1,23 @@
 """What a solver needs to know about a family of block polytopes."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse
+import torch
+from core_tensor.ops.project_blocks import reference
 from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Face:
-    """An element of the generalised Jacobian of a projection, P = diag(free) - U U' + Q Q'.
+    """An element of the generalized Jacobian of a projection, P = diag(free) - U U' + Q Q'.
 
     Attributes:
         free: Entries that move by themselves, shape (n,), bool.
@@ -74,7 +80,17 @@ class Polytope(ABC):
         """
 
     @abstractmethod
-    def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
+    def best(self, direction: Array) -> Array:
+        """A vertex that maximizes `direction'v` over one block.
+
+        Args:
+            direction: Shape (n,), float64.
+
+        Returns:
+            The vertex, shape (n,), float64.
+        """
+
+    def minimizer(self, costs: Tensor, offsets: Tensor) -> Tensor:
         r"""A vertex of least cost in every block, $\arg\min_{x_i \in C_i} r_i'x_i$.
 
         Args:
@@ -84,6 +100,7 @@ class Polytope(ABC):
         Returns:
             Vertices, shape (variables,), float64.
         """
+        return each_block(lambda r: self.best(-r), costs, offsets)
 
     @abstractmethod
     def limits(self, offsets: Tensor) -> Tensor:
@@ -106,7 +123,7 @@ class Polytope(ABC):
             offsets: Bounds of the blocks, shape (blocks + 1,), int64.
 
         Returns:
-            The generalised Jacobian of the projection there.
+            The generalized Jacobian of the projection there.
         """
 
     def fresh(self) -> "Polytope":
@@ -116,3 +133,39 @@ class Polytope(ABC):
             Itself where nothing is kept.
         """
         return self
+
+
+def each_block(function: Callable[[Array], Array], values: Tensor, offsets: Tensor) -> Tensor:
+    """A function of one block, applied to every block that is not empty.
+
+    Args:
+        function: From shape (n,) to shape (n,), float64.
+        values: Shape (variables,), float64.
+        offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+    Returns:
+        What it gives, shape (variables,), float64.
+    """
+    v = values.detach().numpy()
+    parts = [function(v[low:high]) for low, high in pairwise(offsets.tolist()) if high > low]
+    return torch.from_numpy(np.concatenate([*parts, np.zeros(0)]))
+
+
+def face_with_cuts(free: Tensor, normal: Tensor, offsets: Tensor) -> Face:
+    """The face of blocks that stand on one cut each at most.
+
+    Args:
+        free: Entries that move by themselves, shape (variables,), bool.
+        normal: Normals of the tight cuts, zero off the free entries and in blocks without one, shape (variables,).
+        offsets: Bounds of the blocks, shape (blocks + 1,), int64.
+
+    Returns:
+        The generalized Jacobian, with a unit column per tight cut.
+    """
+    block, blocks = reference.block_of(offsets), offsets.shape[0] - 1
+    size = reference.sums(normal.square(), block, blocks).sqrt()
+    kept = torch.nonzero(normal).ravel()
+    entries = (normal / size.clamp_min(1e-300)[block])[kept].numpy()
+    at = (kept.numpy(), block[kept].numpy())
+    columns = scipy.sparse.csc_array((entries, at), shape=(normal.shape[0], blocks))
+    return Face(free.numpy(), columns[:, np.flatnonzero(size.numpy() > 0)])

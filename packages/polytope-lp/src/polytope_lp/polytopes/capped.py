@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from core_tensor import project_blocks
 from core_tensor.ops.project_blocks import check_family, reference
 from torch import Tensor
 
-from polytope_lp.polytopes.base import Face, Polytope
+from polytope_lp.polytopes.base import Array, Face, Polytope, face_with_cuts
 
 Values = float | Tensor
 """A number for all blocks (or variables), or one per block (or variable)."""
@@ -77,8 +76,20 @@ class CappedBox(Polytope):
         cap, upper, weight = self.parameters()
         return project_blocks(values, offsets, cap, upper, weight, equality=self.equality)
 
-    def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
-        """See `Polytope.minimiser`.
+    def best(self, direction: Array) -> Array:
+        """See `Polytope.best`: of the only block, or of one that shares all parameters.
+
+        Args:
+            direction: Shape (n,), float64.
+
+        Returns:
+            The vertex.
+        """
+        costs = torch.from_numpy(-np.asarray(direction, dtype=np.float64))
+        return self.minimizer(costs, torch.tensor([0, costs.shape[0]])).numpy()
+
+    def minimizer(self, costs: Tensor, offsets: Tensor) -> Tensor:
+        """See `Polytope.minimizer`.
 
         Args:
             costs: Costs r, shape (variables,), float64.
@@ -101,7 +112,7 @@ class CappedBox(Polytope):
         return reference.bounds(int(offsets[-1]), offsets, *self.parameters())[2]
 
     def face(self, values: Tensor, x: Tensor, offsets: Tensor) -> Face:  # noqa: ARG002
-        """See `Polytope.face`: entries strictly between their bounds, and one normalised column per tight cut.
+        """See `Polytope.face`: entries strictly between their bounds, and one normalized column per tight cut.
 
         Args:
             values: Points, shape (variables,), float64.
@@ -112,21 +123,15 @@ class CappedBox(Polytope):
             The face.
         """
         cap, upper, weight = self.parameters()
-        n, blocks = x.shape[0], offsets.shape[0] - 1
-        block = reference.block_of(offsets)
+        block, blocks = reference.block_of(offsets), offsets.shape[0] - 1
         w = torch.ones_like(x) if weight is None else weight
-        own = torch.full_like(x, torch.inf) if upper is None else upper.expand(n)
+        own = torch.full_like(x, torch.inf) if upper is None else upper.expand(x.shape[0])
         free = (x > 0) & (x < own)
         tight = (reference.sums(w * x, block, blocks) >= cap.expand(blocks) * (1 - 1e-12)) | self.equality
-        inside = torch.where(free & tight[block], w, 0.0)
-        norm = reference.sums(inside.square(), block, blocks).sqrt()
-        kept = torch.nonzero(inside > 0).ravel()
-        entries = (inside / norm.clamp_min(1e-300)[block])[kept].numpy()
-        columns = scipy.sparse.csc_array((entries, (kept.numpy(), block[kept].numpy())), shape=(n, blocks))
-        return Face(free.numpy(), columns[:, np.flatnonzero(norm.numpy() > 0)])
+        return face_with_cuts(free, torch.where(free & tight[block], w, 0.0), offsets)
 
     def tangent(self, direction: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-        """An element of the generalised Jacobian of the projection at its value x, times a direction.
+        """An element of the generalized Jacobian of the projection at its value x, times a direction.
 
         Args:
             direction: Direction, shape (variables,), float64.

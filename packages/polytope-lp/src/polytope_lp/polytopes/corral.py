@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Oracle = Callable[[Array], Array]
-"""Vertex that maximises a direction's inner product."""
+"""Vertex that maximizes a direction's inner product."""
 
 TOLERANCE = 1e-15
 """Default bound of $(y - x)'(q - x)$, relative to the size of both: the square of the distance's accuracy."""
@@ -52,7 +52,7 @@ def project(
 
     Args:
         y: The point, shape (n,).
-        oracle: Vertex that maximises a direction's inner product.
+        oracle: Vertex that maximizes a direction's inner product.
         warm: Vertices of an earlier corral to start from, shape (k, n).
         tol: Bound of $(y - x)'(q - x)$ at which to stop, relative to the products' own size.
         limit: Size of the corral at which to give up, None for no limit.
@@ -85,7 +85,7 @@ def project(
 
 
 def _minor(S: Array, w: Array, y: Array) -> tuple[Array, Array]:
-    # Move to the affine minimiser; where that leaves the hull, stop at its boundary and drop what fell to zero.
+    # Move to the affine minimizer; where that leaves the hull, stop at its boundary and drop what fell to zero.
     while S.shape[0] > 1:
         a = _affine(S, y)
         alpha = np.concatenate([[1.0 - a.sum()], a])

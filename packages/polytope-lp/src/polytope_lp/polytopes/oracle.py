@@ -1,7 +1,6 @@
 """Any polytope that can name a best vertex: a list of vertices, or the user's own function."""
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -9,14 +8,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.polytopes import corral
-from polytope_lp.polytopes.base import Face, Polytope
+from polytope_lp.polytopes.base import Array, Face, Polytope
 from polytope_lp.polytopes.rows import Rows, project_rows
-
-Array = NDArray[np.float64]
 
 SAME = 1e-12
 """Points of a polytope that differ by less in every entry have the same corral."""
@@ -44,17 +40,6 @@ class VertexPolytope(Polytope):
         other = copy.copy(self)
         VertexPolytope.__init__(other)
         return other
-
-    @abstractmethod
-    def best(self, direction: Array) -> Array:
-        """A vertex that maximises `direction'v` over one block.
-
-        Args:
-            direction: Shape (n,), float64.
-
-        Returns:
-            The vertex, shape (n,), float64.
-        """
 
     def rows(self, n: int) -> Rows | None:  # noqa: ARG002
         r"""The block as inequalities over $x \ge 0$, if it has a short description.
@@ -136,7 +121,7 @@ class VertexPolytope(Polytope):
             self._kept.pop(i, None)
             return project_rows(y, rows)
         if not found.complete:
-            raise RuntimeError(f"polytope: the projection of block {i} did not end; is the oracle a maximiser?")
+            raise RuntimeError(f"polytope: the projection of block {i} did not end; is the oracle a maximizer?")
         self._kept[i] = found
         return found.point
 
@@ -169,20 +154,6 @@ class VertexPolytope(Polytope):
         U, Q = (scipy.sparse.csc_array(scipy.sparse.block_diag(parts, format="csc")) for parts in (cuts, spans))
         return Face(free, U, Q)
 
-    def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
-        """See `Polytope.minimiser`.
-
-        Args:
-            costs: Costs r, shape (variables,), float64.
-            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
-
-        Returns:
-            Vertices, shape (variables,), float64.
-        """
-        r, at = costs.detach().numpy(), offsets.tolist()
-        parts = [self.best(-r[low:high]) for low, high in pairwise(at) if high > low]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0))
-
     def limits(self, offsets: Tensor) -> Tensor:
         """See `Polytope.limits`.
 
@@ -205,7 +176,7 @@ class OraclePolytope(VertexPolytope):
     """The hull of whatever vertices a user's function names.
 
     Args:
-        oracle: Given a direction of shape (n,), a vertex of shape (n,) that maximises the inner product.
+        oracle: Given a direction of shape (n,), a vertex of shape (n,) that maximizes the inner product.
     """
 
     def __init__(self, oracle: Callable[[Array], Any]) -> None:
@@ -213,7 +184,7 @@ class OraclePolytope(VertexPolytope):
         self._oracle = oracle
 
     def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`.
+        """See `Polytope.best`.
 
         Args:
             direction: Shape (n,), float64.
@@ -238,7 +209,7 @@ class VertexList(VertexPolytope):
             raise ValueError(f"vertices: expected a finite (k, n) array, got shape {self.vertices.shape}")
 
     def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`.
+        """See `Polytope.best`.
 
         Args:
             direction: Shape (n,), float64.

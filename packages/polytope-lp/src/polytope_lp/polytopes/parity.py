@@ -9,14 +9,12 @@ Source: the oracle of arXiv 2103.05277 (sort and flip); the projection is that o
 """
 
 import numpy as np
-import scipy.sparse
 import torch
 from core_tensor import project_blocks
 from core_tensor.ops.project_blocks import reference
-from numpy.typing import NDArray
 from torch import Tensor
 
-from polytope_lp.polytopes.base import Face, Polytope
+from polytope_lp.polytopes.base import Array, Face, Polytope, face_with_cuts
 
 
 class Parity(Polytope):
@@ -44,8 +42,8 @@ class Parity(Polytope):
         if self.odd and bool(empty.any()):
             raise ValueError(f"blocks: block {int(empty.nonzero()[0])} is empty, which is no odd number of ones")
 
-    def best(self, direction: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A vertex that maximises `direction'v` over one block.
+    def best(self, direction: Array) -> Array:
+        """See `Polytope.best`.
 
         Args:
             direction: Shape (n,), float64.
@@ -54,10 +52,10 @@ class Parity(Polytope):
             The vertex, shape (n,), float64.
         """
         offsets = torch.tensor([0, direction.size])
-        return self.minimiser(torch.from_numpy(-np.asarray(direction)), offsets).numpy()
+        return self.minimizer(torch.from_numpy(-np.asarray(direction)), offsets).numpy()
 
-    def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
-        """See `Polytope.minimiser`: the negative costs, with the entry of least size flipped if their number is wrong.
+    def minimizer(self, costs: Tensor, offsets: Tensor) -> Tensor:
+        """See `Polytope.minimizer`: the negative costs, with the entry of least size flipped if their number is wrong.
 
         Args:
             costs: Costs r, shape (variables,), float64.
@@ -99,14 +97,9 @@ class Parity(Polytope):
             The face.
         """
         _, facet, tight = self._facet(values, offsets)
-        block, blocks = reference.block_of(offsets), offsets.shape[0] - 1
         free = (x > 0) & (x < 1)
-        normal = torch.where(free & tight[block], torch.where(facet, -1.0, 1.0), 0.0)
-        size = reference.sums(normal.square(), block, blocks).sqrt()
-        kept = torch.nonzero(normal).ravel()
-        entries = (normal / size.clamp_min(1.0)[block])[kept].numpy()
-        U = scipy.sparse.csc_array((entries, (kept.numpy(), block[kept].numpy())), shape=(x.shape[0], blocks))
-        return Face(free.numpy(), U[:, np.flatnonzero(size.numpy() > 0)])
+        normal = torch.where(free & tight[reference.block_of(offsets)], torch.where(facet, -1.0, 1.0), 0.0)
+        return face_with_cuts(free, normal, offsets)
 
     def limits(self, offsets: Tensor) -> Tensor:
         """See `Polytope.limits`.

@@ -21,9 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from polytope_lp.polytopes.base import Face, Polytope
-
-Array = NDArray[np.float64]
+from polytope_lp.polytopes.base import Array, Face, Polytope, each_block
 
 
 class Ranking(Polytope):
@@ -61,7 +59,7 @@ class Ranking(Polytope):
         return w
 
     def best(self, direction: Array) -> Array:
-        """A vertex that maximises `direction'v` over one block: items sorted by falling value.
+        """A vertex that maximizes `direction'v` over one block: items sorted by falling value.
 
         Args:
             direction: Shape (n,), float64.
@@ -72,20 +70,6 @@ class Ranking(Polytope):
         vertex = np.zeros(direction.size)
         vertex[np.argsort(-direction, kind="stable")] = self._weights(direction.size)
         return vertex if self.filled else np.where(direction > 0, vertex, 0.0)
-
-    def minimiser(self, costs: Tensor, offsets: Tensor) -> Tensor:
-        """See `Polytope.minimiser`.
-
-        Args:
-            costs: Costs r, shape (variables,), float64.
-            offsets: Bounds of the blocks, shape (blocks + 1,), int64.
-
-        Returns:
-            Vertices, shape (variables,), float64.
-        """
-        r = costs.numpy()
-        parts = [self.best(-r[low:high]) for low, high in pairwise(offsets.tolist())]
-        return torch.from_numpy(np.concatenate([*parts, np.zeros(0)]))
 
     def _groups(self, y: Array) -> tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         # The projection of one block; the order of its items, where groups of equal excess begin, and which are tight.
@@ -115,9 +99,7 @@ class Ranking(Polytope):
         Returns:
             Projections, shape (variables,), float64.
         """
-        v = values.detach().numpy()
-        parts = [self._groups(v[low:high])[0] for low, high in pairwise(offsets.tolist()) if high > low]
-        return torch.from_numpy(np.concatenate([*parts, np.zeros(0)]))
+        return each_block(lambda y: self._groups(y)[0], values, offsets)
 
     def face(self, values: Tensor, x: Tensor, offsets: Tensor) -> Face:
         """See `Polytope.face`: within a group of equal excess the sum stays.

@@ -1,4 +1,4 @@
-"""Slots and slates: assignment of items to slots, and paths through a slate whose neighbours interact."""
+"""Slots and slates: assignment of items to slots, and paths through a slate whose neighbors interact."""
 
 from itertools import pairwise
 
@@ -97,7 +97,7 @@ class Assignment(VertexPolytope):
             )
 
     def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`: a linear sum assignment.
+        """See `Polytope.best`: a linear sum assignment.
 
         Args:
             direction: Shape (items * slots,), float64.
@@ -148,7 +148,7 @@ class Slate(VertexPolytope):
         self.items, self.places = items, places
 
     def best(self, direction: Array) -> Array:
-        """See `VertexPolytope.best`: a longest path by dynamic programming.
+        """See `Polytope.best`: a longest path by dynamic programming.
 
         Args:
             direction: Shape (n + (places - 1) n^2,), float64.

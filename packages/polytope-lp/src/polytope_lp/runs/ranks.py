@@ -30,7 +30,7 @@ def solution_of_all(solution: Solution, problem: MatchingProblem, ranks: Ranks) 
     if ranks.size == 1:
         return solution
     anchor = solution.anchor
-    if anchor is not None:  # the proximal centre is the one thing that multipliers do not determine
+    if anchor is not None:  # the proximal center is the one thing that multipliers do not determine
         parts = ranks.gather(anchor)
         anchor = torch.cat(parts) if ranks.first else anchor
     if not ranks.first:

@@ -78,7 +78,7 @@ class Policy:
 
         Args:
             solution: The solution.
-            gamma: Weight of the ridge. If None the solution's own; after the proximal loop, whose centre unseen sources
+            gamma: Weight of the ridge. If None the solution's own; after the proximal loop, whose center unseen sources
                 do not have, the one of a few smaller ones with the best repaired value on the problem itself.
 
         Returns:
@@ -285,7 +285,7 @@ def project(
         weights: Positive weights w, shape (n,); ones if None.
 
     Returns:
-        The minimiser, shape (n,), float64.
+        The minimizer, shape (n,), float64.
 
     Raises:
         ValueError: If the cap is negative or NaN, or the least reduced cost is no finite number.

@@ -15,7 +15,7 @@ class Columns:
 
     A destination may have several budgets (`budget` and `cost` are then tuples of equal length, such as money and
     impressions), or an edge several destinations (`destination` is a tuple, such as campaign and advertiser, whose keys
-    all stand in the table of budgets; `cost` is a tuple too, or one column for all).
+    are all in the table of budgets; `cost` is a tuple too, or one column for all).
 
     Attributes:
         source: Source of an edge: integers or strings.

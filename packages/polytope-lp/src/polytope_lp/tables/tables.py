@@ -289,7 +289,7 @@ class _Edges:
                     index[to, k] = found[k if len(rows) > 1 else 0] + shift
             for key, array in arrays.items():
                 array[to] = numbers(f"edges.{columns[key]}", require(batch.schema, batch, "edges", columns[key]), dtype)
-            np.negative(arrays[_OBJECTIVE][to], out=arrays[_OBJECTIVE][to])  # values are maximised
+            np.negative(arrays[_OBJECTIVE][to], out=arrays[_OBJECTIVE][to])  # values are maximized
             at += batch.num_rows
         return cls(index, arrays, there * (per_edge if len(there) == 1 else 1), sources)
 
@@ -350,7 +350,7 @@ def _assemble(
         destination_keys=None if keys.plain else keys.keys,
         resources=budgets if len(budgets) > 1 else (),
         allow_unused=allow_unused,
-        minimise=True,
+        minimize=True,
     )
     return dataclasses.replace(problem, skipped=problem.skipped + lonely)
 
@@ -375,7 +375,7 @@ def _refuse_equal_edges(offsets: NDArray[np.int64], first: NDArray[np.int32], so
     if equal.any():
         at = order[int(np.flatnonzero(equal)[0])]
         source, row = source_keys[int(block[at])].as_py(), keys.keys[int(first[at])].as_py()
-        raise ValueError(f"edges: source {source} and first destination {row} stand in more than one edge")
+        raise ValueError(f"edges: the edge from source {source} to first destination {row} appears twice")
 
 
 def _senses(table: pa.Table, names: Columns) -> NDArray[np.bool_] | None:
