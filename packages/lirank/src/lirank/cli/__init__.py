@@ -7,6 +7,7 @@ from lirank.cli.calibrate import calibrate
 from lirank.cli.demo import demo
 from lirank.cli.evaluate import evaluate
 from lirank.cli.export import bench, compress, export
+from lirank.cli.recipe import recipe
 from lirank.cli.schema import schema
 from lirank.cli.serve import serve
 from lirank.cli.train import train
@@ -17,5 +18,5 @@ def main() -> None:
     """LiRank: train, calibrate, compress, export and serve ranking models from Parquet logs."""
 
 
-for command in (schema, train, evaluate, baseline, calibrate, compress, export, serve, bench, demo):
+for command in (schema, train, evaluate, baseline, calibrate, compress, export, serve, bench, recipe, demo):
     main.add_command(command)
