@@ -93,7 +93,8 @@ def test_table_is_aligned_markdown():
 
 
 SCRIPT = """
-import sys, zipfile, zlib, time, os, errno
+import sys, zipfile, zlib, time, os, errno, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 import click
 from core_tensor.app.cli import *
 
