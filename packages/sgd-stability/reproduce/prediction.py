@@ -58,7 +58,7 @@ class Training:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         self.monitor = StabilityMonitor(
             self.model, "squared_error", (self.x, self.y), batch_size=BATCH, every=every, every_cheap=every_cheap,
-            on_unstable=None, seed=seed,
+            on_unstable=None, directions=1, seed=seed,
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -111,7 +111,7 @@ def seed_runs(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 "seed": seed,
                 "factor": factor,
                 "threshold": star,
-                "verdict": before.state,
+                "verdict": "undecided" if before.state == "caution" else before.state,
                 "beyond_edge": before.lambda1 > before.edge,
                 "loss_shows": events(training, losses, begin)["loss_shows"],
             }
@@ -132,7 +132,7 @@ def seed_runs(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def events(training: Training, losses: Losses, reference: float) -> dict[str, int | None]:
     """When the monitor, the sharpness and the loss spoke."""
     return {
-        "alarm": training.first(lambda c: c.state == "unstable"),
+        "alarm": training.first(lambda c: c.state in {"unstable", "diverged"}),
         "band_alarm": training.first(lambda c: c.lr > c.upper),
         "sharpness_edge": training.first(lambda c: c.lambda1 > c.edge),
         "loss_shows": next((step for step, loss in losses if not loss <= JUMP * reference), None),

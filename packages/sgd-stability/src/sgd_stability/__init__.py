@@ -6,7 +6,7 @@ from core_tensor.app.exports import lazy
 
 if TYPE_CHECKING:
     from sgd_stability import quadratic
-    from sgd_stability.monitor.monitor import InstabilityWarning, StabilityMonitor
+    from sgd_stability.monitor.monitor import InstabilityWarning, MonitorWarning, StabilityMonitor
     from sgd_stability.report.analysis import analyze
     from sgd_stability.report.check import Check
     from sgd_stability.report.maps import StabilityMap
@@ -29,6 +29,7 @@ __all__ = [
     "Extreme",
     "InstabilityWarning",
     "LyapunovExponent",
+    "MonitorWarning",
     "Sampling",
     "StabilityMap",
     "StabilityMonitor",
@@ -50,7 +51,7 @@ __getattr__, __dir__, _ = lazy(
     __name__,
     {
         "quadratic": ["quadratic"],
-        "monitor.monitor": ["InstabilityWarning", "StabilityMonitor"],
+        "monitor.monitor": ["InstabilityWarning", "MonitorWarning", "StabilityMonitor"],
         "report.analysis": ["analyze"],
         "report.check": ["Check"],
         "report.maps": ["StabilityMap"],

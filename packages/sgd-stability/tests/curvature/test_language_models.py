@@ -4,10 +4,10 @@ import pytest
 import torch
 from core_tensor.dev.testing import assert_close
 from sgd_stability import CurvatureFamily, StabilityMonitor, analyze
-from sgd_stability.curvature import sample_curvature
 from sgd_stability.curvature.jacobian import weighted_jacobian
 from sgd_stability.curvature.losses import resolve_loss
 from sgd_stability.curvature.network import make_network
+from sgd_stability.curvature.sample_curvature import Effort
 from sgd_stability.curvature.sample_curvature import sample_curvature as curvature_of
 from sgd_stability.curvature.truncated import projected_family
 from torch import nn
@@ -58,7 +58,7 @@ def test_token_cross_entropy_is_torchs_with_ignored_positions():
     assert_close("Lambda", exact.reshape(35, 35), W[0] @ W[0].T, 1e-12)
 
 
-def test_truncated_route_folds_many_outputs_into_few(monkeypatch):
+def test_truncated_route_folds_many_outputs_into_few():
     model, x, y = _tokens()
     network = make_network(model, resolve_loss("token_cross_entropy"), x, y)
     Z = weighted_jacobian(network)
@@ -69,8 +69,7 @@ def test_truncated_route_folds_many_outputs_into_few(monkeypatch):
     assert_close("h", direct.h, folded.h, 1e-10)
     assert_close("H_i", direct.sample_curvature, CurvatureFamily.from_factors(folded.factors).sample_curvature, 1e-10)
     blocks = curvature_of(network)
-    monkeypatch.setattr(sample_curvature, "_BLOCK", 1)
-    assert_close("L_i", blocks, curvature_of(network), 1e-5)
+    assert_close("L_i", blocks, curvature_of(network, effort=Effort(block=1)), 1e-5)
     report = analyze(model, "token_cross_entropy", (x, y), method="truncated", k=30)
     exact = analyze(model, "token_cross_entropy", (x, y), method="jacobian")
     assert report.lr_threshold(2).upper == pytest.approx(exact.lr_threshold(2).exact, rel=0.02)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sgd_stability import InstabilityWarning, StabilityMonitor, Update, analyze
 from sgd_stability.monitor.callbacks import OutputField, lightning_callback, metrics, trainer_callback
+from sgd_stability.monitor.monitor import MonitorWarning
 from sgd_stability.report.optimizers import read_optimizer
 from torch import nn
 from torch.nn import functional as F
@@ -293,7 +294,9 @@ def test_accelerate_needs_no_callback():
 def test_undecided_checks_are_settled_by_the_full_analysis():
     model, x, y = _problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=2, on_unstable=None, settle=True)
+    monitor = StabilityMonitor(
+        model, "cross_entropy", (x, y), batch_size=2, on_unstable=None, settle=True, directions=1
+    )
     monitor.attach(optimizer)
     band = monitor.check()
     exact = analyze(model, "cross_entropy", (x, y)).lr_threshold(2).exact
@@ -306,6 +309,172 @@ def test_undecided_checks_are_settled_by_the_full_analysis():
         assert ", exact " in str(check)
     optimizer.param_groups[0]["lr"] = 0.5 * band.lower
     assert math.isnan(monitor.check().exact)  # nothing to settle
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "adam, decay": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=1e-2),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "nadam, decay": lambda p: torch.optim.NAdam(p, lr=1e-3, weight_decay=1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "rmsprop, centered": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True, weight_decay=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_people_use_is_watched(name):
+    model, x, y = _problem()
+    model.extra = nn.Parameter(torch.ones(3))  # without a gradient: it never moves, and Adam has no state for it
+    optimizer = OPTIMIZERS[name](model.parameters())
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=10).attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _train(model, x, y, optimizer, 40)
+    assert [c.step for c in monitor.history] == [10, 20, 30, 40]
+    assert all(0 < c.lower <= c.upper < math.inf for c in monitor.history)
+
+
+@pytest.mark.parametrize("name", ["nadam", "rmsprop", "rmsprop, centered", "adam, decay"])
+def test_the_preconditioner_an_optimizer_implies_has_the_edge_it_really_has(name):
+    """A frozen copy of the optimizer on a quadratic: below its edge it returns, above it leaves."""
+    h = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    w = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    optimizer = OPTIMIZERS[name]([w])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1500):  # gradients of a constant size, so that P has settled
+        w.grad = h * torch.sign(torch.randn(2, generator=generator, dtype=torch.float64))
+        optimizer.step()
+    state = read_optimizer(optimizer, {"w": w})
+    curvature = float(((h + state.decay) / state.preconditioner).max())
+    edge = state.update.edge(curvature)
+    frozen = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[w].items()}
+    sizes = []
+    for factor in (0.9, 1.1):
+        with torch.no_grad():
+            w.fill_(1e-3)
+        for key, value in frozen.items():
+            optimizer.state[w][key] = value.clone() if isinstance(value, torch.Tensor) else value
+            if key in {"exp_avg", "momentum_buffer"}:
+                optimizer.state[w][key].zero_()
+        optimizer.param_groups[0]["lr"] = factor * edge
+        for _ in range(600):
+            w.grad = h * w.detach()
+            optimizer.step()
+            for key in ("exp_avg_sq", "square_avg", "grad_avg", "step"):  # P stays what it was
+                if key in frozen:
+                    optimizer.state[w][key].copy_(frozen[key])
+            if "mu_product" in frozen:
+                optimizer.state[w]["mu_product"].zero_()
+        sizes.append(float(w.detach().abs().max()))
+    assert sizes[0] < 1e-4
+    assert not sizes[1] < 1
+
+
+def test_an_optimizer_of_the_head_is_watched_on_the_head():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, products=40, suspects=96).attach(optimizer)
+    exact = analyze(model, "cross_entropy", (x, y), parameters=["2.weight", "2.bias"])
+    monitor.check()
+    assert monitor.check().lambda1 == pytest.approx(exact.lambda_max, rel=1e-3)
+    assert monitor.history[0].max_sample_curvature == pytest.approx(exact.max_sample_curvature, rel=1e-4)
+
+
+def test_a_run_that_ended_in_nan_has_diverged_and_can_be_taken_up_again():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=5).attach(optimizer)
+    _train(model, x, y, optimizer, 5)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.warns(InstabilityWarning, match="DIVERGED; the run is lost: go back to a checkpoint"):
+        _train(model, x, y, optimizer, 5)
+    assert [c.state for c in monitor.history] == ["stable", "diverged"]
+    assert monitor.history[-1].lower == monitor.history[0].lower
+    json.dumps(monitor.to_dict(), allow_nan=False)
+    model.load_state_dict(weights)
+    _train(model, x, y, optimizer, 5)
+    assert monitor.history[-1].state == "stable"
+    fresh = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, on_unstable=None).attach(optimizer)
+    with torch.no_grad():
+        model[2].bias[0] = math.inf
+    assert fresh.check().state == "diverged"
+    model.load_state_dict(weights)
+    assert fresh.check().state == "stable"
+
+
+def test_a_dead_network_is_not_stable():
+    model, x, y = _problem(n=200)
+    model[1] = nn.ReLU()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=100, on_unstable=None)
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 200)
+    assert "diverged" not in {c.state for c in monitor.history}
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # every unit is off for every input
+        model[2].weight.mul_(0.1)
+    _train(model, x, y, optimizer, 200)
+    assert monitor.history[-1].state == "diverged"
+
+
+def test_noisy_targets_near_chance_are_not_taken_for_a_dead_network():
+    torch.manual_seed(0)
+    x = torch.randn(600, 4)
+    y = (torch.rand(600) < (0.3 * x[:, 0]).sigmoid()).long()  # half a percent below the entropy at best
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=16, every=50, on_unstable=None)
+    monitor.attach(optimizer)
+    _train(model, x, y, optimizer, 600, batch=16)
+    assert {c.state for c in monitor.history} <= {"stable", "caution"}
+
+
+def test_a_hook_never_raises_and_tells_every_kind_of_failure_once(monkeypatch):
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=2, every_cheap=2).attach(optimizer)
+    monkeypatch.setattr(monitor._tracker, "visit", lambda *_: 1 / 0)
+    with pytest.warns(MonitorWarning, match=r"step 2: no check was possible \(ZeroDivisionError") as caught:
+        _train(model, x, y, optimizer, 10)
+    assert len(caught) == 1
+    assert monitor.steps == 10
+    monkeypatch.undo()
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [model[0].bias], "momentum": 0.5})
+    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not model[0].bias]
+    with pytest.warns(MonitorWarning, match="same momentum"):
+        _train(model, x, y, optimizer, 2)
+
+
+def test_a_callers_own_function_may_stop_the_training():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=50.0)
+
+    def stop(monitor, check):
+        raise StopIteration(check.state)
+
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=4, every=1, on_unstable=stop)
+    monitor.attach(optimizer)
+    with pytest.raises(StopIteration):
+        _train(model, x, y, optimizer, 5)
+
+
+def test_the_sharper_upper_end_lies_between_the_exact_threshold_and_that_of_one_direction():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.9)
+    found = []
+    for directions in (1, 8):
+        monitor = StabilityMonitor(
+            model, "cross_entropy", (x, y), batch_size=2, on_unstable=None, directions=directions
+        ).attach(optimizer)
+        found.append(monitor.check().upper)
+    exact = analyze(model, "cross_entropy", (x, y)).lr_threshold(2).exact
+    assert exact * (1 - 1e-3) <= found[1] < 0.95 * found[0]
 
 
 def test_history_is_drawn(tmp_path):
@@ -340,11 +509,17 @@ def _attached(optimizer):
         (lambda: _monitor().check(), RuntimeError, "attach"),
         (lambda: _attached(lambda m: torch.optim.Adagrad(m.parameters())), TypeError, "optimizer: .*Adagrad"),
         (lambda: _attached(lambda m: torch.optim.Adam(m.parameters())), ValueError, "optimizer: .*taken a step"),
-        (lambda: _attached(lambda m: torch.optim.SGD(m[0].parameters(), lr=1)), ValueError, "optimizer: .*2.weight"),
+        (lambda: _monitor(directions=0), ValueError, "directions: "),
+        (lambda: _attached(lambda m: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1)), ValueError, "none of them"),
+        (lambda: _attached(lambda m: torch.optim.SGD(m.parameters(), lr=1, maximize=True)), ValueError, "maximize"),
         (
-            lambda: _attached(lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1)),
+            lambda: _attached(
+                lambda m: torch.optim.SGD(
+                    [{"params": m[0].parameters(), "momentum": 0.5}, {"params": m[2].parameters()}], lr=1
+                )
+            ),
             ValueError,
-            "optimizer: .*AdamW",
+            "optimizer: .*same momentum",
         ),
     ],
 )

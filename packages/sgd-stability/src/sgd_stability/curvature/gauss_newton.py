@@ -19,12 +19,14 @@ class GaussNewtonProduct:
         forms: v'H_i v, shape (n,).
         output_curvature: Trace of |Lambda_i|, the loss's curvature in the outputs, shape (n,).
         losses: Loss of every sample, shape (n,).
+        projections: The outputs of every sample along one fixed direction, shape (n,).
     """
 
     product: Tensor
     forms: Tensor
     output_curvature: Tensor
     losses: Tensor
+    projections: Tensor
 
 
 def gauss_newton_product(
@@ -52,7 +54,7 @@ def gauss_newton_product(
             rows.append(row)
         return torch.cat(rows)
 
-    rows = network.ranks.rows(network.n, compute)  # (n, 3)
+    rows = network.ranks.rows(network.n, compute)  # (n, 4)
     network.ranks.sum(total)
     return GaussNewtonProduct((total if scale is None else total * scale) / network.n, *rows.T)
 
@@ -77,7 +79,7 @@ def gauss_newton_operator(network: Network, *, chunk: int = 64, scale: Tensor | 
 
 
 def _part(part: Network, direction: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum of H_i v over a few samples, shape (d,); and forms, traces and losses side by side, shape (n, 3)."""
+    """Sum of H_i v over a few samples, shape (d,); and forms, traces, losses, outputs, shape (n, 4)."""
     outputs, tangent = outputs_and_tangent(part, direction)
     z = outputs.detach()
     factor = part.loss.factor(z, part.targets)
@@ -86,5 +88,8 @@ def _part(part: Network, direction: dict[str, Tensor], dtype: torch.dtype) -> tu
     pulled = factor.times(signed).reshape(outputs.shape)
     gradients = torch.autograd.grad(outputs, list(part.parameters.values()), pulled, materialize_grads=True)
     losses = part.loss.values(z, part.targets)
-    rows = torch.stack([(u * signed).sum((1, 2)), factor.trace().to(u), losses.to(u)], 1)
+    flat = z.reshape(part.n, -1)
+    along = (flat[:, ::2].sum(1) - flat[:, 1::2].sum(1)) / flat.shape[1] ** 0.5
+    columns = (u * signed).sum((1, 2)), factor.trace(), losses, along
+    rows = torch.stack([column.to(u.device, dtype) for column in columns], 1)
     return torch.cat([g.reshape(-1) for g in gradients]).to(dtype), rows

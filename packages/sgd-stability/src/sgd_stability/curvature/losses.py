@@ -5,6 +5,7 @@ of the loss in z_i, Lambda_i = W_i diag(signs_i) W_i' with W_i (O, R). The Gauss
 H_i = Z_i' diag(signs_i) Z_i with Z_i = W_i' J_i (R, d). Training minimizes the mean over samples.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -171,6 +172,26 @@ def check_additive(loss: SampleLoss, outputs: Tensor, targets: Tensor) -> None:
     slack = 1e-4 * (together.abs().max() + 1e-6)
     if bool(((together[:half] - alone).abs() > slack).any()):
         raise ValueError(f"loss: expected a sum over samples, but {loss.name} of a sample changes with its batch")
+
+
+def chance(loss: SampleLoss, targets: Tensor, ignore_index: int = -100) -> float:
+    """Loss of the best constant output: the entropy of the classes' frequencies, or the targets' variance.
+
+    Args:
+        loss: The loss.
+        targets: Targets of the samples.
+        ignore_index: Class that is left out.
+
+    Returns:
+        The loss; NaN for losses it is not known for.
+    """
+    if loss.name in {"mse", "squared_error"}:
+        return float(loss.values(targets.double().mean(0, keepdim=True).expand_as(targets), targets.double()).mean())
+    if loss.name in {"cross_entropy", "token_cross_entropy", "causal_lm"} and not targets.is_floating_point():
+        counts = targets[targets != ignore_index].clamp_min(0).long().reshape(-1).bincount().double()
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * shares.log()).sum())
+    return math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------

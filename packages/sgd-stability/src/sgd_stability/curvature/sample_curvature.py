@@ -1,5 +1,7 @@
 """The largest curvature of single samples, lambda1(H_i), and the directions that have it."""
 
+from dataclasses import dataclass
+
 import torch
 from core_tensor.linalg.spectrum import Eigenpairs, lanczos
 from torch import Tensor
@@ -8,24 +10,42 @@ from sgd_stability.curvature.gauss_newton import gauss_newton_operator
 from sgd_stability.curvature.ghost import sample_blocks
 from sgd_stability.curvature.network import Network
 
-_BLOCK = 256
-"""Rank R up to which the (R, R) blocks Z_i Z_i' are formed; above it Lanczos runs on every sample."""
+
+@dataclass(frozen=True)
+class Effort:
+    """What the curvature of a sample may cost.
+
+    Attributes:
+        block: Rank R up to which the (R, R) blocks Z_i Z_i' are formed; above it Lanczos runs on every sample.
+        tolerance: Relative residual of Lanczos.
+        max_steps: Most products.
+    """
+
+    block: int = 256
+    tolerance: float = 1e-3
+    max_steps: int = 60
 
 
-def sample_curvature(network: Network, *, scale: Tensor | None = None) -> Tensor:
+FULL = Effort()
+QUICK = Effort(block=32, tolerance=0.05, max_steps=8)
+"""For the monitor: an error of a few percent, from below, for a tenth of the products."""
+
+
+def sample_curvature(network: Network, *, scale: Tensor | None = None, effort: Effort = FULL) -> Tensor:
     """lambda1(H_i) of every sample's Gauss-Newton Hessian.
 
     Args:
         network: The network; its ranks share the samples.
         scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+        effort: Where blocks end and Lanczos begins, and how far it goes.
 
     Returns:
         Shape (n,), float64.
     """
-    if network.rank > _BLOCK:
+    if network.rank > effort.block:
 
         def top(start: int, stop: int) -> Tensor:
-            return torch.cat([_top(network, i, scale).values for i in range(start, stop)])
+            return torch.cat([_top(network, i, scale, effort).values for i in range(start, stop)])
 
         return network.ranks.rows(network.n, top)
     blocks = sample_blocks(network, scale=scale)
@@ -39,7 +59,9 @@ def sample_curvature(network: Network, *, scale: Tensor | None = None) -> Tensor
     return largest
 
 
-def sample_directions(network: Network, curvature: Tensor, count: int, *, scale: Tensor | None = None) -> Tensor:
+def sample_directions(
+    network: Network, curvature: Tensor, count: int, *, scale: Tensor | None = None, effort: Effort = FULL
+) -> Tensor:
     """Top eigenvectors of the most curved per-sample Hessians.
 
     Args:
@@ -47,15 +69,16 @@ def sample_directions(network: Network, curvature: Tensor, count: int, *, scale:
         curvature: lambda1(H_i), shape (n,).
         count: How many samples.
         scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+        effort: How far Lanczos goes.
 
     Returns:
         Unit columns, shape (d, count).
     """
     worst = curvature.topk(min(count, network.n)).indices.tolist()
-    return torch.cat([_top(network, i, scale).vectors for i in worst], 1)
+    return torch.cat([_top(network, i, scale, effort).vectors for i in worst], 1)
 
 
-def _top(network: Network, i: int, scale: Tensor | None) -> Eigenpairs:
+def _top(network: Network, i: int, scale: Tensor | None, effort: Effort) -> Eigenpairs:
     operator = gauss_newton_operator(network.part(i, i + 1), scale=scale)
     generator = torch.Generator().manual_seed(i)
-    return lanczos(operator, tolerance=1e-3, max_steps=60, generator=generator)
+    return lanczos(operator, tolerance=effort.tolerance, max_steps=effort.max_steps, generator=generator)

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from core_tensor.linalg.spectrum import flatten, hessian_operator
+from core_tensor.linalg.spectrum import flatten
 from torch import Tensor
 
 from sgd_stability.curvature.network import Network, call
+from sgd_stability.curvature.truncated import loss_hessian_operator
 
 
 def batch_sharpness(network: Network) -> float:
@@ -22,15 +23,12 @@ def batch_sharpness(network: Network) -> float:
     Source:
         arXiv 2412.20553.
     """
-    parameters = list(network.parameters.values())
-
-    def closure() -> Tensor:
-        return network.loss.values(call(network.model, network.inputs), network.targets).mean()
-
     with torch.enable_grad():
-        g = flatten(torch.autograd.grad(closure(), parameters))
+        loss = network.loss.values(call(network.model, network.inputs), network.targets).mean()
+        g = flatten(torch.autograd.grad(loss, list(network.parameters.values()), materialize_grads=True))
+    g = g.to(network.dtype)
     squared = float(g.square().sum())
-    return float(torch.dot(g, hessian_operator(closure, parameters)(g))) / squared if squared > 0 else math.nan
+    return float(torch.dot(g, loss_hessian_operator(network)(g))) / squared if squared > 0 else math.nan
 
 
 def critical_sharpness(network: Network, before: Sequence[Tensor], lr: float, *, evaluations: int = 10) -> float:

@@ -6,13 +6,15 @@ Three tiers, by cost:
    SGD at the edge of stability holds at 2 / eta (a gradient and a Hessian product), and of the probe's loss along the
    last update (ten forward passes of the probe).
 2. every `every` steps, one Gauss-Newton product on half of the probe, in turn. It moves the tracked top eigenvector by
-   a power step, gives v'H_iv of every sample, and so a band for eta*: unstable above the exact threshold of the
-   compressed family, stable below the bound of lambda1 and L. L comes from exact per-sample curvatures of a few
-   suspects.
+   a power step, gives v'H_iv and the loss of every sample, and so a band for eta*: unstable above the exact threshold
+   of the compressed family, stable below the bound of lambda1 and L. L comes from per-sample curvatures of a few
+   suspects. Where the rate lies within the band, the upper end is sharpened now and then by the suspects' own
+   directions.
 3. on demand, `exact()`: the full analysis. With `settle`, a check that its band leaves undecided asks for it by itself.
 
-On a probe all of these are estimates of the data set's figures. The model is switched to evaluation mode for a check,
-so batch normalisation enters with its running statistics.
+A check has one of four states (see `Check.state`): stable, caution, unstable, diverged. On a probe all of these are
+estimates of the dataset's figures. The model is switched to evaluation mode for a check, so batch normalization enters
+with its running statistics. A hook of the optimizer never raises: what goes wrong in a check is warned of once.
 """
 
 import math
@@ -20,8 +22,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from core_tensor.app.ranks import ALONE
@@ -29,22 +32,30 @@ from core_tensor.checks import check_choice, check_number
 from torch import Tensor, nn
 
 from sgd_stability.curvature.data import Data, batch_size_of, collect, sharing
-from sgd_stability.curvature.losses import LossValues, resolve_loss
+from sgd_stability.curvature.losses import LossValues, chance, resolve_loss
 from sgd_stability.curvature.network import make_network
 from sgd_stability.monitor.directional import batch_sharpness, critical_sharpness
-from sgd_stability.monitor.tracking import Tracker
+from sgd_stability.monitor.tracking import NotFiniteError, Tracker
 from sgd_stability.report.analysis import analyze
-from sgd_stability.report.check import Band, Check, band, safe_batch_size
-from sgd_stability.report.optimizers import OptimizerState, read_optimizer
+from sgd_stability.report.check import Band, Check, LossRecord, band, safe_batch_size, state_of
+from sgd_stability.report.optimizers import OptimizerState, read_optimizer, trained
 from sgd_stability.report.plots import plot_history
 from sgd_stability.report.report import StabilityReport
+from sgd_stability.theory.dynamics import update_threshold
 from sgd_stability.theory.sampling import Sampling, Scheme
 
 
 class InstabilityWarning(UserWarning):
-    """The learning rate is above the certified upper end of the band."""
+    """The learning rate is above the upper end of the band while the loss does not fall, or the run is lost."""
 
 
+class MonitorWarning(UserWarning):
+    """A check could not be made; training goes on."""
+
+
+T = TypeVar("T")
+_SHARPEN_EVERY = 4
+"""Checks between two measurements of the sharper upper end."""
 Reaction = Literal["warn", "reduce_lr"] | Callable[["StabilityMonitor", Check], None] | None
 
 
@@ -62,6 +73,7 @@ class StabilityMonitor:
         probe_batch: Samples in the probe.
         suspects: Samples per check whose curvature is computed exactly.
         products: Half-probe products per check; more of them track the top eigenvector more closely.
+        directions: Directions of the sharper upper end, every fourth check at most; 1 leaves it at one direction.
         settle: Let the full analysis, of the probe, decide checks that the band leaves undecided.
         sampling: How minibatches are drawn.
         on_unstable: `"warn"`, `"reduce_lr"` (to 0.9 of the largest safe rate), a function `(monitor, check)`, or None.
@@ -88,6 +100,7 @@ class StabilityMonitor:
         probe_batch: int = 256,
         suspects: int = 8,
         products: int = 1,
+        directions: int = 8,
         settle: bool = False,
         sampling: Scheme = "without_replacement",
         on_unstable: Reaction = "warn",
@@ -98,6 +111,7 @@ class StabilityMonitor:
         for name, value, low in (("every", every, 1), ("every_cheap", every_cheap, 0), ("suspects", suspects, 1)):
             check_number(name, value, low=low, integer=True)
         check_number("products", products, low=1, integer=True)
+        check_number("directions", directions, low=1, integer=True)
         if max_overhead is not None:
             check_number("max_overhead", max_overhead, low=0, open_low=True)
         if isinstance(on_unstable, str):
@@ -108,7 +122,7 @@ class StabilityMonitor:
             raise ValueError("batch_size: expected one, or a DataLoader that has one")
         self.model, self.loss, self.data, self.sampling = model, loss, data, sampling
         self.every, self.every_cheap, self.settle = every, every_cheap, settle
-        self.suspects, self.products = suspects, products
+        self.suspects, self.products, self.directions = suspects, products, directions
         self.on_unstable, self.max_overhead, self.seed = on_unstable, max_overhead, seed
         self._ranks = sharing(distributed)
         self._samples = collect(
@@ -123,7 +137,10 @@ class StabilityMonitor:
             )
             if not self._network.convex:
                 raise ValueError("loss: expected one that is convex in the outputs, for a Gauss-Newton Hessian")
+            start = self._network.mean_loss()
+        self._record = LossRecord(start, chance(self._network.loss, self._network.targets))
         self._tracker = Tracker(self._network, seed)
+        self._sharper, self._sharpened = 1.0, -_SHARPEN_EVERY  # share of the one-direction upper end; check of it
         self.steps = 0
         self.history: list[Check] = []
         self.sharpness_history: list[tuple[int, float, float]] = []
@@ -131,12 +148,13 @@ class StabilityMonitor:
         self._handles: list[Any] = []
         self._before: list[Tensor] = []  # the parameters before a step that tier 1 will look at
         self._spent, self._started = 0.0, 0.0
+        self._failures: set[type[Exception]] = set()  # kinds already told
 
     def attach(self, optimizer: torch.optim.Optimizer) -> "StabilityMonitor":
         """Check after every `every`-th step of an optimizer, with its learning rate, momentum and weight decay.
 
         Args:
-            optimizer: SGD, Adam or AdamW.
+            optimizer: SGD, Adam, AdamW, NAdam or RMSprop; curvature is taken over the parameters that it trains.
 
         Returns:
             This monitor.
@@ -144,7 +162,13 @@ class StabilityMonitor:
         self.detach()
         # Accelerate wraps the optimizer and steps the inner one.
         inner = getattr(optimizer, "optimizer", optimizer)
-        self._optimizer = optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+        optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+        names = trained(optimizer, self._network.parameters)
+        if len(names) < len(self._network.parameters):
+            parameters = {name: self._network.parameters[name] for name in names}
+            self._network = replace(self._network, parameters=parameters, known={})
+            self._tracker = Tracker(self._network, self.seed)
+        self._optimizer = optimizer
         self._started, self._spent = time.perf_counter(), 0.0
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
@@ -167,38 +191,79 @@ class StabilityMonitor:
         Raises:
             RuntimeError: If the monitor is not attached.
         """
+        check = self._checked()
+        self._react(check)
+        return check
+
+    def _checked(self) -> Check:
+        """A check, without the reaction to it."""
         if self._optimizer is None:
             raise RuntimeError("monitor: attach it to an optimizer first")
         start = time.perf_counter()
         state = read_optimizer(self._optimizer, self._network.parameters)
-        scale = None if state.preconditioner is None else state.preconditioner.rsqrt()
         with _evaluating(self.model):
-            lambda1, residual = self._tracker.visit(self.products, scale)
-            L, places = self._tracker.suspects(self.suspects, scale)
-            assert self._tracker.forms is not None
-            found = band(self._tracker.forms, L, self._scheme, state.update)
-            exact = self._settled(found, state)
-        check = Check(
+            try:
+                check = self._measured(state)
+            except NotFiniteError:
+                check = self._not_finite(state)
+        check = replace(check, seconds=time.perf_counter() - start)
+        self.history.append(check)
+        self._spent += check.seconds
+        return check
+
+    def _measured(self, state: OptimizerState) -> Check:
+        """A check of a run whose figures are finite."""
+        scale = None if state.preconditioner is None else state.preconditioner.rsqrt().to(self._network.dtype)
+        # 1. curvature and loss of the probe
+        visit = self._tracker.visit(self.products, scale)
+        L, places = self._tracker.suspects(self.suspects, scale)
+        self._record.add(visit.loss, visit.spread)
+        # 2. the band: weight decay through a preconditioner is curvature that all samples share
+        assert self._tracker.forms is not None
+        shift = state.decay * self._tracker.quadratic_form(scale) if state.decay else 0.0
+        forms, lambda1, L = self._tracker.forms + shift, visit.lambda1 + shift, L + shift
+        found = self._sharpened_band(band(forms, L, self._scheme, state.update), state, places, scale)
+        exact = self._settled(found, state)
+        # 3. what it means
+        return Check(
             step=self.steps,
             lr=state.lr,
             batch_size=self.batch_size,
+            loss=visit.loss,
+            average_loss=self._record.average,
             lambda1=lambda1,
-            residual=residual,
+            residual=visit.residual,
             edge=state.update.edge(1.0) / state.lr if state.lr > 0 else math.inf,
             max_sample_curvature=L,
             lower=found.lower,
             upper=found.upper,
             exact=exact,
-            state=found.state(state.lr) if math.isnan(exact) else "unstable" if state.lr > exact else "stable",
+            state=state_of(state.lr, found, exact, self._record),
             culprits=[int(self._samples.ids[i]) for i in places],
             safe_batch_size=safe_batch_size(lambda1, L, state, self._scheme),
-            seconds=time.perf_counter() - start,
+            seconds=0.0,
         )
-        self.history.append(check)
-        self._spent += check.seconds
-        if check.state == "unstable":
-            self._react(check)
-        return check
+
+    def _not_finite(self, state: OptimizerState) -> Check:
+        """A check of a run that has ended in NaN or infinity; the rate of the last one that was safe stays known."""
+        self._record.add(math.nan, math.nan)
+        lower = next((c.lower for c in reversed(self.history) if c.state != "diverged"), math.nan)
+        unknown = math.nan
+        return Check(
+            self.steps, state.lr, self.batch_size, unknown, unknown, unknown, unknown, unknown, unknown, lower,
+            unknown, unknown, "diverged", [], None, 0.0,
+        )  # fmt: skip
+
+    def _sharpened_band(self, found: Band, state: OptimizerState, places: list[int], scale: Tensor | None) -> Band:
+        """The band with an upper end of more directions, measured now or scaled from the last time it was."""
+        due = len(self.history) - self._sharpened >= _SHARPEN_EVERY
+        if self.directions > 1 and due and found.holds(state.lr):
+            family = self._tracker.family(places, self.directions, scale)
+            upper = update_threshold(family, self._scheme, state.update, tolerance=1e-3).value
+            self._sharper = min(upper / found.upper, 1.0) if 0 < found.upper < math.inf else 1.0
+            self._sharpened = len(self.history)
+        upper = found.upper * self._sharper
+        return Band(min(found.lower, upper), upper)
 
     def exact(self, *, max_samples: int = 512, **options: Any) -> StabilityReport:
         """Tier 3: the full analysis at the present parameters, with the attached optimizer's update rule.
@@ -269,6 +334,8 @@ class StabilityMonitor:
             "history": [vars(check).copy() for check in self.history],
             "sharpness_history": list(self.sharpness_history),
             "tracker": self._tracker.state_dict(),
+            "record": self._record.state_dict(),
+            "sharper": [self._sharper, self._sharpened],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -278,6 +345,8 @@ class StabilityMonitor:
             state: From `state_dict` of a monitor with the same model, probe and settings.
         """
         self._tracker.load_state_dict(state["tracker"])
+        self._record.load_state_dict(state["record"])
+        self._sharper, self._sharpened = float(state["sharper"][0]), int(state["sharper"][1])
         self.steps = int(state["steps"])
         self.history = [Check(**entry) for entry in state["history"]]
         self.sharpness_history = [(int(step), float(a), float(b)) for step, a, b in state["sharpness_history"]]
@@ -290,10 +359,23 @@ class StabilityMonitor:
         self.steps += 1
         if self._before:
             start = time.perf_counter()
-            self._measure_directions()
+            self._guarded(self._measure_directions)
             self._spent += time.perf_counter() - start
         if self.steps % self.every == 0 and not self._too_expensive():
-            self.check()
+            check = self._guarded(self._checked)
+            if check is not None:
+                self._react(check)  # outside the guard: the caller's own function may stop the training
+
+    def _guarded(self, measure: Callable[[], T]) -> T | None:
+        """Measure; training goes on whatever comes of it, and every kind of failure is told once."""
+        try:
+            return measure()
+        except Exception as error:
+            if type(error) not in self._failures:
+                self._failures.add(type(error))
+                message = f"step {self.steps}: no check was possible ({type(error).__name__}: {error})"
+                warnings.warn(message, MonitorWarning, stacklevel=4)
+            return None
 
     def _measure_directions(self) -> None:
         assert self._optimizer is not None
@@ -310,19 +392,20 @@ class StabilityMonitor:
         return bool(self._ranks.sum(torch.tensor(float(over))) > 0)  # all ranks check, or none
 
     def _settled(self, found: Band, state: OptimizerState) -> float:
-        if not self.settle or found.state(state.lr) != "undecided":
+        if not self.settle or not found.holds(state.lr):
             return math.nan
         return float(self.exact(max_samples=self._network.n).lr_threshold(self.batch_size))
 
     def _react(self, check: Check) -> None:
-        if self.on_unstable == "warn":
-            warnings.warn(str(check), InstabilityWarning, stacklevel=4)
-        elif self.on_unstable == "reduce_lr" and self._optimizer is not None:
-            target = 0.9 * (check.safe_lr or check.upper)
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["lr"] * target / check.lr
-        elif callable(self.on_unstable):
+        if check.state not in {"unstable", "diverged"}:
+            return
+        if callable(self.on_unstable):
             self.on_unstable(self, check)
+        elif self.on_unstable == "reduce_lr" and self._optimizer is not None and check.safe_lr > 0:
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["lr"] * min(0.9 * check.safe_lr / check.lr, 1.0)
+        elif self.on_unstable is not None:
+            warnings.warn(f"{check}; {check.advice}", InstabilityWarning, stacklevel=4)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The curvature of a probe, followed through training at the price of one Gauss-Newton product per visit."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,35 @@ from torch import Tensor
 
 from sgd_stability.curvature.gauss_newton import gauss_newton_operator, gauss_newton_product
 from sgd_stability.curvature.network import Network
-from sgd_stability.curvature.sample_curvature import sample_curvature
+from sgd_stability.curvature.sample_curvature import QUICK, sample_curvature, sample_directions
+from sgd_stability.curvature.truncated import projected_family
+from sgd_stability.theory.family import CurvatureFamily
+
+_FEW_OUTPUTS = 32
+"""Outputs per sample up to which all suspects are looked at, and half of them above."""
+_NUMBERS = 2**28
+"""Most numbers of the directions held at once."""
+
+
+class NotFiniteError(ArithmeticError):
+    """The probe's loss or curvature is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a visit measured.
+
+    Attributes:
+        lambda1: v'Hv as known now.
+        residual: Relative residual of the half measured last.
+        loss: Mean loss of the probe; that of a half not measured now is one visit old.
+        spread: Standard deviation of the outputs along one direction, over the samples of a half.
+    """
+
+    lambda1: float
+    residual: float
+    loss: float
+    spread: float
 
 
 class Tracker:
@@ -35,11 +63,11 @@ class Tracker:
         generator = torch.Generator().manual_seed(seed)
         self._v = torch.randn(network.size, generator=generator).to(network.device, network.dtype)
         self._products: list[Tensor] = []
-        self._traces = torch.zeros(network.n)
+        self._rows = torch.zeros(3, network.n, dtype=torch.float64)  # output curvature, losses, projections
         self._turn = 0  # which half is next
         self.forms: Tensor | None = None
 
-    def visit(self, products: int, scale: Tensor | None) -> tuple[float, float]:
+    def visit(self, products: int, scale: Tensor | None) -> Visit:
         """Measure some halves and move the eigenvector.
 
         Args:
@@ -47,31 +75,38 @@ class Tracker:
             scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
 
         Returns:
-            lambda1 as known now, and the relative residual of the half measured last.
+            What was found.
+
+        Raises:
+            NotFiniteError: If loss or curvature are not finite.
         """
         count = len(self._halves)
+        residual = math.nan
         if self.forms is None:
-            start = lanczos(
-                gauss_newton_operator(self.network, scale=scale), tolerance=0.05, max_steps=12, start=self._v
-            )
-            self._v = start.vectors[:, 0]
+            self._start(scale)
             self.forms = torch.zeros(self.network.n, dtype=torch.float64)
-            self._products = [torch.zeros_like(self._v)] * count
-            residual = [self._measure(which, scale) for which in range(count)][-1]
+            try:
+                residual = [self._measure(which, scale) for which in range(count)][-1]
+            except NotFiniteError:
+                self.forms = None  # the next visit starts anew
+                raise
             self._move()
         else:
-            residual = math.nan
             for _ in range(products):
                 residual = self._measure(self._turn, scale)
                 self._move()
                 self._turn = (self._turn + 1) % count
-        return float(self.forms.mean()), residual
+        losses, projections = self._rows[1], self._rows[2]
+        # within each half: between two visits constant outputs move too
+        spread = max(float(projections[a : a + half.n].std(correction=0)) for a, half in self._halves)
+        return Visit(float(self.forms.mean()), residual, float(losses.mean()), spread)
 
     def suspects(self, count: int, scale: Tensor | None) -> tuple[float, list[int]]:
-        """Exact curvature of the samples that are likely to have most of it.
+        """Curvature of the samples that are likely to have most of it; exact for few outputs.
 
         Args:
-            count: How many samples: half of them by v'H_i v, half by the loss's curvature in the outputs.
+            count: How many samples: half of them by v'H_i v, half by the loss's curvature in the outputs; fewer where
+                a sample has many outputs, since each then costs several products.
             scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
 
         Returns:
@@ -79,16 +114,52 @@ class Tracker:
 
         Raises:
             RuntimeError: If there was no visit yet.
+            NotFiniteError: If a curvature is not finite.
         """
         if self.forms is None:
             raise RuntimeError("tracker: visit the probe first")
+        if self.network.rank > _FEW_OUTPUTS:
+            count = (count + 1) // 2
         half = max(count // 2, 1)
         n = self.network.n
         by_form = self.forms.topk(min(half, n)).indices
-        by_trace = self._traces.topk(min(count - half, n)).indices
+        by_trace = self._rows[0].topk(min(count - half, n)).indices
         which = torch.cat([by_form, by_trace]).unique()
-        values = sample_curvature(self.network.select(which.to(self.network.targets.device)), scale=scale)
+        some = self.network.select(which.to(self.network.targets.device))
+        values = sample_curvature(some, scale=scale, effort=QUICK)
+        if not bool(values.isfinite().all()):
+            raise NotFiniteError
         return float(values.max()), which[values.argsort(descending=True).cpu()].tolist()
+
+    def family(self, places: list[int], directions: int, scale: Tensor | None) -> CurvatureFamily:
+        """The probe's family compressed to the tracked eigenvector and the suspects' own directions.
+
+        Args:
+            places: Suspects, most curved first.
+            directions: Most directions; fewer for very large models.
+            scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+
+        Returns:
+            The family.
+        """
+        assert self.forms is not None
+        most = max(1, min(directions, _NUMBERS // self.network.size) - 1)
+        rank = torch.zeros(self.network.n, dtype=torch.float64)
+        rank[places[:most]] = torch.arange(len(places[:most]), 0, -1, dtype=torch.float64)
+        own = sample_directions(self.network, rank, len(places[:most]), scale=scale, effort=QUICK)
+        V, _ = torch.linalg.qr(torch.cat([self._v[:, None], own], 1))
+        return projected_family(self.network, V, scale=scale, curvature=self.forms)
+
+    def quadratic_form(self, scale: Tensor | None) -> float:
+        """v'P^-1 v of the unit eigenvector.
+
+        Args:
+            scale: P^(-1/2), shape (d,).
+
+        Returns:
+            The form; 1 without a preconditioner.
+        """
+        return 1.0 if scale is None else float((self._v * scale).square().sum() / self._v.square().sum())
 
     def state_dict(self) -> dict[str, Any]:
         """What the next visit needs.
@@ -100,7 +171,7 @@ class Tracker:
             "v": self._v.clone(),
             "forms": None if self.forms is None else self.forms.clone(),
             "products": list(self._products),
-            "traces": self._traces.clone(),
+            "rows": self._rows.clone(),
             "turn": self._turn,
         }
 
@@ -113,25 +184,42 @@ class Tracker:
         Raises:
             ValueError: If it belongs to a model or probe of another size.
         """
-        if state["v"].shape != self._v.shape or len(state["traces"]) != self.network.n:
+        if state["v"].shape != self._v.shape or state["rows"].shape != self._rows.shape:
             raise ValueError(
                 f"state: expected {self._v.numel()} parameters and a probe of {self.network.n}, got "
-                f"{state['v'].numel()} and {len(state['traces'])}"
+                f"{state['v'].numel()} and {state['rows'].shape[-1]}"
             )
-        self._v, self._traces = state["v"].to(self._v), state["traces"].clone()
+        self._v, self._rows = state["v"].to(self._v), state["rows"].clone()
         self._products = [product.to(self._v) for product in state["products"]]
         self._turn = int(state["turn"])
         self.forms = None if state["forms"] is None else state["forms"].clone()
 
+    def _start(self, scale: Tensor | None) -> None:
+        """The eigenvector by a short Lanczos."""
+        count = len(self._halves)
+        operator = gauss_newton_operator(self.network, scale=scale)
+        steps = max(2, min(12, _NUMBERS // self.network.size))
+        try:
+            found = lanczos(operator, tolerance=0.05, max_steps=steps, start=self._v)
+        except ValueError as error:  # a product that is not finite
+            raise NotFiniteError from error
+        self._v = found.vectors[:, 0]
+        self._products = [torch.zeros_like(self._v)] * count
+
     def _measure(self, which: int, scale: Tensor | None) -> float:
+        """One half along v; nothing is kept of it if it is not finite."""
         offset, half = self._halves[which]
         v = self._v / self._v.norm()
         found = gauss_newton_product(half, v, scale=scale)
-        self._products[which] = found.product
-        if self.forms is not None:
-            self.forms[offset : offset + half.n] = found.forms.double().cpu()
-        self._traces[offset : offset + half.n] = found.output_curvature.float().cpu()
         value = float(torch.dot(v, found.product))
+        rows = torch.stack([found.output_curvature, found.losses, found.projections]).double().cpu()
+        if not (math.isfinite(value) and bool(rows.isfinite().all())):
+            raise NotFiniteError
+        self._products[which] = found.product
+        where = slice(offset, offset + half.n)
+        if self.forms is not None:
+            self.forms[where] = found.forms.double().cpu()
+        self._rows[:, where] = rows
         return float((found.product - value * v).norm()) / max(abs(value), 1e-300)
 
     def _move(self) -> None:

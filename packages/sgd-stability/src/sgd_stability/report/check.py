@@ -1,4 +1,4 @@
-"""What a monitor's check finds, and the verdict that follows from a handful of curvatures."""
+"""What a monitor's check finds, and the state that follows from a handful of curvatures and the loss."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,7 +12,13 @@ from sgd_stability.theory.dynamics import Update, update_threshold
 from sgd_stability.theory.family import CurvatureFamily
 from sgd_stability.theory.sampling import Sampling
 
-State = Literal["stable", "unstable", "undecided"]
+State = Literal["stable", "caution", "unstable", "diverged"]
+ADVICE = {
+    "stable": "nothing to do",
+    "caution": "the rate is above what is known to be safe; watch the loss, or lower it to {safe:.3g} if that rises",
+    "unstable": "lower the rate to {safe:.3g}, or raise the batch size to {batch}",
+    "diverged": "the run is lost: go back to a checkpoint, and start with a warmup to a rate below its last safe one",
+}
 
 
 @dataclass(frozen=True)
@@ -23,14 +29,17 @@ class Check:
         step: Optimizer step.
         lr: Learning rate.
         batch_size: Batch size.
+        loss: Mean loss of the probe, as last measured.
+        average_loss: Exponential average of it over the checks.
         lambda1: Sharpness of the probe along the tracked eigenvector: a lower estimate.
         residual: ||H v - lambda1 v|| / lambda1 of the half just measured.
         edge: Sharpness at which full-batch training becomes unstable at this rate.
         max_sample_curvature: L over the suspects.
-        lower: Every rate below is stable (estimate); 0 where no bound is known.
+        lower: Every rate below is stable (estimate).
         upper: Every rate above is unstable (estimate).
         exact: Threshold by the full analysis, where it was asked to settle the check; otherwise NaN.
-        state: `"stable"`, `"unstable"` or `"undecided"`.
+        state: `"stable"` below `lower`; `"caution"` above it; `"unstable"` above `upper` while the loss does not fall;
+            `"diverged"` if something is not finite, or the loss is back where it started.
         culprits: Ids of the most curved samples, most curved first.
         safe_batch_size: Smallest batch size at which this rate is below `lower`; None if there is none.
         seconds: What the check cost.
@@ -39,6 +48,8 @@ class Check:
     step: int
     lr: float
     batch_size: int
+    loss: float
+    average_loss: float
     lambda1: float
     residual: float
     edge: float
@@ -62,6 +73,11 @@ class Check:
         """The largest rate known to be stable: the exact threshold, else the lower end of the band."""
         return self.lower if math.isnan(self.exact) else self.exact
 
+    @property
+    def advice(self) -> str:
+        """What to do, in a sentence."""
+        return ADVICE[self.state].format(safe=self.safe_lr, batch=self.safe_batch_size or "the whole dataset")
+
     def to_dict(self) -> dict[str, Any]:
         """The check as JSON-ready values.
 
@@ -72,11 +88,14 @@ class Check:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entries}
 
     def __str__(self) -> str:
+        if self.state == "diverged" and math.isnan(self.lambda1):
+            return f"step {self.step} lr {self.lr:.3g} B {self.batch_size} | not finite | DIVERGED"
         exact = "" if math.isnan(self.exact) else f", exact {self.exact:.3g}"
         verdict = self.state.upper() + (f" x{self.margin:.2f}" if self.state == "unstable" else "")
         return (
-            f"step {self.step} lr {self.lr:.3g} B {self.batch_size} | lambda1 {self.lambda1:.3g} (edge {self.edge:.3g})"
-            f" | eta* in [{self.lower:.3g}, {self.upper:.3g}]{exact} | {verdict} | largest safe lr {self.safe_lr:.3g}, "
+            f"step {self.step} lr {self.lr:.3g} B {self.batch_size} | loss {self.average_loss:.3g} | "
+            f"lambda1 {self.lambda1:.3g} (edge {self.edge:.3g}) | "
+            f"eta* in [{self.lower:.3g}, {self.upper:.3g}]{exact} | {verdict} | largest safe lr {self.safe_lr:.3g}, "
             f"smallest safe B {self.safe_batch_size or '-'} | culprits {', '.join(f'#{i}' for i in self.culprits[:3])}"
         )
 
@@ -93,18 +112,16 @@ class Band:
     lower: float
     upper: float
 
-    def state(self, lr: float) -> State:
-        """What the band says about a learning rate.
+    def holds(self, lr: float) -> bool:
+        """Whether a learning rate lies between the ends, undecided.
 
         Args:
             lr: Learning rate.
 
         Returns:
-            The state.
+            True if it does.
         """
-        if lr > self.upper:
-            return "unstable"
-        return "stable" if lr < self.lower else "undecided"
+        return self.lower <= lr <= self.upper
 
 
 def band(forms: Tensor, L: float, sampling: Sampling, update: Update) -> Band:
@@ -132,10 +149,10 @@ def safe_batch_size(lambda1: float, L: float, state: OptimizerState, sampling: S
         lambda1: Sharpness.
         L: max_i lambda1(H_i).
         state: Learning rate and update rule.
-        sampling: Data set and scheme; its batch size does not matter.
+        sampling: Dataset and scheme; its batch size does not matter.
 
     Returns:
-        The batch size; None if the whole data set is not enough.
+        The batch size; None if the complete dataset is not enough.
     """
 
     def safe(B: int) -> bool:
@@ -148,3 +165,86 @@ def safe_batch_size(lambda1: float, L: float, state: OptimizerState, sampling: S
         middle = (low + high) // 2
         low, high = (low, middle) if safe(middle) else (middle, high)
     return high
+
+
+class LossRecord:
+    """The probe's loss over the checks: is it finite, does it fall, is it back where it started?
+
+    Args:
+        start: Loss of the probe before training.
+        chance: Loss of the best constant output, or NaN.
+    """
+
+    FORGET = 0.5
+    """Weight of the newest loss in the average."""
+    LEFT, BACK = 0.8, 0.95
+    """Shares of the reference: training counts as under way below the first, and as back above the second."""
+    FLAT = 0.01
+    """Share of its largest spread below which the outputs count as constant: the network is dead."""
+
+    def __init__(self, start: float, chance: float) -> None:
+        self.start, self.chance = start, chance
+        self.newest, self.average, self.least = math.nan, math.nan, math.inf
+        self.spread, self.widest = math.nan, 0.0
+        self.falls = False
+
+    def add(self, loss: float, spread: float) -> None:
+        """Take a measurement into the record.
+
+        Args:
+            loss: Mean loss of the probe.
+            spread: How much the outputs differ between samples.
+        """
+        self.falls = loss < self.average
+        self.newest, self.spread = loss, spread
+        self.average = loss if math.isnan(self.average) else self.average + self.FORGET * (loss - self.average)
+        self.least, self.widest = min(self.least, self.average), max(self.widest, spread)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the loss is not finite, or back at its start or at chance after having left or with flat outputs."""
+        if not math.isfinite(self.newest):
+            return True
+        reference = min((v for v in (self.start, self.chance) if v > 0), default=math.nan)
+        if not self.newest >= self.BACK * reference:
+            return False
+        relapsed = self.average >= self.BACK * reference and self.least < self.LEFT * reference
+        return relapsed or self.spread < self.FLAT * self.widest
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs.
+
+        Returns:
+            Numbers by name.
+        """
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            state: From `state_dict`.
+        """
+        for name in vars(self):
+            setattr(self, name, type(getattr(self, name))(state[name]))
+
+
+def state_of(lr: float, found: Band, exact: float, record: LossRecord) -> State:
+    """One of the four states.
+
+    Args:
+        lr: Learning rate.
+        found: Band of the threshold.
+        exact: The threshold, or NaN.
+        record: The loss so far.
+
+    Returns:
+        The state.
+    """
+    if record.lost:
+        return "diverged"
+    if not math.isnan(exact):
+        return "stable" if lr < exact else "unstable"
+    if lr > found.upper and not record.falls:
+        return "unstable"
+    return "stable" if lr < found.lower else "caution"

@@ -2,8 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from sgd_stability.report.check import State
 from sgd_stability.theory.bounds import Bound
 
 
@@ -57,7 +57,7 @@ class Verdict:
         certified: Whether the whole data set was analysed.
     """
 
-    state: State
+    state: Literal["stable", "unstable", "undecided"]
     margin: float
     certificate: str
     certified: bool
