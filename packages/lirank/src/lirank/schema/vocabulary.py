@@ -11,14 +11,14 @@ import numpy as np
 
 from lirank.schema.features import NULL, RARE, SPECIAL, UNSEEN, Id, Multi
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
 def hash_rows(fingerprints: np.ndarray, rows: int, hashes: int) -> np.ndarray:
     """Rows [SPECIAL, rows) of each fingerprint under k derived hashes, shape (n, k), as `stable_hash` derives them."""
     modulus = np.uint64(rows - SPECIAL)
     first = fingerprints.view(np.uint64)
-    derived = [first] + [_splitmix64(first + np.uint64(j) * _GAMMA) for j in range(1, hashes)]
+    derived = [first] + [_splitmix64(first + np.uint64(j * _GAMMA & _MASK)) for j in range(1, hashes)]
     return np.stack([(h % modulus).astype(np.int64) + SPECIAL for h in derived], 1)
 
 
