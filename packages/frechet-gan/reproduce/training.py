@@ -1,4 +1,6 @@
-"""Transport losses against adversarial baselines at equal CPU time, judged by encoders no generator ever saw.
+"""Transport losses in the last feature layer, as the paper has them, against adversarial baselines at equal CPU time.
+
+Judged by encoders no generator ever saw; no average of weights. The default loss, over every layer: `layers.py`.
 
     python packages/frechet-gan/reproduce/training.py [--task mnist] [--seconds 9]
 
@@ -92,7 +94,8 @@ class Judge:
 def new_trainer(task: Task, method: str, rate: float, seed: int) -> FrechetTrainer:
     """A run's trainer: what the preset says, and spectral norm for hinge."""
     network = replace(task.network, spectral_norm=method == "hinge")
-    config = replace(PRESETS[method], batch=task.batch, lr_g=rate, lr_d=rate, seed=seed)
+    preset = PRESETS["frechet-features" if method == "frechet" else method]
+    config = replace(preset, batch=task.batch, lr_g=rate, lr_d=rate, ema=0.0, seed=seed)
     return FrechetTrainer(network, task.fit.images, config)
 
 

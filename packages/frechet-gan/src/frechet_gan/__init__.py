@@ -78,31 +78,4 @@ __all__ = [
     "train_classifier",
 ]
 
-__getattr__, __dir__, _ = lazy(
-    __name__,
-    {
-        "encoders.classifier": ["Classifier", "train_classifier"],
-        "encoders.adapters": ["efficientnet_lite"],
-        "encoders.frozen": ["FrozenEncoder", "encode"],
-        "encoders.inception": ["inception"],
-        "encoders.registry": ["load_encoder"],
-        "evaluation.compare": ["fid"],
-        "evaluation.manifold": ["Manifold", "manifold"],
-        "evaluation.report": ["Alarms", "EncoderReport", "Report", "effective_rank", "evaluate"],
-        "frechet.distance": ["frechet_distance"],
-        "frechet.estimators": ["Estimate", "debiased_split_distance", "estimate_frechet"],
-        "frechet.gaussian": ["GaussianMap", "frechet_distance_from_moments", "gaussian_map"],
-        "frechet.stats": ["FeatureStats"],
-        "training.checkpoints": ["load_generator", "read_checkpoint"],
-        "training.config": ["PRESETS", "TrainConfig"],
-        "training.networks": ["Discriminator", "NetworkConfig", "Networks"],
-        "training.posttrain": ["PostTrainer", "PosttrainConfig", "encoder_losses"],
-        "training.sampling": ["interpolate", "sample_images"],
-        "training.trainer": ["FrechetTrainer"],
-        "transport.loss": ["MultiEncoderLoss", "TransportLoss"],
-        "transport.mmd": ["cmmd", "kid", "mmd"],
-        "transport.plans": ["PlanOptions"],
-        "transport.populations": ["BatchPopulation", "EMAPopulation", "QueuePopulation"],
-        "transport.virtual_batch": ["VirtualBatch"],
-    },
-)
+__getattr__, __dir__, _ = lazy(__name__)

@@ -15,7 +15,10 @@ D_LOSSES: tuple[DLoss, ...] = ("bce", "hinge", "wgan", "frechet")
 Kind = Literal["mlp", "dcgan", "resnet"]
 KINDS: tuple[Kind, ...] = ("mlp", "dcgan", "resnet")
 
-METHODS = ("frechet", "ot", "sinkhorn", "sliced", "max-sliced", "mmd", "advfd", "ns", "hinge", "wgan-gp")
+METHODS = (
+    *("frechet", "frechet-features", "ot", "ot-layers", "sinkhorn", "sliced", "max-sliced", "mmd", "advfd"),
+    *("ns", "ns-layers", "hinge", "wgan-gp"),
+)
 """Names of the presets of `training.config`."""
 
 Resize = Literal["native", "clean", "legacy-tf", "legacy-pytorch"]

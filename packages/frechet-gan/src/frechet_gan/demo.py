@@ -21,7 +21,7 @@ from frechet_gan.transport.loss import TransportLoss
 from frechet_gan.transport.populations import EMAPopulation
 
 _NETWORK = NetworkConfig("mlp", size=8, latent=32, width=128, features=32)
-_RATES = {"frechet": 1e-3, "ns": 5e-4}
+_RATES = {"frechet": 2e-3, "ns": 5e-4}
 """Learning rate of each loss: its best of 5e-4, 1e-3, 2e-3 and 4e-3 after 600 steps, on a seed of no demonstration."""
 
 

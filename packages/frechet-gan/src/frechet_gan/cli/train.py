@@ -49,7 +49,17 @@ _resume_option = click.option("--resume", is_flag=True, hidden=True, expose_valu
 @click.option("--every", default=250, type=click.IntRange(1), help="Steps between measurements and checkpoints.")
 @click.option("--batch", default=128, type=click.IntRange(2), help="Images per step and rank.")
 @click.option("--g-batch", type=click.IntRange(2), help="Images per generator step. [default: the batch]")
-@click.option("--lr", default=5e-4, type=click.FloatRange(0, min_open=True), help="Learning rate of both networks.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    help="Learning rate of both networks. [default: the method's]",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(0),
+    help="Random projections of every layer that a transport loss compares; 0: the feature layer alone. "
+    "[default: the method's]",
+)
 @click.option(
     "--ema",
     type=click.FloatRange(0, 1, max_open=True),
@@ -76,7 +86,8 @@ def train(
     d_reg: str | None,
     steps: int,
     every: int,
-    lr: float,
+    lr: float | None,
+    layers: int | None,
     ema: float | None,
     heldout: str,
     device: str,
@@ -99,9 +110,8 @@ def train(
     spectral = d_reg == "sn" if d_reg else method == "hinge"
     shape = found.images.shape
     network = NetworkConfig(net, shape[-1], shape[1], latent, width, features, spectral)
-    config = replace(PRESETS[method], lr_g=lr, lr_d=lr, **options)
-    if ema is not None:
-        config = replace(config, ema=ema)
+    given: dict[str, Any] = {"lr_g": lr, "lr_d": lr, "layers": layers, "ema": ema}
+    config = replace(PRESETS[method], **options, **{k: v for k, v in given.items() if v is not None})
     if d_reg:
         config = replace(config, r1=float(d_reg == "r1"), gp=10.0 * (d_reg == "gp"))
     # 2. the run

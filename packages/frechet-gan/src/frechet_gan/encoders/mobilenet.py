@@ -34,16 +34,16 @@ class MobileNetV1(nn.Module):
             for name in names:
                 codes, zero, scale = (file[f"{name}.{part}"] for part in ("w_u8", "w_zero", "w_scale"))
                 bias = file[f"{name}.b_i32"].astype(np.float64) * file[f"{name}.b_scale"]
-                weight = ((codes.astype(np.float64) - zero) * scale).astype(np.float32)
+                weight = ((codes.astype(np.float64) - zero) * scale).clip(-1e38, 1e38).astype(np.float32)
                 order = (3, 0, 1, 2) if name.endswith("depthwise") else (0, 3, 1, 2)  # 1HWC or OHWI, to torch's OIHW
                 self.register_buffer(f"{name}_weight", torch.from_numpy(weight.transpose(order).copy()))
-                self.register_buffer(f"{name}_bias", torch.from_numpy(bias.astype(np.float32)))
+                self.register_buffer(f"{name}_bias", torch.from_numpy(bias.clip(-1e38, 1e38).astype(np.float32)))
             self.names = names
             try:
-                self(torch.zeros(1, 3, 32, 32))
+                finite = bool(torch.isfinite(self(torch.zeros(1, 3, 32, 32))).all())
             except RuntimeError as error:  # shapes that do not follow one another
                 raise ValueError(str(error)) from error
-            if not all(bool(torch.isfinite(b).all()) for b in self.buffers()):
+            if not finite or not all(bool(torch.isfinite(b).all()) for b in self.buffers()):
                 raise ValueError("NaN or infinite weights")
 
     def forward(self, images: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Reader:
             key = digest(images.digest(), self.identity, channels, rows, version("frechet-gan"))
             path = self.cache / f"features-{key}.npz"
             if path.exists():
-                return torch.from_numpy(_features(path, len(images) if chosen is None else len(chosen))), True
+                return torch.from_numpy(cached_features(path, len(images) if chosen is None else len(chosen))), True
         found = encode(self.encoder, self.batches(images, channels, chosen), device=self.device)
         if path is not None:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -118,7 +118,8 @@ class Reader:
         return encode(self.encoder, ready, device=self.device)
 
 
-def _features(path: Path, count: int) -> Any:
+def cached_features(path: Path, count: int) -> Any:
+    """Features of the cache, of a number of images."""
     found = read_npz(path, "features")["features"]
     if found.ndim != 2 or found.shape[0] != count or found.dtype.kind != "f" or not np.isfinite(found).all():
         raise ValueError(f"{path}: expected {count} rows of features, got {found.dtype} {found.shape}; remove it")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from frechet_gan.frechet.factors import Factor, triangular_root
 
+_LARGEST = 1e150  # squares of larger entries overflow
+
 
 class FeatureStats:
     """Count, mean and centred second moments of a stream of features, in float64.
@@ -218,6 +220,11 @@ class FeatureStats:
         check_tensor("mean", mean, ndim=1, finite=True)
         check_tensor("covariance", covariance, shape=(mean.shape[0], mean.shape[0]), finite=True)
         covariance = covariance.double()
+        for name, value in (("mean", mean), ("covariance", covariance)):
+            if value.numel() and float(value.abs().max()) > _LARGEST:
+                raise ValueError(f"{name}: expected entries below {_LARGEST:g}, got {float(value.abs().max()):.3g}")
+        if bool((covariance.diagonal() < 0).any()):
+            raise ValueError("covariance: expected variances of at least zero on its diagonal")
         if not torch.allclose(covariance, covariance.mT, rtol=1e-5, atol=1e-8 * float(covariance.abs().max() + 1e-300)):
             raise ValueError("covariance: expected a symmetric matrix")
         stats = cls(mean.shape[0], mean.device)

@@ -1,11 +1,8 @@
 """Real images to train on: scikit-learn's digits, MNIST files, CIFAR archives, font glyphs, folders."""
 
-import gzip
 import io
 import itertools
-import math
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from core_tensor.app import datasets
 from core_tensor.app.extras import require
 from core_tensor.app.files import read_npz, reading
 from PIL import Image, ImageDraw, ImageFont
@@ -118,9 +116,8 @@ def digits() -> Dataset:
     Returns:
         1,797 images of 1 x 8 x 8 pixels with labels.
     """
-    bunch = require("sklearn.datasets", "frechet-gan[demo]").load_digits()
-    images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1
-    return Dataset(images, torch.from_numpy(bunch.target).long())
+    pictures, labels = datasets.digits("frechet-gan[demo]")
+    return Dataset(torch.from_numpy(pictures).float()[:, None] / 8 - 1, torch.from_numpy(labels).long())
 
 
 def mnist(folder: str | os.PathLike[str], part: str = "t10k") -> Dataset:
@@ -136,27 +133,11 @@ def mnist(folder: str | os.PathLike[str], part: str = "t10k") -> Dataset:
     Raises:
         ValueError: If the files are no IDX files, or hold different numbers of images and labels.
     """
-    pixels = read_idx(Path(folder) / f"{part}-images-idx3-ubyte")
-    labels = read_idx(Path(folder) / f"{part}-labels-idx1-ubyte")
+    pixels = datasets.read_idx(Path(folder) / f"{part}-images-idx3-ubyte")
+    labels = datasets.read_idx(Path(folder) / f"{part}-labels-idx1-ubyte")
     if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or not len(labels):
         raise ValueError(f"{folder}: expected n images and n labels, got {pixels.shape} and {labels.shape}")
     return Dataset(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels).long())
-
-
-def read_idx(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    """An IDX file of bytes, gzipped (`<path>.gz`) or not."""
-    packed = path.with_name(path.name + ".gz")
-    found = packed if packed.exists() else path
-    with reading(found, "an IDX file of bytes"):
-        raw = found.read_bytes()
-        raw = gzip.decompress(raw) if found == packed else raw
-        if raw[:3] != b"\0\0\x08" or raw[3] not in (1, 2, 3):
-            raise ValueError("another magic number")
-        dims = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
-        body = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-        if body.size != math.prod(dims):
-            raise ValueError(f"{math.prod(dims)} bytes announced, {body.size} there")
-        return body.reshape(dims).copy()
 
 
 def cifar(path: str | os.PathLike[str], part: str = "train") -> Dataset:

@@ -1,11 +1,12 @@
 """How to train: the options of a run, and the methods by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from core_tensor.checks import check_choice, check_number
 
 from frechet_gan.choices import D_LOSSES, PLANS, DLoss, GLoss
+from frechet_gan.transport.populations import BatchPopulation, Population
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class TrainConfig:
         batch: Images per discriminator step and rank.
         g_batch: Images per generator step and rank; `batch` if None.
         micro_batch: Largest part of a generator step that is held in memory; larger steps take two exact passes.
-        normalize: Normalisation of the transport loss: `none`, `sg` or `whiten`.
+        layers: Random projections per layer, drawn anew at every step, that the transport loss compares: of the pixels
+            and of every layer of the discriminator. 0 compares its last feature layer alone, as the paper does.
+        normalize: Normalization of the transport loss: `none`, `sg`, or `whiten` (with `d_loss` `frechet` only:
+            features that classify are ruined by it).
+        population: Whose features the transport loss compares: the batch's, those of a queue, or moving averages. A
+            past needs a space that stays: `layers` 0.
         adversarial_weight: Weight of the adversarial loss added to a transport loss.
         lr_g: Learning rate of the generator.
         lr_d: Learning rate of the discriminator.
@@ -40,12 +46,14 @@ class TrainConfig:
     batch: int = 128
     g_batch: int | None = None
     micro_batch: int | None = None
-    normalize: Literal["none", "sg", "whiten"] = "none"
+    layers: int = 12
+    normalize: Literal["none", "sg", "whiten"] = "sg"
+    population: Population = field(default_factory=BatchPopulation)
     adversarial_weight: float = 0.0
-    lr_g: float = 5e-4
-    lr_d: float = 5e-4
+    lr_g: float = 2e-3
+    lr_d: float = 2e-3
     betas: tuple[float, float] = (0.5, 0.99)
-    ema: float = 0.0
+    ema: float = 0.98
     diff_augment: bool = False
     bf16: bool = False
     seed: int = 0
@@ -60,20 +68,33 @@ class TrainConfig:
         for name in ("lr_g", "lr_d"):
             check_number(name, getattr(self, name), low=0, open_low=True)
         check_number("ema", self.ema, low=0, high=1, open_high=True)
+        check_number("layers", self.layers, low=0, integer=True)
+        if self.normalize == "whiten" and self.d_loss != "frechet" and self.g_loss != "adversarial":
+            raise ValueError("normalize: expected whiten with d_loss 'frechet' only; features that classify are ruined")
+        if self.layers and self.d_loss == "frechet":
+            raise ValueError("layers: expected 0 with d_loss 'frechet', which learns the feature layer alone")
+        if self.layers and not isinstance(self.population, BatchPopulation):
+            raise ValueError("layers: expected 0 with a population of the past: projections change at every step")
         if self.d_loss == "frechet" and (self.g_loss == "adversarial" or self.adversarial_weight):
             raise ValueError("g_loss: expected a transport plan with d_loss 'frechet', which learns no logit")
 
 
+_ONE_LAYER = TrainConfig(layers=0, normalize="none", lr_g=1e-3, lr_d=1e-3)
+_ADVERSARIAL = TrainConfig(g_loss="adversarial", layers=0, normalize="none", lr_g=1e-3, lr_d=1e-3)
 PRESETS: dict[str, TrainConfig] = {
     "frechet": TrainConfig(),
-    "ot": TrainConfig(g_loss="assignment"),
-    "sinkhorn": TrainConfig(g_loss="sinkhorn"),
-    "sliced": TrainConfig(g_loss="sliced"),
-    "max-sliced": TrainConfig(g_loss="max_sliced"),
-    "mmd": TrainConfig(g_loss="mmd"),
-    "advfd": TrainConfig(d_loss="frechet", normalize="whiten"),
-    "ns": TrainConfig(g_loss="adversarial"),
-    "hinge": TrainConfig(g_loss="adversarial", d_loss="hinge", r1=0.0),
-    "wgan-gp": TrainConfig(g_loss="adversarial", d_loss="wgan", r1=0.0, gp=10.0, n_dis=3),
+    "frechet-features": _ONE_LAYER,
+    "ot": replace(_ONE_LAYER, g_loss="assignment"),
+    "ot-layers": TrainConfig(g_loss="assignment"),
+    "sinkhorn": replace(_ONE_LAYER, g_loss="sinkhorn"),
+    "sliced": replace(_ONE_LAYER, g_loss="sliced"),
+    "max-sliced": replace(_ONE_LAYER, g_loss="max_sliced"),
+    "mmd": replace(_ONE_LAYER, g_loss="mmd"),
+    "advfd": replace(_ONE_LAYER, d_loss="frechet", normalize="whiten"),
+    "ns": _ADVERSARIAL,
+    "ns-layers": TrainConfig(adversarial_weight=1.0),
+    "hinge": replace(_ADVERSARIAL, d_loss="hinge", r1=0.0),
+    "wgan-gp": replace(_ADVERSARIAL, d_loss="wgan", r1=0.0, gp=10.0, n_dis=3),
 }
-"""Methods by the name the command line takes; `hinge` is meant for a network with spectral norm."""
+"""Methods by the name the command line takes: `frechet-features` is the paper's, in the last feature layer alone;
+`frechet` compares every layer; `hinge` is meant for a network with spectral norm."""

@@ -62,7 +62,8 @@ class Networks:
 
     Attributes:
         generator: Maps latents (n, latent) to images (n, c, h, w) in [-1, 1].
-        discriminator: Maps images to logits (n,), and by its method `features` to features (n, d).
+        discriminator: Maps images to logits (n,), and by its method `features` to features (n, d). A method `layers`,
+            if there is one, returns the images and the activations of every layer, which the loss then compares.
         latent: Width of the latents.
     """
 
@@ -113,6 +114,22 @@ class Discriminator(nn.Module):
             Features, shape (n, d).
         """
         found: Tensor = self.trunk(images)
+        return found
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Images and every layer's activations up to the features.
+
+        Args:
+            images: Images, shape (n, c, h, w).
+
+        Returns:
+            One tensor per layer, shape (n, ...); the images come first, the features last.
+        """
+        found, x = [images], images
+        for module in self.trunk:
+            x = module(x)
+            if isinstance(module, (nn.LeakyReLU, _Down)):
+                found.append(x)
         return found
 
     def forward(self, images: Tensor) -> Tensor:

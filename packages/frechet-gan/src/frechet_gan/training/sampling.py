@@ -70,7 +70,9 @@ def sample_batches(generator: nn.Module, latent: int, count: int, seed: int = 0,
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """Move averaged weights towards the current ones; buffers are copied.
+    """Move averaged weights towards the current ones, and the statistics of batch normalization with them.
+
+    The statistics of the current weights would not fit the averaged ones.
 
     Args:
         average: Module that holds the averages.
@@ -80,4 +82,7 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     for weight, new_weight in zip(average.parameters(), module.parameters(), strict=True):
         weight.lerp_(new_weight, 1 - decay)
     for buffer, new_buffer in zip(average.buffers(), module.buffers(), strict=True):
-        buffer.copy_(new_buffer)
+        if buffer.is_floating_point():
+            buffer.lerp_(new_buffer, 1 - decay)
+        else:
+            buffer.copy_(new_buffer)

@@ -23,6 +23,7 @@ from frechet_gan.training.objectives import (
     r1_penalty,
 )
 from frechet_gan.training.sampling import sample_images
+from frechet_gan.transport.layers import Projection
 from frechet_gan.transport.loss import MultiEncoderLoss, TransportLoss
 
 
@@ -72,7 +73,13 @@ class FrechetTrainer(Loop[dict[str, float]]):
         self.loss = (
             None
             if image_loss is not None or config.g_loss == "adversarial"
-            else TransportLoss(config.g_loss, normalize=config.normalize, seed=config.seed)
+            else TransportLoss(
+                config.g_loss,
+                normalize=config.normalize,
+                population=config.population,
+                rescale=True,
+                seed=self.ranks.share(config.seed),  # one projection for all ranks, whatever seeds they were given
+            )
         )
 
     def _check_images(self) -> None:
@@ -165,23 +172,42 @@ class FrechetTrainer(Loop[dict[str, float]]):
         total = fake.new_zeros(())
         if self.loss is not None:
             with self._autocast():
-                features = self._features(fake)
-                with torch.no_grad():
-                    targets = self._features(real)
+                features, targets = self._compared(fake, real)
             total = total + self.loss(features, targets).float()
         if adversarial:
             with self._autocast():
                 total = total + adversarial * generator_loss(self.config.d_loss, self.discriminator(fake)).float()
         return total
 
+    def _compared(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of both sides in which the transport loss compares them."""
+        if not self.config.layers:
+            with torch.no_grad():
+                targets = self._features(real)
+            return self._features(fake), targets
+        with torch.no_grad():
+            layers = self._layers(real)
+            project = self._projection(layers)
+            targets = project(layers)
+            unit = project.spread(self.ranks.gather_rows(targets)[0])
+        return project(self._layers(fake)) / unit, targets / unit
+
+    def _projection(self, layers: list[Tensor]) -> Projection:
+        assert self.loss is not None
+        return Projection(layers, self.config.layers, self.loss.generator)  # the same on every rank, and saved
+
     def _two_passes(self, latents: Tensor, real: Tensor, micro: int) -> float:
         loss = self.loss if self.image_loss is None else self.image_loss
         if not isinstance(loss, TransportLoss) or self.config.adversarial_weight or self.config.diff_augment:
             raise ValueError("micro_batch: expected one transport loss without adversarial part or augmentation")
 
-        def features(images: Tensor) -> Tensor:
-            return images if loss.encoder is not None else self._features(images)
-
+        features: Callable[[Tensor], Tensor]
+        if loss.encoder is not None:
+            features = torch.nn.Identity()
+        elif self.config.layers:
+            features = self._in_units_of(real.split(micro))
+        else:
+            features = self._features
         value = 0.0
         with loss.virtual_batch() as batch:
             with torch.no_grad():
@@ -192,6 +218,23 @@ class FrechetTrainer(Loop[dict[str, float]]):
                 part.backward()
                 value += float(part.detach())
         return value
+
+    @torch.no_grad()
+    def _in_units_of(self, real: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """A projection of layers whose unit is the spread of all real micro-batches."""
+        project = self._projection(self._layers(real[0]))
+        unit = project.spread(self.ranks.gather_rows(torch.cat([project(self._layers(x)) for x in real]))[0])
+
+        def features(images: Tensor) -> Tensor:
+            return project(self._layers(images)) / unit
+
+        return features
+
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        layers = getattr(self.discriminator, "layers", None)
+        if callable(layers) and not isinstance(layers, torch.nn.Module):  # many a network keeps modules under this name
+            return list(layers(images))
+        return [images, self._features(images)]  # networks of your own show pixels and features at least
 
     def _features(self, images: Tensor) -> Tensor:
         discriminator: Any = self.discriminator  # its method `features` is no part of nn.Module
