@@ -143,3 +143,13 @@ def test_a_digest_knows_values_shapes_and_kinds_but_not_layouts(tmp_path):
         digest([1])
     with pytest.raises(TypeError, match="Python objects"):
         digest(np.array([{}]))
+
+
+def test_a_full_disk_says_which_file_it_was(tmp_path):
+    def fill():
+        with atomic_path(tmp_path / "big.npz"), open("/dev/full", "wb") as full:  # noqa: PTH123
+            full.write(b"x" * 100_000)
+
+    with pytest.raises(OSError, match=r"No space left on device: .*big\.npz"):
+        fill()
+    assert not list(tmp_path.iterdir())
