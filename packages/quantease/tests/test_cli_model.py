@@ -2,13 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from quantease import cli
+from quantease import choices
 from quantease.cli import main
 from quantease.export import save
+from quantease.model.matrices import find_matrices
 from safetensors.torch import load_file
 
 
@@ -40,6 +42,9 @@ def test_quantize_inspect_eval_export(folder, tmp_path):
     report = json.loads(run(*arguments).stdout)
     assert report["layers"] == 21
     assert report["certified_layers"] == 21
+    assert report["quantized_fraction"] == 1.0
+    assert report["kl"] > 0
+    assert report["evaluation_tokens"] == 4 * 32
     assert report["left_alone"] == []
     assert report["export"]["logit_difference"] == 0.0
     assert 3 < report["bits_per_weight"] < 4
@@ -96,7 +101,7 @@ def test_text_that_is_too_short(folder, tmp_path):
 
 
 def test_formats_of_the_command_are_those_of_the_library():
-    assert set(cli.FORMATS) == set(save.FORMATS)
+    assert set(choices.FORMATS) == set(save.FORMATS)
 
 
 @pytest.mark.slow
@@ -135,3 +140,92 @@ def test_torchrun_quantizes_as_one_process_does(folder, tmp_path):
     saved = [load_file(tmp_path / place / "model.safetensors") for place in ("one", "two")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])  # rounding needs no Gram matrix
+
+
+def weights(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_a_model_is_never_written_over(folder, tmp_path):
+    """`quantize MODEL MODEL` and its like are refused before any work, and nothing changes."""
+    before, (common, quick) = weights(folder), (("--text", folder / "text.txt"), ("--windows", 2, "--length", 16))
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for place in (folder, link, folder / ".." / folder.name):
+        result = run("quantize", folder, place, *common, *quick, code=2)
+        assert "holds a model that quantease did not save" in result.stderr
+    rtn = ("--algorithm", "rtn", "--format", "dense", "--evaluation", 0)
+    run("quantize", folder, tmp_path / "out", *common, *quick, *rtn)
+    result = run("export", tmp_path / "out", folder, "--model", folder, "--format", "dense", code=2)
+    assert "holds a model that quantease did not save" in result.stderr
+    assert weights(folder) == before
+    # what quantease saved may be saved anew, but not over itself as the source
+    result = run("quantize", tmp_path / "out", tmp_path / "out", *common, *quick, *rtn, code=2)
+    assert "holds the model that is read" in result.stderr
+    run("export", tmp_path / "out", tmp_path / "out", "--model", folder, "--format", "compressed-tensors")
+
+
+def test_what_would_fail_at_the_end_fails_first(folder, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such reader")
+
+    monkeypatch.setitem(save.FORMATS, "dense", replace(save.FORMATS["dense"], load=broken))
+    arguments = ("quantize", folder, tmp_path / "out", "--text", folder / "text.txt", "--windows", 2, "--length", 16)
+    result = run(*arguments, "--format", "dense", code=2)
+    assert "cannot be saved as dense and loaded again (no such reader)" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_most_weights_left_alone_needs_a_word(folder, tmp_path, monkeypatch):
+    from quantease.model import plan
+
+    monkeypatch.setattr(plan, "find_matrices", lambda block, skip: find_matrices(block, skip)[:1])
+    arguments = ("quantize", folder, tmp_path / "out", "--text", folder / "text.txt", "--windows", 2, "--length", 16)
+    result = run(*arguments, code=2)
+    assert "% of the block weights would be quantized" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_skip_says_what_stays(folder, tmp_path):
+    arguments = ("quantize", folder, tmp_path / "out", "--text", folder / "text.txt", "--windows", 2, "--length", 16)
+    report = json.loads(run(*arguments, "--algorithm", "rtn", "--skip", "mlp", "--json").stdout)
+    assert report["layers"] == 12
+    assert report["quantized_fraction"] < 0.5
+    assert report["left_alone"] == [f"model.layers.*.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
+    result = run(*arguments, "--skip", "(", "--overwrite", code=2)
+    assert "skip: expected regular expressions, got '('" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("report.json", "{"), ("report.json", "[1]"), ("report.json", '{"summary": {}, "layers": [3]}')],
+)
+def test_broken_reports_are_named(file, content, tmp_path):
+    (tmp_path / file).write_text(content)
+    result = run("inspect", tmp_path, code=2)
+    assert f"{tmp_path / file}: expected" in result.stderr
+
+
+def test_two_runs_in_one_folder_end_in_one_line(folder, tmp_path):
+    from core_tensor.app.runs import RunFolder
+
+    arguments = ("quantize", folder, tmp_path / "out", "--text", folder / "text.txt", "--windows", 2, "--length", 16)
+    rtn = ("--algorithm", "rtn", "--evaluation", 0)
+    run(*arguments, *rtn)
+    inputs = json.loads((tmp_path / "out" / "quantease" / "run.json").read_text())["inputs"]
+    inputs.pop("version")
+    with RunFolder.claim(tmp_path / "out" / "quantease", "quantease quantize", inputs):
+        result = run(*arguments, *rtn, code=2)
+    assert "another process is writing here" in result.stderr
+    result = run(*arguments, "--algorithm", "gptq", code=2)
+    assert "holds a run with other inputs" in result.stderr
+    run(*arguments, "--algorithm", "gptq", "--evaluation", 0, "--overwrite")
+
+
+def test_divergence_of_a_saved_model(folder, tmp_path):
+    quick = ("--text", folder / "text.txt", "--windows", 2, "--length", 16, "--algorithm", "rtn", "--bits", 3)
+    run("quantize", folder, tmp_path / "out", *quick, "--evaluation", 0)
+    common = ("--text", folder / "text.txt", "--length", 32, "--tokens", 320, "--against", folder, "--json")
+    same, other = (json.loads(run("eval", place, *common).stdout) for place in (folder, tmp_path / "out"))
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert other["kl"] > 4 * other["kl_standard_error"] > 0

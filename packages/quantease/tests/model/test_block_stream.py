@@ -116,3 +116,30 @@ def test_stories_model_is_the_trained_one(stories):
     with torch.no_grad():
         likelihood = stories(sample).logits[0, :-1].log_softmax(-1).gather(1, sample[0, 1:, None])
     assert likelihood.mean() > -1.0  # greedy text of a trained model is nearly certain; a random one has -log 512
+
+
+def test_divergence_by_hand(tiny_llama, tokens, build):
+    from quantease.evaluation.perplexity import divergence, streamed, window_scores
+
+    other = build("llama", seed=1)
+    with torch.no_grad():
+        p, q = (
+            torch.stack([m(w[None]).logits[0].double().log_softmax(-1) for w in tokens]) for m in (tiny_llama, other)
+        )
+    by_window = (p.exp() * (p - q)).sum(-1).mean(-1)
+    exact, stream = (streamed(open_causal_lm(m), tokens) for m in (tiny_llama, other))
+    torch.testing.assert_close(window_scores(stream, exact).divergences, by_window, rtol=1e-4, atol=1e-6)
+    mean, error = divergence(other, tiny_llama, tokens.flatten(), length=tokens.shape[1])
+    assert mean == pytest.approx(float(by_window.mean()), rel=1e-4)
+    assert error == pytest.approx(float(by_window.std() / len(tokens) ** 0.5), rel=1e-3)
+
+
+def test_perplexity_with_a_first_token(tiny_llama, tokens):
+    ids = tokens.flatten()[:12]
+    with torch.no_grad():
+        logs = [
+            tiny_llama(torch.cat([torch.tensor([1]), part])[None]).logits[0].log_softmax(-1) for part in ids.split(4)
+        ]
+    losses = [-log[i, token] for log, part in zip(logs, ids.split(4), strict=True) for i, token in enumerate(part)]
+    expected = torch.stack(losses).mean().exp().item()
+    assert perplexity(tiny_llama, ids, length=5, first=1) == pytest.approx(expected, rel=1e-5)

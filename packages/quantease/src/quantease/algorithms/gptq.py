@@ -106,9 +106,11 @@ def _gptq(problem: Problem, grid: Grid, damping: float, act_order: bool, block: 
     features = problem.weight.shape[1]
     natural = torch.arange(features, device=problem.weight.device)
     order = torch.argsort(problem.energy, descending=True, stable=True) if act_order else natural
-    R = upper_factor(
-        problem.sigma.index_select(0, order).index_select(1, order) if act_order else problem.sigma, damping
-    )
+    key = (damping, act_order)
+    if key not in problem.factors:  # the grids of one problem share it
+        sigma = problem.sigma.index_select(0, order).index_select(1, order) if act_order else problem.sigma
+        problem.factors[key] = upper_factor(sigma, damping)
+    R = problem.factors[key]
     W = problem.weight.T[order].contiguous()  # (p, q)
     D, E = torch.empty_like(W), torch.empty_like(W)
     scale, zero = grid.scale.T.contiguous().to(W), grid.zero.T.contiguous().to(W)  # (G, q)

@@ -67,9 +67,9 @@ def choose_shrinkage(
 ) -> HeldOut:
     """Quantize a sample of rows on all folds but one, measure on the one, for every fold; least error wins.
 
-    For either target the strengths are climbed from 0.1 in the direction in which the error falls; with `start`, only
-    its neighbours on the ladder and the other grid are tried. A trial is GPTQ followed by sparse descent on up to 256
-    rows, spread evenly; it costs mostly one Cholesky factorisation per fold.
+    For either target the strengths are climbed from 0.1 in the direction in which the error falls, and the other grid
+    is tried at the best; with `start`, only its neighbours on the ladder are tried, on its grid. A trial is GPTQ
+    followed by sparse descent on up to 256 rows, spread evenly.
 
     Args:
         weights: W, shape (q, p), float32, or several matrices that read the same input and get one answer.
@@ -83,29 +83,36 @@ def choose_shrinkage(
     folds = [f for f, count in enumerate(gram.counts.tolist()) if count]
     if len(folds) < 2:
         return HeldOut(oas(gram), config.clips)
-    W, share = _sample([weights] if isinstance(weights, Tensor) else weights, gram.total)
-    grids = {clip: make_grid(W, gram.total.diagonal(), config, clip=clip) for clip in (False, True)}
+    total = gram.total
+    W, share = _sample([weights] if isinstance(weights, Tensor) else weights, total)
+    trains = [((total - gram.folds[f]).to(W), gram.folds[f].to(W)) for f in folds]
+    grids: dict[bool, Grid] = {}
     tried: dict[tuple[Shrinkage, bool], float] = {}
 
     def error(shrinkage: Shrinkage, clip: bool) -> float:
         if (shrinkage, clip) not in tried:
-            problems = ((Problem.scaled(W, shrinkage(gram.total - gram.folds[f])), gram.folds[f]) for f in folds)
+            if clip not in grids:
+                grids[clip] = make_grid(W, total.diagonal(), config, clip=clip)
+            problems = ((Problem.scaled(W, shrinkage(train)), unseen) for train, unseen in trains)
             tried[shrinkage, clip] = sum(_trial(p, unseen, grids[clip], share, config) for p, unseen in problems)
         return tried[shrinkage, clip]
 
-    if start is None or start[0].strength not in STRENGTHS:
+    if start is not None and start[0].strength in STRENGTHS and (config.grid == "auto" or start[1] == config.clips):
+        target, clip = start[0].target, start[1]
+        rung = STRENGTHS.index(start[0].strength)
+        for step in (1, -1):
+            if 0 <= rung + step < len(STRENGTHS) and error(Shrinkage(STRENGTHS[rung + step], target), clip) < error(
+                start[0], clip
+            ):
+                break
+    else:
         clip = config.clips
         error(Shrinkage(0.0), clip)
         targets: tuple[Target, ...] = ("diagonal", "identity")
         for target in targets:
             _climb(lambda rung, target=target: error(Shrinkage(STRENGTHS[rung], target), clip))  # type: ignore[misc]
-    else:
-        clip = start[1] if config.grid == "auto" else config.clips
-        first = STRENGTHS.index(start[0].strength)
-        for rung in range(max(first - 1, 0), min(first + 2, len(STRENGTHS))):
-            error(Shrinkage(STRENGTHS[rung], start[0].target), clip)
-    if config.grid == "auto":
-        error(min(tried, key=tried.__getitem__)[0], not clip)
+        if config.grid == "auto":
+            error(min(tried, key=tried.__getitem__)[0], not clip)
     best = min(tried, key=tried.__getitem__)
     return HeldOut(*best, tried[best], tried)
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from core_tensor.app.files import digest, read_json, write_json
+from core_tensor.app.files import digest, read_json, reading, write_json
 from torch import Tensor
 
-from quantease.evaluation.perplexity import streamed_perplexity
+from quantease.evaluation.perplexity import streamed, window_scores
 from quantease.evaluation.report import Row, draw_errors, layer_rows, summary, unseen_errors
+from quantease.model.block_stream import BlockStream
 from quantease.model.causal_lm import CausalLM
 from quantease.model.plan import ModelConfig
 from quantease.model.quantize_model import quantize_model
@@ -49,7 +51,8 @@ class Compared:
     """Results of a comparison.
 
     Attributes:
-        rows: One row per method, full precision first: perplexity, bits per weight, layer errors, seconds.
+        rows: One row per method, full precision first: mean KL divergence from it and its standard error, perplexity,
+            bits per weight, layer errors, seconds.
         errors: Layer errors on unseen tokens by method.
     """
 
@@ -76,6 +79,7 @@ def compare_methods(
     *,
     blocks: int | None = None,
     unseen: int = 4,
+    overwrite: bool = False,
     stage: Stage | None = None,
 ) -> Compared:
     """Quantize a model by several methods and evaluate each; a killed comparison continues where it was.
@@ -89,6 +93,7 @@ def compare_methods(
         config: Options of the runs but for the layers'.
         blocks: Quantize only the first blocks; None is all.
         unseen: Evaluation windows on which layer errors are measured.
+        overwrite: Delete other runs that the working folder holds.
         stage: Called along the way.
 
     Returns:
@@ -100,18 +105,26 @@ def compare_methods(
 
     def measure(name: str, compute: Callable[[], Row]) -> Row:
         path = folder / f"{name}.json"
-        if path.exists() and (known := read_json(path)).get("evaluation_sha256") == evaluated:
-            report(name, 1, 1)
-            return dict(known)
-        row = compute() | {"evaluation_sha256": evaluated}
+        if path.exists():
+            with reading(path, "figures of a comparison"):
+                known = dict(read_json(path))
+                if known["evaluation_digest"] == evaluated:
+                    report(name, 1, 1)
+                    return known
+        row = compute() | {"evaluation_digest": evaluated}
         write_json(path, row)
         return row
 
-    def perplexity(model: CausalLM, name: str) -> float:
-        return streamed_perplexity(model, evaluation, lambda done, total: report(f"{name}: perplexity", done, total))
+    @cache
+    def exact() -> BlockStream:
+        return streamed(lm, evaluation, lambda done, total: report("fp32: predictions", done, total))
 
-    full = measure("fp32", lambda: {"perplexity": perplexity(lm, "fp32")})
-    rows: list[Row] = [{"method": "fp32", "perplexity": full["perplexity"]}]
+    def scores(model: CausalLM, name: str) -> Row:
+        stream = streamed(model, evaluation, lambda done, total: report(f"{name}: predictions", done, total))
+        return dict(window_scores(stream, exact()).to_dict())
+
+    full = measure("fp32", lambda: dict(window_scores(exact()).to_dict()))
+    rows: list[Row] = [{"method": "fp32", "perplexity": full["perplexity"], "kl": 0.0}]
     errors: dict[str, list[Row]] = {}
     for name, layer in methods.items():
 
@@ -119,20 +132,28 @@ def compare_methods(
             report(f"{name}: layers", done, total)
 
         run = quantize_model(
-            lm, calibration, folder / name, replace(config, layer=layer), blocks=blocks, progress=progress
+            lm,
+            calibration,
+            folder / name,
+            replace(config, layer=layer),
+            blocks=blocks,
+            overwrite=overwrite,
+            progress=progress,
         )
 
         def evaluate(name: str = name, run: Any = run) -> Row:
             layers = summary(layer_rows(run))
             report(f"{name}: layer errors", 0, 1)
             unseen_rows = unseen_errors(run, evaluation[:unseen])
-            return layers | {"perplexity": perplexity(run.lm, name), "errors": unseen_rows}
+            return layers | scores(run.lm, name) | {"errors": unseen_rows}
 
         result = measure(f"{name}/result", evaluate)
         errors[name] = result["errors"]
         rows.append(
             {
                 "method": name,
+                "kl": result["kl"],
+                "kl error": result["kl_standard_error"],
                 "perplexity": result["perplexity"],
                 "bits/weight": result["bits_per_weight"],
                 "layer error (unseen)": median(row["error"] for row in result["errors"]),
@@ -143,7 +164,16 @@ def compare_methods(
     return Compared([_in_order(row) for row in rows], errors)
 
 
-_COLUMNS = ("method", "perplexity", "bits/weight", "layer error (unseen)", "layer error (calibration)", "seconds")
+_COLUMNS = (
+    "method",
+    "kl",
+    "kl error",
+    "perplexity",
+    "bits/weight",
+    "layer error (unseen)",
+    "layer error (calibration)",
+    "seconds",
+)
 
 
 def _in_order(row: Row) -> Row:
@@ -151,7 +181,7 @@ def _in_order(row: Row) -> Row:
 
 
 def best(rows: Sequence[Row]) -> str:
-    """The quantized method with the lowest perplexity.
+    """The quantized method whose predictions are nearest to full precision's.
 
     Args:
         rows: Rows of a comparison.
@@ -159,7 +189,7 @@ def best(rows: Sequence[Row]) -> str:
     Returns:
         Its name.
     """
-    name: str = min((row for row in rows if row["method"] != "fp32"), key=lambda row: row["perplexity"])["method"]
+    name: str = min((row for row in rows if row["method"] != "fp32"), key=lambda row: row["kl"])["method"]
     return name
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from core_tensor.app.extras import require
-from core_tensor.app.files import read_json
+from core_tensor.app.files import read_json, reading
 
 from quantease.evaluation.smollm2 import smollm2_path
 from quantease.export import gptq
-from quantease.model.causal_lm import check_place, open_gguf
+from quantease.model.causal_lm import auto_class, check_place, foreign, open_gguf
 
 
-def load_for_evaluation(model: str, *, tokenizer: bool = True) -> tuple[Any, Any]:
+def load_for_evaluation(model: str, *, tokenizer: bool = True, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a model, quantized in any of our formats or not, and its tokenizer.
 
     transformers does it, but for the GPTQ formats where its reader (optimum and gptqmodel) is not installed: then
@@ -25,6 +25,7 @@ def load_for_evaluation(model: str, *, tokenizer: bool = True) -> tuple[Any, Any
     Args:
         model: Folder, `.gguf` file, hub id, or `smollm2`.
         tokenizer: Whether to load the tokenizer.
+        trust_remote_code: Run Python code that comes with the model.
 
     Returns:
         The model and its tokenizer (None if it was not wanted).
@@ -38,21 +39,24 @@ def load_for_evaluation(model: str, *, tokenizer: bool = True) -> tuple[Any, Any
     check_place(path)
     if path.suffix == ".gguf":
         return open_gguf(path, torch.float32)
-    try:
+    trust = {"trust_remote_code": trust_remote_code}
+    place = str(path) if path.is_dir() else model
+    with foreign(model):
         if _method(path) == "gptq" and not all(map(importlib.util.find_spec, ("optimum", "gptqmodel"))):
             loaded = gptq.load(path, torch.float32)
         else:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(path if path.is_dir() else model).eval()
-        return loaded, transformers.AutoTokenizer.from_pretrained(str(path)) if tokenizer else None
-    except OSError as error:
-        raise ValueError(f"model: transformers cannot load {model} ({str(error).splitlines()[0]})") from error
+            config = transformers.AutoConfig.from_pretrained(place, **trust)
+            loaded = auto_class(config, **trust).from_pretrained(place, **trust).eval()
+        return loaded, transformers.AutoTokenizer.from_pretrained(place, **trust) if tokenizer else None
 
 
 def _method(folder: Path) -> str | None:
     file = folder / "config.json"
-    settings = (read_json(file).get("quantization_config") or {}) if file.exists() else {}
-    method: str | None = settings.get("quant_method")
-    return method
+    if not file.exists():
+        return None
+    with reading(file, "the configuration of a model"):
+        method: str | None = (read_json(file).get("quantization_config") or {}).get("quant_method")
+        return method
 
 
 def zero_shot(

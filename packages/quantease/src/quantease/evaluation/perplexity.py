@@ -5,6 +5,7 @@ $$ \mathrm{PPL} = \exp\Bigl(-\frac1T \sum_t \log p(x_t \mid x_{<t} \text{ in its
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,58 @@ def window_losses(lm: CausalLM, tokens: Tensor, progress: Step | None = None) ->
     Returns:
         Nats per predicted token, shape (windows,), float64; the exponential of their mean is the perplexity.
     """
+    return window_scores(streamed(lm, tokens, progress)).losses
+
+
+@dataclass(frozen=True)
+class Scores:
+    r"""How a model does on every window.
+
+    Attributes:
+        losses: Mean negative log-likelihood, nats per predicted token, shape (windows,), float64.
+        divergences: Mean over the positions of $\mathrm{KL}(p_\text{fp} \,\|\, p)$ from the full-precision model's
+            prediction, nats, shape (windows,), float64; None where no such model was given.
+    """
+
+    losses: Tensor
+    divergences: Tensor | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Means and their standard errors over the windows.
+
+        Returns:
+            `perplexity` and its error, `kl` and its error; the errors are 0 for a single window.
+        """
+        perplexity = math.exp(float(self.losses.mean()))
+        found = {"perplexity": perplexity, "perplexity_standard_error": perplexity * standard_error(self.losses)}
+        if self.divergences is not None:
+            found |= {"kl": float(self.divergences.mean()), "kl_standard_error": standard_error(self.divergences)}
+        return found
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of a mean over windows.
+
+    Args:
+        values: One value per window, shape (windows,).
+
+    Returns:
+        The error; 0 for a single window.
+    """
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def streamed(lm: CausalLM, tokens: Tensor, progress: Step | None = None) -> BlockStream:
+    """Windows behind the last block of a model.
+
+    Args:
+        lm: The model.
+        tokens: Token ids, shape (windows, length), int64.
+        progress: Called with blocks done and their number.
+
+    Returns:
+        Hidden states of which `BlockStream.logits` makes predictions.
+    """
     check_tensor("tokens", tokens, ndim=2, dtype=torch.int64, nonempty=True)
     stream = BlockStream(lm, tokens)
     for index in range(len(lm.blocks)):
@@ -49,8 +102,74 @@ def window_losses(lm: CausalLM, tokens: Tensor, progress: Step | None = None) ->
             stream.advance(index, block)
         if progress is not None:
             progress(index + 1, len(lm.blocks))
-    losses = [_negative_log_likelihood(stream.logits(w)[:-1], window[1:]).mean() for w, window in enumerate(tokens)]
-    return torch.stack(losses).cpu()
+    return stream
+
+
+def window_scores(stream: BlockStream, exact: BlockStream | None = None) -> Scores:
+    """Judge a model's predictions on windows.
+
+    Args:
+        stream: The windows behind its last block.
+        exact: The same windows behind the full-precision model's.
+
+    Returns:
+        The scores.
+    """
+    losses, divergences = [], []
+    for number, window in enumerate(stream.tokens):
+        logits = stream.logits(number).float()
+        losses.append(_negative_log_likelihood(logits[:-1], window[1:]).mean())
+        if exact is not None:
+            divergences.append(_divergence(exact.logits(number).float(), logits))
+    return Scores(torch.stack(losses).cpu(), torch.stack(divergences).cpu() if divergences else None)
+
+
+def _divergence(exact: Tensor, logits: Tensor) -> Tensor:
+    p, q = exact.log_softmax(-1), logits.log_softmax(-1)
+    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().mean()
+
+
+def divergence(
+    model: Any,
+    exact: Any,
+    tokens: Tensor | Sequence[int],
+    *,
+    length: int = 512,
+    first: int | None = None,
+    progress: Step | None = None,
+) -> tuple[float, float]:
+    r"""Mean KL divergence $\mathrm{KL}(p_\text{exact} \,\|\, p)$ of a model's predictions from another's.
+
+    Args:
+        model: A transformers causal language model.
+        exact: The model to compare with, such as the one that was quantized.
+        tokens: Token ids, shape (T,), cut into disjoint windows.
+        length: Tokens per window.
+        first: Token before every window, or None.
+        progress: Called with windows done and their number.
+
+    Returns:
+        The mean over all positions, in nats, and its standard error over the windows.
+
+    Raises:
+        ValueError: If there are no tokens.
+    """
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    check_tensor("tokens", ids, ndim=1, nonempty=True)
+    check_number("length", length, low=2, integer=True)
+    lead = ids.new_tensor([] if first is None else [first])
+    parts = ids.split(length - len(lead))
+    parts = parts[:-1] if len(parts) > 1 and len(parts[-1]) < len(parts[0]) else parts
+    found = []
+    for number, part in enumerate(parts):
+        window = torch.cat([lead, part])[None]
+        with torch.no_grad():
+            expected, got = (m(input_ids=window.to(m.device), use_cache=False).logits[0] for m in (exact, model))
+        found.append(_divergence(expected.float(), got.to(expected.device).float()))
+        if progress is not None:
+            progress(number + 1, len(parts))
+    values = torch.stack(found).cpu()
+    return float(values.mean()), standard_error(values)
 
 
 def perplexity(
@@ -59,6 +178,7 @@ def perplexity(
     *,
     length: int = 512,
     stride: int | None = None,
+    first: int | None = None,
     progress: Step | None = None,
 ) -> float:
     """Perplexity of a model in memory by a sliding window over one token stream.
@@ -71,6 +191,7 @@ def perplexity(
         tokens: Token ids, shape (T,).
         length: Tokens per window.
         stride: Tokens by which the window moves, at most `length`; None is `length`.
+        first: Token put before every window (beginning of text), which then holds one token less; None for none.
         progress: Called with windows done and their number.
 
     Returns:
@@ -86,15 +207,18 @@ def perplexity(
     check_number("stride", stride, low=1, high=length, integer=True)
     if len(ids) < 2:
         raise ValueError(f"tokens: expected at least 2, got {len(ids)}")
-    starts = range(0, max(len(ids) - length, 0) + 1, stride)
+    lead = ids.new_tensor([] if first is None else [first])
+    body = length - len(lead)
+    stride = min(stride, body)
+    starts = range(0, max(len(ids) - body, 0) + 1, stride)
     total, count, scored = 0.0, 0, 0  # `scored` tokens from the left have been predicted (or lead a window)
     for number, start in enumerate(starts):
-        window = ids[start : start + length].to(model.device)
+        window = torch.cat([lead, ids[start : start + body]]).to(model.device)
         with torch.no_grad():
             logits = model(input_ids=window[None], use_cache=False).logits[0]
-        first = max(scored - start, 1)
-        losses = _negative_log_likelihood(logits[first - 1 : -1], window[first:])
-        total, count, scored = total + float(losses.sum()), count + len(losses), start + len(window)
+        new = max(scored - start + len(lead), 1)
+        losses = _negative_log_likelihood(logits[new - 1 : -1], window[new:])
+        total, count, scored = total + float(losses.sum()), count + len(losses), start + len(window) - len(lead)
         if progress is not None:
             progress(number + 1, len(starts))
     return math.exp(total / count)

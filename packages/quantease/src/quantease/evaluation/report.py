@@ -2,18 +2,20 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from core_tensor.app.cli import table
 from core_tensor.app.figures import pyplot, save
-from core_tensor.app.files import write_json, write_text
+from core_tensor.app.files import read_json, reading, write_json, write_text
 from torch import Tensor
 
+from quantease.evaluation.perplexity import streamed, window_scores
 from quantease.model.block_stream import BlockStream
 from quantease.model.calibration import block_shape, collect_grams
+from quantease.model.plan import coverage
 from quantease.model.quantize_model import QuantizedCausalLM
 from quantease.problem.objective import relative_error
 
@@ -71,24 +73,6 @@ def _finite(values: Mapping[str, Any]) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def left_alone(run: QuantizedCausalLM) -> list[str]:
-    """Parameters of the quantized blocks with two or more dimensions that were not quantized, such as routers.
-
-    Args:
-        run: A run.
-
-    Returns:
-        Their names; a kind that all blocks share is named once, with `*` for the number.
-    """
-    kinds: dict[str, None] = {}
-    for index, matrices in enumerate(run.matrices):
-        quantized = {matrix.parameter for matrix in matrices}
-        for name, value in run.lm.block(index).named_parameters():
-            if value.ndim >= 2 and name not in quantized:
-                kinds[re.sub(r"\b\d+\b", "*", f"{run.lm.blocks[index]}.{name}")] = None
-    return list(kinds)
-
-
 def unseen_errors(run: QuantizedCausalLM, tokens: Tensor) -> list[Row]:
     r"""Relative error $\|(W - \hat W)X\|^2 / \|WX\|^2$ of every layer on tokens that calibration never saw.
 
@@ -118,19 +102,40 @@ def unseen_errors(run: QuantizedCausalLM, tokens: Tensor) -> list[Row]:
     return rows
 
 
-def write_report(run: QuantizedCausalLM, folder: Path, extra: Mapping[str, Any] | None = None) -> Row:
+READING = (
+    "Mean KL divergence from full precision says best what a model lost. Held-out error compares layers; calibration "
+    "error flatters where tokens are few."
+)
+"""Which figure of a report predicts quality."""
+
+
+def write_report(
+    run: QuantizedCausalLM,
+    folder: Path,
+    extra: Mapping[str, Any] | None = None,
+    evaluation: Tensor | None = None,
+    stage: Callable[[str, int, int], None] | None = None,
+) -> Row:
     """Write `report.json`, `report.md` and `report.png` about a finished run.
 
     Args:
         run: The run.
         folder: Where to.
-        extra: Further figures for the summary, such as perplexities.
+        extra: Further figures for the summary.
+        evaluation: Token ids that calibration did not see, shape (windows, length), on which the quantized model is
+            compared with the original; None for no comparison.
+        stage: Called along the way.
 
     Returns:
         The summary.
     """
     rows = layer_rows(run)
-    total = summary(rows) | {"left_alone": left_alone(run)} | dict(extra or {})
+    covered = coverage(run.lm, run.matrices)
+    total = summary(rows) | {"quantized_fraction": covered.fraction, "left_alone": list(covered.left_alone)}
+    total["weights_of_the_model"] = sum(p.numel() for p in run.lm.skeleton.parameters())
+    if evaluation is not None:
+        total |= _scores(run, evaluation, stage)
+    total |= dict(extra or {})
     write_json(folder / "report.json", {"summary": total, "layers": rows})
     shown = [
         {
@@ -143,10 +148,45 @@ def write_report(run: QuantizedCausalLM, folder: Path, extra: Mapping[str, Any] 
         for row in rows
     ]
     lines = [f"- {key.replace('_', ' ')}: {_show(value)}" for key, value in total.items()]
-    write_text(folder / "report.md", "\n".join(["# Quantization report", "", *lines, "", table(shown), ""]))
+    write_text(
+        folder / "report.md", "\n".join(["# Quantization report", "", *lines, "", READING, "", table(shown), ""])
+    )
     errors = [{"block": r["block"], "matrix": r["matrix"], "error": r["calibration_error"]} for r in rows]
     draw_errors({run.config.layer.algorithm: errors}, folder / "report.png", "calibration tokens")
     return total
+
+
+def _scores(run: QuantizedCausalLM, evaluation: Tensor, stage: Callable[[str, int, int], None] | None) -> Row:
+    """Divergence and perplexity of the quantized model, and the original's perplexity."""
+
+    def follow(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: None if stage is None else stage(what, done, total)
+
+    exact = streamed(run.original, evaluation, follow("evaluating the original"))
+    found = window_scores(streamed(run.lm, evaluation, follow("evaluating")), exact).to_dict()
+    full = window_scores(exact).to_dict()
+    return found | {"perplexity_at_full_precision": full["perplexity"], "evaluation_tokens": evaluation.numel()}
+
+
+def read_report(path: Path) -> Row:
+    """Read a `report.json`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        `summary` and `layers`.
+
+    Raises:
+        ValueError: If it is no report.
+    """
+    with reading(path, "a report of quantease"):
+        report = read_json(path)
+        summary, layers = dict(report["summary"]), list(report["layers"])
+        for row in layers:
+            if not isinstance(row["matrix"], str) or not isinstance(row["block"], int):
+                raise ValueError("layers without block and matrix")
+        return {"summary": summary, "layers": layers}
 
 
 def _show(value: Any) -> str:

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from core_tensor.app.extras import require
-from core_tensor.checks import check_number
+from core_tensor.app.files import reading
+from core_tensor.checks import check_choice, check_number
 from torch import Tensor
 
 
@@ -78,82 +80,198 @@ def python_topics() -> TextSplit:
     return TextSplit("\n\n".join(parts[0]), "\n\n".join(parts[1]), "pydoc_data.topics")
 
 
-def read_text(paths: Sequence[str | Path], column: str = "text", limit: int | None = None) -> str:
+def read_text(
+    paths: Sequence[str | Path],
+    column: str = "text",
+    limit: int | None = None,
+    *,
+    tokenizer: Any = None,
+    stream_limit: int | None = None,
+) -> str:
     """Read text, Parquet or JSON Lines files, or a dataset of the Hugging Face hub (`hf:name[:config[:split]]`).
 
     Args:
-        paths: Files in order; `.parquet` and `.jsonl` hold one text per row, anything else is UTF-8 text.
-        column: Column or key of the text in Parquet, JSON Lines and datasets.
+        paths: Files in order; `.parquet` and `.jsonl` hold one text or one chat per row, anything else is UTF-8 text.
+        column: Column or key of the text. Rows without it that have `messages` are chats, which the tokenizer's
+            template turns into text.
         limit: Stop after this many characters; None reads all.
+        tokenizer: Tokenizer with a chat template; needed for chats.
+        stream_limit: The same for each data set of the hub, which is streamed; None is `limit`.
 
     Returns:
         The texts joined by blank lines.
 
     Raises:
-        ValueError: If a file is not UTF-8, lacks the column, or there is no text at all.
+        ValueError: If a file is not UTF-8, a row has neither text nor chat (the file and line are named), or there is
+            no text at all.
     """
     pieces: list[str] = []
     size = 0
-    for path in paths:
-        for piece in _pieces(str(path), column):
+    for path in map(str, paths):
+        most = stream_limit if path.startswith("hf:") and stream_limit is not None else None
+        taken = 0
+        for where, row in _rows(path, column):
+            piece = row if isinstance(row, str) else _row_text(where, row, column, tokenizer)
             pieces.append(piece)
-            size += len(piece) + 2
-            if limit is not None and size >= limit:
+            size, taken = size + len(piece) + 2, taken + len(piece) + 2
+            if (limit is not None and size >= limit) or (most is not None and taken >= most):
                 break
+        if limit is not None and size >= limit:
+            break
     text = "\n\n".join(pieces)[:limit]
     if not text.strip():
         raise ValueError(f"text: expected some text, got none from {', '.join(map(str, paths)) or 'no file'}")
     return text
 
 
-def _pieces(path: str, column: str) -> Sequence[str]:
+def _rows(path: str, column: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """Rows of a file (or all of a text) and where each is, read as they are asked for."""
     if path.startswith("hf:"):
         name, *rest = path[3:].split(":")
         config, part = (*rest, None, None)[:2]
-        rows = require("datasets", "datasets").load_dataset(name, config, split=part or "train")
-        return _column(path, rows.column_names, column, lambda: rows[column])
-    if path.endswith(".parquet"):
+        rows = require("datasets", "datasets").load_dataset(name, config or None, split=part or "train", streaming=True)
+        yield from ((f"{path}, row {number}", dict(row)) for number, row in enumerate(rows, 1))
+    elif path.endswith(".parquet"):
         parquet = require("pyarrow.parquet", "quantease[parquet]")
-        names = parquet.read_schema(path).names
-        return _column(path, names, column, lambda: parquet.read_table(path, columns=[column])[column].to_pylist())
+        with reading(path, "a Parquet file"):
+            file = parquet.ParquetFile(path)
+            names = [name for name in (column, "messages") if name in file.schema_arrow.names]
+            if not names:
+                raise ValueError(f"{path}: expected a column {column!r}, got {', '.join(file.schema_arrow.names)}")
+            number = 0
+            for batch in file.iter_batches(columns=names[:1]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    else:
+        with reading(path, "UTF-8 text"):
+            text = Path(path).read_text(encoding="utf-8")
+        if not path.endswith(".jsonl"):
+            yield path, text
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                with reading(where, "a JSON object"):
+                    row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                yield where, row
+
+
+def _row_text(where: str, row: Mapping[str, Any], column: str, tokenizer: Any) -> str:
+    """The text of a row, or of its chat."""
+    if column in row:
+        if not isinstance(row[column], str):
+            raise ValueError(f"{where}: expected text in {column!r}, got {type(row[column]).__name__}")
+        return str(row[column])
+    if "messages" not in row:
+        raise ValueError(f"{where}: expected a column {column!r}, got {', '.join(map(str, row)) or 'none'}")
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{where}: is a chat, but the model's tokenizer has no chat template")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not path.endswith(".jsonl"):
-        return [text]
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return _column(path, rows[0] if rows else [], column, lambda: [row[column] for row in rows])
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    except Exception as error:  # templates are programs that come with the model
+        raise ValueError(f"{where}: the chat template cannot render its messages ({error})") from error
 
 
-def _column(path: str, names: Any, column: str, read: Callable[[], Sequence[str]]) -> Sequence[str]:
-    if column not in names:
-        raise ValueError(f"{path}: expected a column {column!r}, got {', '.join(names) or 'none'}")
-    return read()
+def first_token(tokenizer: Any, bos: str = "auto") -> int | None:
+    """The beginning-of-text token that stands before every window.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        bos: `auto` where the tokenizer itself puts one before a text, `yes` or `no`.
+
+    Returns:
+        Its id, or None for none.
+
+    Raises:
+        ValueError: If one is wanted and the tokenizer has none.
+    """
+    check_choice("bos", bos, ("auto", "yes", "no"))
+    token: int | None = getattr(tokenizer, "bos_token_id", None)
+    if bos == "no" or (bos == "auto" and token is None):
+        return None
+    if token is None:
+        raise ValueError("bos: expected a tokenizer with a beginning-of-text token, got one without")
+    return token if bos == "yes" or tokenizer("a", verbose=False)["input_ids"][:1] == [token] else None
 
 
-def windows(tokenizer: Any, text: str, length: int, count: int | None = None) -> Tensor:
-    """Disjoint token windows from the start of a text.
+def windows(tokenizer: Any, text: str, length: int, count: int | None = None, *, bos: str = "auto") -> Tensor:
+    """Cut a text into consecutive token windows from its start.
 
     Args:
         tokenizer: A transformers tokenizer.
         text: The text.
-        length: Tokens per window, at least 2.
-        count: Number of windows; None takes all that fit.
+        length: Tokens per window.
+        count: Number of windows; None takes all complete ones.
+        bos: Whether every window begins with the beginning-of-text token; see `first_token`.
 
     Returns:
         Token ids, shape (count, length), int64.
 
     Raises:
-        ValueError: If the text has too few tokens.
+        ValueError: If the text is too short.
     """
     check_number("length", length, low=2, integer=True)
+    first = first_token(tokenizer, bos)
+    body = length - (first is not None)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(ids) // length
+    available = len(ids) // body
     count = available if count is None else count
     if not 1 <= count <= available:
         raise ValueError(
-            f"text: expected at least {max(count, 1) * length} tokens for {max(count, 1)} windows of {length}, "
+            f"text: expected at least {max(count, 1) * body} tokens for {max(count, 1)} windows of {length}, "
             f"got {len(ids)}"
         )
-    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+    return _led(torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body), first)
+
+
+def sample_windows(
+    tokenizer: Any, text: str, length: int, count: int, other: int = 0, *, seed: int = 0, bos: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """Token windows spread over a whole text at random, and others that share nothing with them.
+
+    The text is cut into as many parts as there are windows, each of which gives one from a random place of it. Only
+    what the windows need is tokenized.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        text: The text.
+        length: Tokens per window.
+        count: Number of windows.
+        other: Number of further windows, spread evenly.
+        seed: Of the places.
+        bos: Whether every window begins with the beginning-of-text token; see `first_token`.
+
+    Returns:
+        Token ids, shapes (count, length) and (other, length), int64; None for no further windows.
+
+    Raises:
+        ValueError: If the text is too short.
+    """
+    check_number("length", length, low=2, integer=True)
+    check_number("count", count, low=1, integer=True)
+    check_number("other", other, low=0, integer=True)
+    first, generator = first_token(tokenizer, bos), random.Random(seed)
+    body, parts = length - (first is not None), count + other
+    evaluates = {round((i + 0.5) * parts / other - 0.5) for i in range(other)} if other else set[int]()
+    found: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for part in range(parts):
+        piece = text[len(text) * part // parts : len(text) * (part + 1) // parts]
+        place = piece.find(" ", generator.randrange(max(1, len(piece) - 16 * body))) + 1
+        ids = tokenizer(piece[place : place + 16 * body], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < body:
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < body:
+            raise ValueError(
+                f"text: expected at least {parts * body} tokens for {parts} windows of {length}, got about "
+                f"{parts * len(ids)}"
+            )
+        found[part in evaluates].append(ids[:body])
+    chosen, others = (torch.tensor(ids, dtype=torch.int64).reshape(-1, body) for ids in found)
+    return _led(chosen, first), _led(others, first) if other else None
+
+
+def _led(ids: Tensor, first: int | None) -> Tensor:
+    return ids if first is None else torch.nn.functional.pad(ids, (1, 0), value=first)

@@ -1,6 +1,7 @@
 """Saves a quantized model in the formats that other tools load, and proves every save by loading it again."""
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,19 +11,23 @@ from typing import Any
 
 import torch
 from core_tensor.app.extras import require
-from core_tensor.app.files import write_json
+from core_tensor.app.files import atomic_path, sweep, write_json
 from core_tensor.checks import check_choice
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantease.export import compressed_tensors, dense, gptq, native
 from quantease.model.block_stream import BlockStream
-from quantease.model.causal_lm import CausalLM
+from quantease.model.causal_lm import ACCOMPANYING, CausalLM, auto_class
 from quantease.model.plan import Blocks, ModelConfig, model_matrices
 from quantease.model.quantize_model import QuantizedCausalLM
 
 Tensors = dict[str, Tensor]
 
+MARK = "quantease.json"
+"""File that says that the model beside it is one that this module saved, and may save anew."""
+
+_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf", "*.pt", "*.pth")
 _EPSILONS = 8  # of the model's dtype: how far logits may differ after reloading, relative to the greatest; 1e-6 in fp32
 
 
@@ -54,7 +59,14 @@ def pretrained(folder: Path, dtype: torch.dtype) -> Any:
         A transformers model.
     """
     transformers = require("transformers", "quantease[hf]")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=_brings_code(folder))
+    trust = {"trust_remote_code": _brings_code(folder)}
+    return auto_class(config, **trust).from_pretrained(folder, dtype=dtype, **trust).eval()
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether Python code lies beside a model that we saved: that of a model opened with `trust_remote_code`."""
+    return any(folder.glob("*.py"))
 
 
 FORMATS = {
@@ -131,40 +143,67 @@ def export_model(
         What was saved.
 
     Raises:
-        ValueError: If the format cannot hold the model, or the reloaded model computes something else.
+        ValueError: If the format cannot hold the model, the reloaded model computes something else, or the folder
+            holds a model that is not ours.
     """
     check_choice("format", format, FORMATS)
     chosen = FORMATS[format]
     chosen.check(quantized.lm, quantized.config, quantized.matrices)
     folder = Path(folder)
+    check_destination(folder, quantized.original.source)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    unproved = folder / f".{format}.unproved"
-    shutil.rmtree(unproved, ignore_errors=True)
-    unproved.mkdir()
+    sweep(folder)
     try:
-        _write_weights(unproved, _parts(quantized, chosen), shard_bytes)
-        _write_config(unproved, quantized, chosen)
-        if quantized.lm.tokenizer is not None:
-            quantized.lm.tokenizer.save_pretrained(unproved)
-        difference = logit_difference(quantized, lambda: chosen.load(unproved, quantized.lm.dtype))
-        allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
-        if not difference <= allowed:
-            raise ValueError(
-                f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
-                f"(allowed {allowed:.1e}); nothing was saved"
-            )
-        files = sorted(unproved.iterdir())
-        for stale in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
-            stale.unlink(missing_ok=True)
-        for file in sorted(files, key=lambda f: f.name == "config.json"):  # last: without it nothing loads
-            file.replace(folder / file.name)
-        names = tuple(file.name for file in files)
-        return ExportReport(format, names, sum((folder / n).stat().st_size for n in names), difference)
+        # Everything is written into one hidden folder, compared there, and moved; `config.json`, without which nothing
+        # loads, comes last.
+        with atomic_path(folder / "config.json") as config:
+            unproved = config.parent
+            _write_weights(unproved, _parts(quantized, chosen), shard_bytes)
+            _write_config(config, quantized, chosen)
+            _write_company(unproved, quantized.lm)
+            difference = logit_difference(quantized, lambda: chosen.load(unproved, quantized.lm.dtype))
+            allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
+            if not difference <= allowed:
+                raise ValueError(
+                    f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
+                    f"(allowed {allowed:.1e}); nothing was saved"
+                )
+            names = tuple(sorted(file.name for file in unproved.iterdir() if file.is_file()))
+            for stale in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+                stale.unlink(missing_ok=True)
+            for name in names:
+                if name != config.name:
+                    (unproved / name).replace(folder / name)
+        report = ExportReport(format, names, sum((folder / n).stat().st_size for n in names), difference)
+        write_json(folder / MARK, report.to_dict())
+        return report
     finally:
-        shutil.rmtree(unproved, ignore_errors=True)
-        if created and not any(folder.iterdir()):
+        if created and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_destination(folder: Path, source: Path | None = None) -> None:
+    """Refuse to write a model where another one is, before any work.
+
+    Args:
+        folder: Where a model would be saved.
+        source: Folder or file of the model that is read.
+
+    Raises:
+        ValueError: If the folder holds the source, or a model that quantease did not save.
+    """
+    folder = Path(folder)
+    if source is not None and source.resolve() in {folder.resolve(), *(p.resolve() for p in folder.glob("*"))}:
+        raise ValueError(f"{folder}: holds the model that is read; choose another folder for the quantized one")
+    if folder.is_dir() and not (folder / MARK).exists():
+        found = next((p for kind in _MODEL_FILES for p in sorted(folder.glob(kind))), None)
+        if found is not None:
+            raise ValueError(
+                f"{folder}: holds a model that quantease did not save ({found.name}); choose another folder"
+            )
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder to save the model in, found a file")
 
 
 def logit_difference(quantized: QuantizedCausalLM, load: Callable[[], Any], length: int = 32) -> float:
@@ -232,14 +271,29 @@ def _write_weights(folder: Path, parts: Iterable[Tensors], shard_bytes: int) -> 
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _write_config(folder: Path, quantized: QuantizedCausalLM, chosen: Format) -> None:
+def _write_config(path: Path, quantized: QuantizedCausalLM, chosen: Format) -> None:
     config = copy.deepcopy(quantized.lm.skeleton.config)
     config.architectures = [type(quantized.lm.skeleton).__name__]
-    values = config.to_dict() | {"dtype": str(quantized.lm.dtype).removeprefix("torch.")}
+    values = json.loads(config.to_json_string(use_diff=False))  # in transformers' own words for infinities
+    values["dtype"] = str(quantized.lm.dtype).removeprefix("torch.")
     quantization = chosen.config(quantized)
     if quantization is not None:
         values["quantization_config"] = quantization
-    write_json(folder / "config.json", {k: v for k, v in values.items() if k != "_name_or_path"})
-    generation = getattr(quantized.lm.skeleton, "generation_config", None)
-    if generation is not None:
+    write_json(path, {k: v for k, v in values.items() if k not in {"_name_or_path", "_experts_implementation"}})
+
+
+def _write_company(folder: Path, lm: CausalLM) -> None:
+    """What lies beside the weights: tokenizer, chat template, processors, generation settings, code."""
+    if lm.source is not None and lm.source.is_dir():
+        for pattern in ACCOMPANYING:
+            for file in lm.source.glob(pattern):
+                if not file.name.endswith((".safetensors.index.json", ".bin.index.json")) and file.name not in {
+                    "config.json",
+                    MARK,
+                }:
+                    shutil.copyfile(file, folder / file.name)
+    if lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
+    generation = getattr(lm.skeleton, "generation_config", None)
+    if generation is not None and not (folder / "generation_config.json").exists():
         generation.save_pretrained(folder)

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from quantease.model.weights import ModuleWeights, SafetensorsWeights, WeightSource, assign
 
+ACCOMPANYING = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+"""Files beside the weights: configurations, tokenizers, processors, chat templates, code."""
+
 
 @dataclass(frozen=True)
 class CausalLM:
@@ -28,6 +31,7 @@ class CausalLM:
         name: What was opened, for reports.
         device: Where blocks are run.
         lazy: Whether blocks are read from safetensors; else the whole model is in memory as well.
+        source: Folder or file that the model was read from; None for a model object.
         overlay: Called with a block's number and the block after its tensors were loaded, to change them.
     """
 
@@ -38,6 +42,7 @@ class CausalLM:
     name: str
     device: torch.device
     lazy: bool
+    source: Path | None = None
     overlay: Callable[[int, nn.Module], None] | None = None
 
     @property
@@ -86,7 +91,12 @@ class CausalLM:
 
 
 def open_causal_lm(
-    model: Any, *, tokenizer: Any = None, dtype: str = "auto", device: str | torch.device = "cpu"
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> CausalLM:
     """Open a causal language model for streaming.
 
@@ -98,12 +108,13 @@ def open_causal_lm(
         tokenizer: Replaces the one that lies beside the model.
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         device: Where blocks are run.
+        trust_remote_code: Run Python code that comes with the model, which a model outside of transformers needs.
 
     Returns:
-        The model.
+        The model. Of a vision-language model the text part is streamed; the rest stays in memory as it is.
 
     Raises:
-        ValueError: If there is no model, or it is quantized already.
+        ValueError: If there is no model, it is quantized already, or its blocks cannot be streamed.
     """
     transformers = require("transformers", "quantease[hf]")
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -114,26 +125,50 @@ def open_causal_lm(
     check_place(path)
     if path.suffix == ".gguf":
         loaded, own = open_gguf(path, torch.float32 if dtype == "auto" else getattr(torch, dtype))
-        return _from_module(loaded, tokenizer or own, path.name, device)
+        return _from_module(loaded, tokenizer or own, path.name, device, source=path)
     folder = path if path.is_dir() else _download(str(model))
     if not (folder / "config.json").exists():
         raise ValueError(f"model: expected a config.json in {model}, found none")
-    tokenizer = tokenizer or _tokenizer(transformers, folder)
-    with _foreign(model):
-        config = transformers.AutoConfig.from_pretrained(folder)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with foreign(model):
+        config = transformers.AutoConfig.from_pretrained(folder, **trust)
+        tokenizer = tokenizer or _tokenizer(transformers, folder, **trust)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"model: expected one that is not quantized, but {model} has a quantization_config")
     stored: torch.dtype = (
         (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     )
-    skeleton = _skeleton(transformers, config, stored)
+    with foreign(model):
+        skeleton = _skeleton(config, stored, **trust)
     if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         weights = SafetensorsWeights(folder, skeleton.base_model_prefix)
         if all(weights.has(name) for name in _stored_names(skeleton)):
-            return _assemble(skeleton, weights, tokenizer, str(model), device, lazy=True)
-    with _foreign(model):
-        loaded = _pretrained(transformers, pretrained_model_name_or_path=str(folder), dtype=wanted)
-    return _from_module(loaded, tokenizer, str(model), device)
+            return _assemble(skeleton, weights, tokenizer, str(model), device, lazy=True, source=folder)
+    with foreign(model):
+        loaded = auto_class(config, **trust).from_pretrained(str(folder), dtype=wanted, **trust).eval()
+    return _from_module(loaded, tokenizer, str(model), device, source=folder)
+
+
+def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that builds and loads a model with a language model's head.
+
+    Args:
+        config: A transformers configuration.
+        trust_remote_code: Whether code that comes with the model may say so.
+
+    Returns:
+        `AutoModelForCausalLM`, or `AutoModelForImageTextToText` for vision-language models.
+
+    Raises:
+        ValueError: If the configuration is of neither kind.
+    """
+    transformers = require("transformers", "quantease[hf]")
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        found = getattr(transformers, name)
+        remote = trust_remote_code and name in (getattr(config, "auto_map", None) or {})
+        if remote or type(config) in found._model_mapping:
+            return found
+    raise ValueError(f"model: expected a causal or vision-language model, got {type(config).__name__}")
 
 
 def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -152,13 +187,22 @@ def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = require("transformers", "quantease[hf]")
     require("gguf", "quantease[demo]")
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with _quiet_conversion(), _parsed_once(), _foreign(path):
-        return _pretrained(transformers, dtype=dtype, **place), transformers.AutoTokenizer.from_pretrained(**place)
+    with _quiet_conversion(), _parsed_once(), foreign(path):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            dtype=dtype, **place
+        ).eval(), transformers.AutoTokenizer.from_pretrained(**place)
 
 
 @contextmanager
-def _foreign(model: Any) -> Iterator[None]:
-    # Says in one line what transformers says in many about files that it cannot load.
+def foreign(model: Any) -> Iterator[None]:
+    """Say in one line what transformers says in many about files that it cannot load.
+
+    Args:
+        model: What is being loaded.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
@@ -213,40 +257,40 @@ def check_place(path: Path) -> None:
         raise ValueError(f"model: expected a folder, a .gguf file or a hub id (owner/name), got {path}")
 
 
-def _from_module(model: Any, tokenizer: Any, name: str, device: str | torch.device) -> CausalLM:
+def _from_module(
+    model: Any, tokenizer: Any, name: str, device: str | torch.device, source: Path | None = None
+) -> CausalLM:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         if dict(config.quantization_config).get("quant_method") != "gguf" and not _is_gguf(config):
             raise ValueError(f"model: expected one that is not quantized, but {name} has a quantization_config")
         del config.quantization_config
-    skeleton = _skeleton(require("transformers", "quantease[hf]"), config, model.dtype)
-    return _assemble(skeleton, ModuleWeights(model), tokenizer, name, device, lazy=False)
+    with _meta_parameters():
+        skeleton = type(model)._from_config(config, dtype=model.dtype).eval()  # no registry knows remote code
+    skeleton.config._experts_implementation = "eager"
+    return _assemble(skeleton, ModuleWeights(model), tokenizer, name, device, lazy=False, source=source)
 
 
 def _is_gguf(config: Any) -> bool:
     return str(getattr(config.quantization_config, "quant_method", "")).lower().endswith("gguf")
 
 
-def _pretrained(transformers: Any, **arguments: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(**arguments).eval()
-
-
-def _tokenizer(transformers: Any, folder: Path) -> Any:
+def _tokenizer(transformers: Any, folder: Path, **trust: bool) -> Any:
     present = any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
-    return transformers.AutoTokenizer.from_pretrained(folder) if present else None
+    return transformers.AutoTokenizer.from_pretrained(folder, **trust) if present else None
 
 
 def _download(name: str) -> Path:
     hub = require("huggingface_hub", "quantease[hf]")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", *ACCOMPANYING]))
     except (OSError, hub.errors.HfHubHTTPError) as error:
         raise ValueError(f"model: {name} is neither a folder here nor could it be downloaded ({error})") from error
 
 
-def _skeleton(transformers: Any, config: Any, dtype: torch.dtype) -> Any:
+def _skeleton(config: Any, dtype: torch.dtype, **trust: bool) -> Any:
     with _meta_parameters():
-        skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        skeleton = auto_class(config, **trust).from_config(config, dtype=dtype, **trust).eval()
     skeleton.config._experts_implementation = "eager"  # the form in which every expert's input can be observed
     return skeleton
 
@@ -275,10 +319,17 @@ def _stored_names(skeleton: Any) -> list[str]:
 
 
 def _assemble(
-    skeleton: Any, weights: WeightSource, tokenizer: Any, name: str, device: str | torch.device, *, lazy: bool
+    skeleton: Any,
+    weights: WeightSource,
+    tokenizer: Any,
+    name: str,
+    device: str | torch.device,
+    *,
+    lazy: bool,
+    source: Path | None,
 ) -> CausalLM:
-    blocks = _find_blocks(skeleton)
-    lm = CausalLM(skeleton, blocks, weights, tokenizer, name, torch.device(device), lazy)
+    blocks = find_blocks(skeleton)
+    lm = CausalLM(skeleton, blocks, weights, tokenizer, name, torch.device(device), lazy, source)
     prefixes = tuple(f"{block}." for block in blocks)
     for key in _stored_names(skeleton):
         if not key.startswith(prefixes):
@@ -291,9 +342,37 @@ def _assemble(
     return lm
 
 
-def _find_blocks(skeleton: Any) -> tuple[str, ...]:
-    count = skeleton.config.get_text_config().num_hidden_layers
-    for name, module in skeleton.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(True for _ in module.parameters()):
-            return tuple(f"{name}.{i}" for i in range(count))
-    raise ValueError(f"model: expected a list of {count} decoder blocks in {type(skeleton).__name__}, found none")
+def find_blocks(skeleton: Any) -> tuple[str, ...]:
+    """Names of the decoder blocks, in order: the list of modules in the text decoder that holds most of its weights.
+
+    Args:
+        skeleton: The model; parameters may be on the meta device.
+
+    Returns:
+        Dotted names.
+
+    Raises:
+        ValueError: If there is no such list, or blocks share weights.
+    """
+    decoder = skeleton.get_decoder() if hasattr(skeleton, "get_decoder") else skeleton
+    decoder = skeleton if decoder is None else decoder
+    prefix = next((name for name, module in skeleton.named_modules() if module is decoder), "")
+    count = skeleton.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {
+        f"{prefix}.{name}".strip("."): module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if not lists:
+        raise ValueError(f"model: expected a list of {count} decoder blocks in {type(skeleton).__name__}, found none")
+    name, blocks = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for key, parameter in block.named_parameters():
+            first = owner.setdefault(id(parameter), index)
+            if first != index:
+                raise ValueError(
+                    f"model: blocks {first} and {index} of {type(skeleton).__name__} share {key}, and a shared layer "
+                    "has no inputs of its own to be quantized for; such models are not supported"
+                )
+    return tuple(f"{name}.{i}" for i in range(count))

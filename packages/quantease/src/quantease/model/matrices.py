@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-DEFAULT_SKIP = (r"(^|\.)(gate|router|shared_expert_gate|lm_head)$",)
-"""Matrices left alone unless asked for: routers, which are tiny and decide everything."""
+from quantease.choices import DEFAULT_SKIP
 
 
 @dataclass(frozen=True)

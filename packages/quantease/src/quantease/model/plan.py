@@ -12,9 +12,10 @@ from core_tensor.app.ranks import Ranks
 from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor
 
+from quantease.choices import DEFAULT_SKIP
 from quantease.model.budget import outlier_fractions
 from quantease.model.causal_lm import CausalLM
-from quantease.model.matrices import DEFAULT_SKIP, Matrix, find_matrices
+from quantease.model.matrices import Matrix, find_matrices
 from quantease.problem.config import LayerConfig
 from quantease.problem.gram import Shrinkage
 
@@ -188,6 +189,74 @@ def model_matrices(lm: CausalLM, config: ModelConfig, blocks: int | None = None)
     """
     count = len(lm.blocks) if blocks is None else blocks
     return tuple(tuple(find_matrices(lm.block(i), config.skip)) for i in range(count))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model is quantized.
+
+    Attributes:
+        quantized: Weights of the blocks that are quantized.
+        total: All weights of the blocks in parameters of two or more dimensions.
+        left_alone: Names of such parameters that are not quantized; a kind that all blocks share is named once, with
+            `*` for the number.
+    """
+
+    quantized: int
+    total: int
+    left_alone: tuple[str, ...]
+
+    @property
+    def fraction(self) -> float:
+        """Part that is quantized; 1 for a model without weights."""
+        return self.quantized / self.total if self.total else 1.0
+
+
+def coverage(lm: CausalLM, matrices: Blocks) -> Coverage:
+    """What a choice of matrices covers of the blocks it is made in.
+
+    Args:
+        lm: The model.
+        matrices: The quantized matrices of every block.
+
+    Returns:
+        The coverage.
+    """
+    kinds: dict[str, None] = {}
+    quantized = total = 0
+    for index, chosen in enumerate(matrices):
+        block = lm.block(index)
+        parameters = {matrix.parameter for matrix in chosen}
+        quantized += sum(matrix.weight(block).numel() for matrix in chosen)
+        for name, value in block.named_parameters():
+            if value.ndim >= 2:
+                total += value.numel()
+                if name not in parameters:
+                    kinds[re.sub(r"\b\d+\b", "*", f"{lm.blocks[index]}.{name}")] = None
+    return Coverage(quantized, total, tuple(kinds))
+
+
+def check_coverage(lm: CausalLM, matrices: Blocks) -> Coverage:
+    """Refuse, before any work, a run that would leave most of the blocks' weights at full precision.
+
+    Args:
+        lm: The model.
+        matrices: The matrices that would be quantized.
+
+    Returns:
+        The coverage.
+
+    Raises:
+        ValueError: If it is below one half.
+    """
+    found = coverage(lm, matrices)
+    if found.fraction < 0.5:
+        shown = ", ".join(found.left_alone[:4]) + (", ..." if len(found.left_alone) > 4 else "")
+        raise ValueError(
+            f"model: only {100 * found.fraction:.1f} % of the block weights would be quantized, since these are of no "
+            f"known kind: {shown}; give --skip to leave them alone on purpose"
+        )
+    return found
 
 
 def own_windows(plan: Plan, ranks: Ranks) -> tuple[Tensor, int]:

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from core_tensor.checks import check_choice, check_number
 
+from quantease.choices import ALGORITHMS
 from quantease.problem.gram import Shrinkage
 
-ALGORITHMS = ("rtn", "gptq", "gptq-descent", "quantease-paper", "quantease")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -52,7 +52,7 @@ class LayerConfig:
     thorough: bool = False
     sweeps: int | None = None
     relax: int = 3
-    refits: int = 4
+    refits: int = 2
     outliers: float = 0.0
     structure: Literal["unstructured", "structured"] = "unstructured"
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"

@@ -23,10 +23,12 @@ class Problem:
     Attributes:
         weight: W, shape (q, p), float32 (or float64).
         sigma: $\Sigma$ with a mean diagonal near 1, shape (p, p), of the same dtype.
+        factors: Triangular factors of it that GPTQ has made, by damping and order.
     """
 
     weight: Tensor
     sigma: Tensor
+    factors: dict[tuple[float, bool], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def scaled(cls, weight: Tensor, sigma: Tensor) -> "Problem":
