@@ -45,6 +45,7 @@ class Component:
         on: The model with it.
         off: The model without it.
         hidden: Kinds of features that the model without it does not see.
+        hidden_from_both: Kinds of features that neither sees, since they tell the same in another way.
         coarse: Ids that the model without it sees through four rows only.
         positions: Whether only the model with it sees positions.
         judge: What it should make better.
@@ -55,6 +56,7 @@ class Component:
     on: ModelConfig = BASE
     off: ModelConfig = BASE
     hidden: tuple[type, ...] = ()
+    hidden_from_both: tuple[type, ...] = ()
     coarse: tuple[str, ...] = ()
     positions: bool = False
     judge: Literal["auc", "rmse"] = "auc"
@@ -65,7 +67,7 @@ def _with(**changes: Any) -> ModelConfig:
 
 
 COMPONENTS = (
-    Component("ids", {"ids": 1.5}, coarse=("user", "item")),
+    Component("ids", {"ids": 1.5}, hidden_from_both=(Popularity,), coarse=("user", "item")),
     Component("popularity", {"ids": 1.0}, hidden=(Popularity,)),
     Component("history", {"history": 2.0}, hidden=(History,)),
     Component("low-rank DCN", {"crosses": 2.0}, off=_with(cross="none")),
@@ -109,7 +111,8 @@ def ablate(
     pq.write_table(made.log, folder / "log.parquet")
     log = ParquetLog.open(folder / "log.parquet")
     training = msgspec.structs.replace(training, seed=seed)
-    schemas = {"on": made.schema, "off": _without(component, made.schema)}
+    schema = without(made.schema, *component.hidden_from_both) if component.hidden_from_both else made.schema
+    schemas = {"on": schema, "off": _without(component, schema)}
     if component.positions:
         schemas = {
             "on": msgspec.structs.replace(made.schema, position="position"),
