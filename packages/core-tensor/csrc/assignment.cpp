@@ -3,6 +3,7 @@
 // prices. Every inner loop runs over all columns without a branch, because a vector of four does more in that time than
 // a list of the columns that are still open saves.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -175,9 +176,19 @@ void solve(int64_t n, const double* cost, int64_t* column) {
   for (const int64_t i : s.open) augment(s, i);
 }
 
+// Whether no cost is NaN, or so large that sums overflow: the search would leave its arrays.
+CT_CLONES bool in_range(const double* cost, int64_t count) {
+  int64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside += !(std::abs(cost[i]) < 1e200);
+  return outside == 0;
+}
+
 }  // namespace
 
-CT_EXPORT void ct_assignment(const double* cost, int64_t* columns, int64_t batch, int64_t n, int threads) {
+// Returns 1, or 0 for costs out of range.
+CT_EXPORT int ct_assignment(const double* cost, int64_t* columns, int64_t batch, int64_t n, int threads) {
+  if (!in_range(cost, batch * n * n)) return 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t b = 0; b < batch; ++b) solve(n, cost + b * n * n, columns + b * n);
+  return 1;
 }

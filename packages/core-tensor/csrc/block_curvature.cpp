@@ -112,18 +112,11 @@ int curvature(const Curvature<T>& p, int64_t blocks, int64_t* H, int threads) {
 // Returns 1, or 0 if an entry has no room in 64 bits.
 #define CT_BLOCK_CURVATURE(NAME, T)                                                                                    \
   CT_EXPORT int NAME(const int64_t* offsets, const int32_t* index, const T* coefficient, const double* x,              \
-                     const double* cap, const T* upper, const T* weight, int64_t* result, int64_t base,                \
-                     int64_t blocks, int64_t rows, int64_t rows_per_variable, int64_t cap_stride,                      \
-                     int64_t upper_stride, double scale, int equality, int threads) {                                  \
-    const Curvature<T> p{offsets,                                                                                      \
-                         index - base * rows_per_variable,                                                             \
-                         coefficient ? coefficient - base * rows_per_variable : nullptr,                               \
-                         x - base,                                                                                     \
-                         {cap, cap_stride, upper ? upper - base * upper_stride : nullptr, upper_stride,                \
-                          weight ? weight - base : nullptr, equality != 0},                                            \
-                         rows,                                                                                         \
-                         rows_per_variable,                                                                            \
-                         scale};                                                                                       \
+                     const double* cap, const T* upper, const T* weight, int64_t* result, int64_t blocks,              \
+                     int64_t rows, int64_t rows_per_variable, int64_t cap_stride, int64_t upper_stride,                \
+                     double scale, int equality, int threads) {                                                        \
+    const core_tensor::Family<T> family{cap, cap_stride, upper, upper_stride, weight, equality != 0};                  \
+    const Curvature<T> p{offsets, index, coefficient, x, family, rows, rows_per_variable, scale};                      \
     return curvature<T>(p, blocks, result, threads);                                                                   \
   }
 CT_BLOCK_CURVATURE(ct_block_curvature_f32, float)

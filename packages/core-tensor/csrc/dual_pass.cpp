@@ -163,24 +163,11 @@ int run(const Pass<T>& p, const int64_t* bounds, int64_t chunks, const double* s
 template <class T>
 int dual_pass(const int64_t* offsets, const int32_t* index, const T* cost, const T* coefficient, const double* lam,
               const double* cap, const T* upper, const T* weight, const T* anchor, const double* shrink,
-              const double* scale, const int64_t* bounds, int64_t* result, double* x_out, int64_t base, int64_t rows,
+              const double* scale, const int64_t* bounds, int64_t* result, double* x_out, int64_t rows,
               int64_t rows_per_variable, int64_t chunks, int64_t cap_stride, int64_t upper_stride, double gamma,
               int equality, int threads) {
-  // Slices of a problem keep the offsets of the whole; `base` is the first variable that the arrays hold.
-  const Pass<T> p{offsets,
-                  index - base * rows_per_variable,
-                  cost - base,
-                  coefficient ? coefficient - base * rows_per_variable : nullptr,
-                  lam,
-                  anchor ? anchor - base : nullptr,
-                  shrink,
-                  x_out,
-                  gamma,
-                  base,
-                  rows,
-                  rows_per_variable,
-                  {cap, cap_stride, upper ? upper - base * upper_stride : nullptr, upper_stride,
-                   weight ? weight - base : nullptr, equality != 0}};
+  const Family<T> family{cap, cap_stride, upper, upper_stride, weight, equality != 0};
+  const Pass<T> p{offsets, index, cost, coefficient, lam, anchor, shrink, x_out, gamma, rows, rows_per_variable, family};
   return run(p, bounds, chunks, scale, result, threads);
 }
 
@@ -191,10 +178,10 @@ int dual_pass(const int64_t* offsets, const int32_t* index, const T* cost, const
   CT_EXPORT int NAME(const int64_t* offsets, const int32_t* index, const T* cost, const T* coefficient,                \
                      const double* lam, const double* cap, const T* upper, const T* weight, const T* anchor,           \
                      const double* shrink, const double* scale, const int64_t* bounds, int64_t* result,                \
-                     double* x_out, int64_t base, int64_t rows, int64_t rows_per_variable, int64_t chunks,             \
+                     double* x_out, int64_t rows, int64_t rows_per_variable, int64_t chunks,                           \
                      int64_t cap_stride, int64_t upper_stride, double gamma, int equality, int threads) {              \
     return dual_pass<T>(offsets, index, cost, coefficient, lam, cap, upper, weight, anchor, shrink, scale, bounds,     \
-                        result, x_out, base, rows, rows_per_variable, chunks, cap_stride, upper_stride, gamma,         \
+                        result, x_out, rows, rows_per_variable, chunks, cap_stride, upper_stride, gamma,               \
                         equality, threads);                                                                            \
   }
 CT_DUAL_PASS(ct_dual_pass_f32, float)

@@ -20,7 +20,7 @@ struct Pass {
   const double* shrink;  // factor per row applied to x, or null
   double* x_out;         // dense projection, or null
   double gamma;
-  int64_t base, rows, rows_per_variable;
+  int64_t rows, rows_per_variable;
   Family<T> family;
 };
 
@@ -73,7 +73,7 @@ inline void scatter(const Pass<T>& p, int64_t first, const Support& out, double*
       for (int64_t e = k * p.rows_per_variable; e < (k + 1) * p.rows_per_variable; ++e)
         sums[2 * p.index[e]] += p.coefficient ? static_cast<double>(p.coefficient[e]) * x : x;
     }
-    if (p.x_out) p.x_out[k - p.base] = x;
+    if (p.x_out) p.x_out[k] = x;
     if (!p.anchor) totals[kSquare] += x * x;
   }
   if (p.anchor) {  // ||x - x_prev||^2 = sum over all of x_prev^2, corrected where x is not zero
@@ -96,7 +96,7 @@ inline void scatter_one(const Pass<T>& p, int64_t k, double x, double* sums, dou
   } else {
     if (p.shrink) x *= shrink_of(p, k);
     square += x * (p.anchor ? x - 2.0 * static_cast<double>(p.anchor[k]) : x);
-    if (p.x_out) p.x_out[k - p.base] = x;
+    if (p.x_out) p.x_out[k] = x;
   }
   const double a = p.coefficient ? static_cast<double>(p.coefficient[k]) : 1.0, c = static_cast<double>(p.cost[k]);
   sum[0] += a * x;

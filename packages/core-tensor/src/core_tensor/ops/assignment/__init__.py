@@ -10,9 +10,12 @@ Source: Jonker and Volgenant 1987, https://doi.org/10.1007/BF02278710.
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_tensor
+from core_tensor.checks import check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.assignment import cpu, reference
+
+LARGEST = 1e150
+"""Larger costs are scaled, so that sums of them stay in range."""
 
 
 def _fake(cost: Tensor) -> Tensor:
@@ -47,10 +50,13 @@ def assignment(cost: Tensor) -> Tensor:
         raise ValueError(f"cost: expected shape (n, n) or (batch, n, n), got {tuple(cost.shape)}")
     if cost.numel() == 0:
         return torch.empty(cost.shape[:-1], dtype=torch.int64, device=cost.device)
-    matrices = cost.detach().to("cpu", torch.float64).reshape(-1, *cost.shape[-2:])
-    size = float(matrices.abs().max())
-    if not size <= 1e150:
+    place = "meta" if cost.is_meta else "cpu"
+    matrices = cost.detach().to(place, torch.float64).reshape(-1, *cost.shape[-2:])
+    size = matrices.abs().max()
+    if not has_values(size):
+        matrices = matrices / torch.where(size > LARGEST, size, 1.0)
+    elif not float(size) <= LARGEST:
         check_tensor("cost", cost, finite=True)
-        matrices = matrices / size  # sums of costs stay in range
+        matrices = matrices / size
     columns: Tensor = _assignment(matrices)
     return columns.reshape(cost.shape[:-1]).to(cost.device)

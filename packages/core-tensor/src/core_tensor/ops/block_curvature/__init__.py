@@ -15,7 +15,7 @@ from torch import Tensor
 from core_tensor.checks import check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.block_curvature import cpu, reference
-from core_tensor.ops.dual_pass import BlockData
+from core_tensor.ops.dual_pass import BlockData, check_data
 
 ROWS = (1 << 30) - 1
 """Rows at most: 64 bits address no larger square matrix of 64-bit numbers."""
@@ -65,9 +65,9 @@ def block_curvature(data: BlockData, x: Tensor, rows: int, scale: float, *, chec
     """
     check_number("rows", rows, low=0, high=ROWS, integer=True)
     check_number("scale", scale, low=0.0, open_low=True, high=math.inf, open_high=True)
-    check_tensor("x", x, shape=(data.variables,), dtype=torch.float64, device=data.cost.device)
     if check:
-        data.check(rows)
+        check_data(data, rows)
+    check_tensor("x", x, shape=(data.variables,), dtype=torch.float64, device=data.cost.device)
     summed: Tensor = _curvature(
         data.offsets, data.index, data.coefficient, x, data.cap, data.upper, data.weight, data.equality, rows, scale
     )

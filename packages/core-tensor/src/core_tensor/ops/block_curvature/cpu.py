@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from core_tensor.ops._library import function
+from core_tensor.ops.dual_pass.cpu import local
 from core_tensor.ops.dual_pass.reference import NO_ROOM
 
-_ARGUMENTS = (*[c_void_p] * 8, *[c_int64] * 6, c_double, c_int)
+_ARGUMENTS = (*[c_void_p] * 8, *[c_int64] * 5, c_double, c_int)
 _curvature = {
     torch.float32: function("ct_block_curvature_f32", *_ARGUMENTS, returns=c_int),
     torch.float64: function("ct_block_curvature_f64", *_ARGUMENTS, returns=c_int),
@@ -28,14 +29,13 @@ def block_curvature(
     scale: float,
 ) -> Tensor:
     """See `core_tensor.block_curvature`."""
-    given = (offsets, index, coefficient, x, cap, upper, weight)
+    given = (local(offsets), index, coefficient, x, cap, upper, weight)
     arrays = [None if t is None else t.contiguous() for t in given]
     dtype = next((t.dtype for t in (coefficient, upper, weight) if t is not None), torch.float64)
     result = torch.zeros(rows, rows, dtype=torch.int64)
     fits = _curvature[dtype](
         *arrays,
         result,
-        int(offsets[0]),
         offsets.shape[0] - 1,
         rows,
         index.shape[1] if index.ndim == 2 else 1,

@@ -87,11 +87,11 @@ def cd_block(
     size, columns = weight.shape
     check_number("block size", size, high=MAX_BLOCK, integer=True)
     device = weight.device
+    check_tensor("scale", scale, shape=(None, columns), dtype=weight.dtype, device=device)
     for name, tensor, shape in (
         ("correction", correction, (size, columns)),
         ("residual", residual, (size, columns)),
         ("sigma", sigma, (size, size)),
-        ("scale", scale, (None, columns)),
         ("zero", zero, tuple(scale.shape)),
     ):
         check_tensor(name, tensor, shape=shape, dtype=weight.dtype, device=device)

@@ -11,6 +11,7 @@ cannot change a result. Source: arXiv 2103.05277, the dual decomposition and its
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,13 @@ class BlockData:
             raise ValueError("cap: expected finite values where upper bounds are not, got an infinite one")
 
 
+def check_data(data: Any, rows: int) -> None:
+    """Refuse anything but blocks that fit; see `BlockData.check`."""
+    if not isinstance(data, BlockData):
+        raise TypeError(f"data: expected BlockData, got {type(data).__name__}")
+    data.check(rows)
+
+
 def dual_pass(
     data: BlockData,
     lam: Tensor,
@@ -166,7 +174,7 @@ def dual_pass(
         TypeError: If a dtype does not fit.
     """
     check_number("gamma", gamma, low=0.0, open_low=True, high=math.inf, open_high=True)
-    check_tensor("lam", lam, ndim=1, dtype=torch.float64, device=data.cost.device, finite=True)
+    check_tensor("lam", lam, ndim=1, dtype=torch.float64, finite=True)
     check_flag("primal", primal)
     if check:
         _check(data, lam, scale, bounds, anchor, shrink)
@@ -194,7 +202,8 @@ def _check(
     data: BlockData, lam: Tensor, scale: Tensor, bounds: Tensor, anchor: Tensor | None, shrink: Tensor | None
 ) -> None:
     rows, device = lam.shape[0], lam.device
-    data.check(rows)
+    check_data(data, rows)
+    check_tensor("lam", lam, device=data.cost.device)
     sums = 2 * rows + len(TOTALS)
     check_tensor("scale", scale, shape=(sums,), dtype=torch.float64, device=device, finite=True)
     check_tensor("bounds", bounds, ndim=1, dtype=torch.int64, device=device, nonempty=True)

@@ -8,11 +8,17 @@ from torch import Tensor
 from core_tensor.ops._library import function
 from core_tensor.ops.dual_pass import reference
 
-_ARGUMENTS = (*[c_void_p] * 14, *[c_int64] * 6, c_double, c_int)
+_ARGUMENTS = (*[c_void_p] * 14, *[c_int64] * 5, c_double, c_int)
 _pass = {
     torch.float32: function("ct_dual_pass_f32", *_ARGUMENTS, returns=c_int),
     torch.float64: function("ct_dual_pass_f64", *_ARGUMENTS, returns=c_int),
 }
+
+
+def local(offsets: Tensor) -> Tensor:
+    """Offsets into the arrays of a run of blocks, which keeps the offsets of the whole."""
+    first = int(offsets[0])
+    return offsets if first == 0 else offsets - first
 
 
 def dual_pass(
@@ -33,7 +39,7 @@ def dual_pass(
     primal: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `core_tensor.dual_pass`."""
-    given = (offsets, index, cost, coefficient, lam, cap, upper, weight, anchor, shrink, scale, bounds)
+    given = (local(offsets), index, cost, coefficient, lam, cap, upper, weight, anchor, shrink, scale, bounds)
     arrays = [None if t is None else t.contiguous() for t in given]
     sums = torch.zeros(scale.shape[0], dtype=torch.int64)
     x = torch.zeros(cost.shape[0] if primal else 0, dtype=torch.float64)
@@ -41,7 +47,6 @@ def dual_pass(
         *arrays,
         sums,
         x if primal else None,
-        int(offsets[0]),
         lam.shape[0],
         index.shape[1] if index.ndim == 2 else 1,
         bounds.shape[0] - 1,

@@ -49,28 +49,23 @@ def ghost_norms(left: Sequence[Tensor], right: Sequence[Tensor], bias: Sequence[
         ValueError: If the lists differ in length or are empty, or shapes or devices do not fit.
         TypeError: If dtypes differ or are neither float32 nor float64.
     """
-    if not left or not len(left) == len(right) == len(bias):
-        raise ValueError(
-            f"left: expected as many layers as in right and bias, at least one, got {len(left)}, {len(right)}, "
-            f"{len(bias)}"
-        )
-    n = left[0].shape[0] if isinstance(left[0], Tensor) and left[0].ndim else None
+    lists = (left, right, bias)
+    if not all(isinstance(given, list | tuple) for given in lists) or not 0 < len(left) == len(right) == len(bias):
+        counts = ", ".join(str(len(given)) if isinstance(given, list | tuple) else "no list" for given in lists)
+        raise ValueError(f"left: expected as many layers as in right and bias, at least one, got {counts}")
+    check_tensor("left", left[0], ndim=3)
+    n, device = left[0].shape[0], left[0].device
     for a, b, beta in zip(left, right, bias, strict=True):
         try:  # checks that name the argument take as long as a small layer, so they run only if something is wrong
             (a_n, a_rows, a_width), (b_n, b_rows, b_width) = a.shape, b.shape
             fits = a_n == b_n == n and a_rows == b_rows and a.dtype is b.dtype and a.dtype in _SINGLE_OR_DOUBLE
-            fits = (
-                fits
-                and a_n * a_rows * a_width * b_width > 0
-                and a.device == b.device == left[0].device
-                and type(beta) is float
-            )
-        except (AttributeError, TypeError, ValueError):
+            fits = fits and a_n * a_rows * a_width * b_width > 0 and a.device == b.device == device
+            fits = fits and a.layout is b.layout is torch.strided and type(beta) is float
+        except (AttributeError, RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
-            check_tensor("left", a, shape=(n, None, None), dtype=_SINGLE_OR_DOUBLE, nonempty=True)
-            check_tensor("left", a, device=left[0].device)
-            check_tensor("right", b, shape=(n, a.shape[1], None), dtype=a.dtype, device=a.device, nonempty=True)
+            check_tensor("left", a, shape=(n, None, None), dtype=_SINGLE_OR_DOUBLE, device=device, nonempty=True)
+            check_tensor("right", b, shape=(n, a.shape[1], None), dtype=a.dtype, device=device, nonempty=True)
             check_number("bias", beta)
     squares: Tensor = _ghost_norms(list(left), list(right), list(bias))
     return squares

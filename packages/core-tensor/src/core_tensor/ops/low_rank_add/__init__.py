@@ -69,14 +69,15 @@ def low_rank_add(
         fits = fits and inner.shape == (n, r, width) and x.dtype is inner.dtype is outer.dtype is coefficient.dtype
         device = x.device
         fits = fits and inner.device == outer.device == coefficient.device == device and type(bias) is float
+        fits = fits and x.layout is inner.layout is outer.layout is coefficient.layout is torch.strided
         if base is not None:
             fits = fits and base.dtype is x.dtype and base.shape in {(rows, out_width), (out_width,)}
-            fits = fits and base.device == device
+            fits = fits and base.device == device and base.layout is torch.strided
         y = x.new_empty(rows, out_width) if out is None else out
         if out is not None:
             fits = fits and y.dtype is x.dtype and y.shape == (rows, out_width) and y.device == device
-            fits = fits and y.is_contiguous()
-    except (AttributeError, TypeError, ValueError):
+            fits = fits and y.layout is torch.strided and y.is_contiguous() and not y.requires_grad
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         fits = False
     if not fits:
         _check(base, x, inner, outer, coefficient, bias, out)
@@ -107,4 +108,8 @@ def _check(
         check_tensor("out", out, shape=(rows, out_width), dtype=x.dtype, device=x.device)
         if any(stride == 0 < size - 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
             raise ValueError(f"out: expected memory of its own for every entry, got strides {out.stride()}")
+        if out.is_neg():
+            raise ValueError("out: expected a tensor that can be written to, got a negated view")
+        if out.requires_grad:
+            raise ValueError("out: expected a tensor that needs no gradient, since none passes")
     check_number("bias", bias)

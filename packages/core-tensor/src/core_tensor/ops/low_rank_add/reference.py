@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def low_rank_add(
     base: Tensor | None, x: Tensor, inner: Tensor, outer: Tensor, coefficient: Tensor, bias: float, out: Tensor
 ) -> None:

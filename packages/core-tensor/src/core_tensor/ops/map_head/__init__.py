@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_number, check_tensor
+from core_tensor.checks import check_number, check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.map_head import cpu, reference
 
@@ -107,10 +107,10 @@ def map_head(
     if not 1 <= d <= WIDEST:
         raise ValueError(f"h: expected a width of 1 to {WIDEST}, got {d}")
     for name, value in (("base", base), ("y", y), ("w", w)):
-        check_tensor(name, value, shape=(tasks, rows), dtype=h.dtype)
-    check_tensor("lengths", lengths, shape=(tasks,), dtype=torch.int64)
-    check_tensor("mu", mu, shape=(tasks, d), dtype=h.dtype, finite=True)
-    check_tensor("P", P, shape=(d, d), dtype=h.dtype, finite=True)
+        check_tensor(name, value, shape=(tasks, rows), dtype=h.dtype, device=h.device)
+    check_tensor("lengths", lengths, shape=(tasks,), dtype=torch.int64, device=h.device)
+    check_tensor("mu", mu, shape=(tasks, d), dtype=h.dtype, device=h.device, finite=True)
+    check_tensor("P", P, shape=(d, d), dtype=h.dtype, device=h.device, finite=True)
     check_number("steps", steps, low=1, high=1000, integer=True)
     _check_values(h, base, y, w, lengths, P)
     found: tuple[Tensor, Tensor] = _map_head(h, base, y, w, lengths, mu, P, steps)
@@ -118,8 +118,8 @@ def map_head(
 
 
 def _check_values(h: Tensor, base: Tensor, y: Tensor, w: Tensor, lengths: Tensor, P: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return  # values are not known yet
+    if not has_values(h):
+        return
     rows = h.shape[1]
     if lengths.numel():
         low, high = (int(v) for v in lengths.aminmax())

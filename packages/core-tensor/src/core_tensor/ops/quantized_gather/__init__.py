@@ -14,7 +14,7 @@ Source: LiRank, arXiv 2402.06859, section 4.2 (row-wise middle-max quantization)
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_tensor
+from core_tensor.checks import check_indices, check_offsets, check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.quantized_gather import cpu, reference
 from core_tensor.ops.quantized_gather.reference import METADATA
@@ -51,7 +51,7 @@ def quantize_rows(weight: Tensor) -> Tensor:
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one value, got shape {tuple(weight.shape)}")
     low, high = weight.float().aminmax(dim=1)
-    if bool(((high - low) / 255 > 6e4).any()):
+    if has_values(weight) and bool(((high - low) / 255 > 6e4).any()):
         raise ValueError("weight: expected rows that span less than 255 * 60000, the reach of a float16 scale")
     return reference.quantize_rows(weight)
 
@@ -65,8 +65,14 @@ def dequantize_rows(table: Tensor) -> Tensor:
     Returns:
         Values, shape (N, D), float32.
     """
-    check_tensor("table", table, ndim=2, dtype=torch.uint8)
+    _check_table(table)
     return reference.dequantize_rows(table)
+
+
+def _check_table(table: Tensor) -> None:
+    check_tensor("table", table, ndim=2, dtype=torch.uint8)
+    if table.shape[1] <= METADATA:
+        raise ValueError(f"table: expected more than {METADATA} bytes per row, got {table.shape[1]}")
 
 
 def quantized_gather(table: Tensor, ids: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -86,17 +92,11 @@ def quantized_gather(table: Tensor, ids: Tensor, offsets: Tensor | None = None) 
         ValueError: If shapes do not fit, an id is outside [0, N), or the offsets do not cover the ids.
         TypeError: If a dtype is wrong.
     """
-    check_tensor("table", table, ndim=2, dtype=torch.uint8)
-    if table.shape[1] <= METADATA:
-        raise ValueError(f"table: expected more than {METADATA} bytes per row, got {table.shape[1]}")
-    check_tensor("ids", ids, ndim=2 if offsets is None else 1, dtype=torch.int64)
+    _check_table(table)
+    check_tensor("ids", ids, ndim=2 if offsets is None else 1, dtype=torch.int64, device=table.device)
     if offsets is not None:
-        check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, nonempty=True)
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"offsets: expected non-decreasing values from 0 to {len(ids)}, the number of ids")
-    if ids.numel():
-        low, high = ids.aminmax()
-        if int(low) < 0 or int(high) >= len(table):
-            raise ValueError(f"ids: expected rows in [0, {len(table)}), got {int(low)} to {int(high)}")
+        check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, device=table.device, nonempty=True)
+        check_offsets("offsets", offsets, len(ids))
+    check_indices("ids", ids, len(table))
     values: Tensor = _quantized_gather(table, ids, offsets)
     return values

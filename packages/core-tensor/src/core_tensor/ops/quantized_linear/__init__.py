@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_number, check_tensor
+from core_tensor.checks import check_flag, check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.quantized_linear import cpu, reference
 
@@ -98,6 +98,7 @@ def quantized_linear(
     features = x.shape[-1]
     _check_layout(features, words, scale, zero, bits, group_size, outliers)
     check_tensor("x", x, device=words.device)
+    check_flag("check", check)
     if check and outliers is not None and not x.is_cpu:
         reference.check_outliers(outliers[0], outliers[1], features)
     size = features if group_size == -1 else min(group_size, features)
@@ -156,6 +157,8 @@ def _check_layout(
     check_tensor("scale", scale, shape=(rows, groups), dtype=_SCALES, device=device)
     check_tensor("zero", zero, shape=(rows, groups), dtype=torch.uint8, device=device)
     if outliers is not None:
+        if not isinstance(outliers, tuple) or len(outliers) != 3:
+            raise TypeError("outliers: expected a tuple of offsets, columns and values, or None")
         offsets, columns, values = outliers
         check_tensor("outliers[0]", offsets, shape=(rows + 1,), dtype=torch.int64, device=device)
         check_tensor("outliers[1]", columns, ndim=1, dtype=torch.int32, device=device)

@@ -20,7 +20,7 @@ and fbgemm.
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_choice, check_number, check_tensor
+from core_tensor.checks import check_choice, check_indices, check_number, check_tensor
 from core_tensor.ops._operator import operator
 from core_tensor.ops.row_update import cpu, reference
 
@@ -91,12 +91,18 @@ def row_update(
     check_choice("kind", kind, KINDS)
     check_tensor("weight", weight, ndim=2, dtype=(torch.float32, torch.float64))
     n, d = weight.shape
+    if not isinstance(state, list | tuple):
+        raise TypeError(f"state: expected a tuple of tensors, got {type(state).__name__}")
     if len(state) != (2 if kind == "adam" else 1):
         raise ValueError(f"state: expected {2 if kind == 'adam' else 1} tensors for {kind}, got {len(state)}")
     for tensor in state:
-        check_tensor("state", tensor, shape=(n, d) if kind == "adam" else (n,), dtype=weight.dtype)
-    check_tensor("ids", ids, ndim=1, dtype=torch.int64)
-    check_tensor("grad", grad, shape=(len(ids), d), dtype=weight.dtype, finite=True)
+        check_tensor(
+            "state", tensor, shape=(n, d) if kind == "adam" else (n,), dtype=weight.dtype, device=weight.device
+        )
+    if any(tensor.is_neg() for tensor in (weight, *state)):
+        raise ValueError("weight: expected tables that can be written to, got a negated view")
+    check_tensor("ids", ids, ndim=1, dtype=torch.int64, device=weight.device)
+    check_tensor("grad", grad, shape=(len(ids), d), dtype=weight.dtype, device=weight.device, finite=True)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_number(name, value, low=0)
     for name, value in (("beta1", beta1), ("beta2", beta2)):
@@ -104,8 +110,6 @@ def row_update(
     check_number("step", step, low=1, integer=True)
     if len(ids) == 0:
         return
-    low, high = ids.aminmax()
-    if int(low) < 0 or int(high) >= n:
-        raise ValueError(f"ids: expected rows in [0, {n}), got {int(low)} to {int(high)}")
+    check_indices("ids", ids, n)
     first = state[0] if kind == "adam" else None
     _row_update(weight, first, state[-1], ids, grad, kind, lr, beta1, beta2, eps, weight_decay, step)

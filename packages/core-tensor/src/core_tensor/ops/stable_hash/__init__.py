@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_number, check_tensor
+from core_tensor.checks import check_number, check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.stable_hash import cpu, reference
 
@@ -53,16 +53,17 @@ def stable_hash(
         TypeError: If a dtype is wrong.
     """
     check_number("seed", seed, low=0, high=1 << 62, integer=True)
-    if not moduli:
-        raise ValueError("moduli: expected at least one")
+    if not isinstance(moduli, list | tuple) or not moduli:
+        raise ValueError("moduli: expected a list of at least one")
     for modulus in moduli:
         check_number("moduli", modulus, low=0, high=1 << 62, integer=True)
     if offsets is None:
         check_tensor("values", values, ndim=1, dtype=torch.int64)
     else:
         check_tensor("values", values, ndim=1, dtype=torch.uint8)
-        check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, nonempty=True)
-        if int(offsets[0]) < 0 or int(offsets[-1]) > len(values) or bool((offsets.diff() < 0).any()):
+        check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, device=values.device, nonempty=True)
+        outside = has_values(offsets) and (int(offsets[0]) < 0 or int(offsets[-1]) > len(values))
+        if outside or (has_values(offsets) and bool((offsets[1:] < offsets[:-1]).any())):
             raise ValueError(f"offsets: expected non-decreasing values in [0, {len(values)}], the number of bytes")
     hashes: Tensor = _stable_hash(values, offsets, seed, list(moduli))
     return hashes
