@@ -407,4 +407,4 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def hostile(session: nox.Session) -> None:
     """Mutated calls on sanitized kernels, mutated files on every reader; see `tools/hostile.py --help`."""
-    run(session, workspace(session) / "python", "tools/hostile.py", *session.posargs)
+    run(session, workspace(session) / "python", "tools/hostile.py", *(session.posargs or ["all"]))
