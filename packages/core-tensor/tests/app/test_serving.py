@@ -114,6 +114,8 @@ def test_absent_values_are_null_and_the_model_decides(address):
         (b'{"rows": [{"prise": 1}]}', {}, 400, "unknown column prise; expected user, price, history"),
         (b'{"rows": [{"price": "dear"}]}', {}, 400, "column price"),
         (b'{"rows": [{"user": 7}]}', {}, 400, "column user"),
+        (b'{"rows": [{"history": "12"}]}', {}, 400, "column history: expected lists, got text"),
+        (b'{"rows": [{"user": ["a"]}]}', {}, 400, "column user"),
         (b'{"rows": [{"history": [123456789012345678901234567890]}]}', {}, 400, "column history"),
         (json.dumps({"rows": _rows(51)}).encode(), {}, 413, "rows: expected at most 50, got 51"),
         (b"x" * 20_001, {}, 413, "at most 20000 bytes"),

@@ -54,6 +54,8 @@ def _column(rows: list[dict[str, Any]], entry: "pa.Field") -> "pa.Array":
     """One column of JSON rows in the type of the schema."""
     pa = require("pyarrow", EXTRA)
     values = [row.get(entry.name) for row in rows]
+    if pa.types.is_nested(entry.type) and any(isinstance(value, str) for value in values):
+        raise ValueError(f"rows: column {entry.name}: expected lists, got text")  # whose characters Arrow would take
     try:
         return pa.array(values, entry.type)
     except (pa.ArrowException, OverflowError) as error:
