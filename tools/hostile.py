@@ -17,15 +17,19 @@ import resource
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".nox" / "hostile"
 SPARE_BYTES = 6 << 30
 """What a process may take beyond what it has at the start; a length of 2**40 in a file must not fill the machine."""
+
+out: TextIO = sys.stdout
 
 
 def main() -> None:
@@ -38,7 +42,11 @@ def main() -> None:
     parser.add_argument("--inside", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        sys.exit(inside(options))
+        try:
+            sys.exit(inside(options))
+        except Exception:
+            traceback.print_exc(file=out)  # standard error may be silenced
+            sys.exit(1)
     failed = False
     if options.what != "files":
         failed |= start("operators", options.names if options.what == "operators" else [], options, sanitized())
@@ -101,6 +109,9 @@ def inside(options: argparse.Namespace) -> int:
         case.write(text)
         case.flush()
 
+    global out
+    if options.what == "files":
+        out = quiet()
     count, failures = 0, []
     if options.what == "operators":
         load_library(os.environ["HOSTILE_LIBRARY"])
@@ -118,15 +129,24 @@ def inside(options: argparse.Namespace) -> int:
                 given = hostile.Reader(*reader)
                 failures += report(hostile.hostile_files(given, Path(folder), options.rounds, options.seed, note))
     kind = "operators" if options.what == "operators" else f"readers of {options.names[0]}"
-    print(f"{count} {kind}, {count * options.rounds} cases: {len(failures)} failed", flush=True)
+    print(f"{count} {kind}, {count * options.rounds} cases: {len(failures)} failed", file=out, flush=True)
     return 1 if failures else 0
+
+
+def quiet() -> TextIO:
+    """Silence what the readers print, progress bars and all; the old standard output is left for reports."""
+    kept = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    return kept
 
 
 def report(failures: Iterator[object]) -> list[object]:
     """Print failures as they come."""
     found = []
     for failure in failures:
-        print(f"FAILED {failure}", flush=True)
+        print(f"FAILED {failure}", file=out, flush=True)
         found.append(failure)
     return found
 
