@@ -16,8 +16,6 @@ def test_triton_serves_all_on_cuda_but_what_the_docs_name():
         "assignment",
         "project_assignment",
         "dual_bounds",
-        "ghost_norms",
-        "low_rank_add",
         "map_head",
         "map_head_backward",
         "quantized_gather",

@@ -31,6 +31,7 @@ _ghost_norms = operator(
     reference=reference.ghost_norms,
     fake=_fake,
     cpu=cpu.ghost_norms,
+    cuda="core_tensor.ops.ghost_norms.triton:ghost_norms",
 )
 
 

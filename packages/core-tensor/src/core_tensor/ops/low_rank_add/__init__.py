@@ -32,6 +32,7 @@ _low_rank_add = operator(
     reference=reference.low_rank_add,
     fake=_fake,
     cpu=cpu.low_rank_add,
+    cuda="core_tensor.ops.low_rank_add.triton:low_rank_add",
 )
 
 
