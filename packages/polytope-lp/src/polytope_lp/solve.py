@@ -34,7 +34,12 @@ def solve(
 
 @overload
 def solve(
-    problem: BlockLP, tol: float = 1e-4, time_limit: float | None = None, *, report: Report | None = None
+    problem: BlockLP,
+    tol: float = 1e-4,
+    time_limit: float | None = None,
+    *,
+    report: Report | None = None,
+    engine: str = "auto",
 ) -> BlockSolution: ...
 
 
@@ -47,6 +52,7 @@ def solve(
     report: Report | None = None,
     warm_start: Any = None,
     options: Options | None = None,
+    engine: str = "auto",
     **changes: Any,
 ) -> Solution | BlockSolution:
     r"""Solve $\min c'x$ subject to $A x \le b$, $x_i \in C_i$, to a certified relative gap.
@@ -56,12 +62,13 @@ def solve(
 
     Args:
         problem: The problem, or with `group` this rank's shard of it; or a `BlockLP`, which `block_solution` solves by
-            second-order steps (it takes `tol`, `time_limit` and `report` only).
+            second-order steps or HiGHS (it takes `tol`, `time_limit`, `report` and `engine` only).
         tol: Relative gap between upper and lower bound at which to stop.
         time_limit: Seconds after which the best point so far is returned.
         group: `torch.distributed` process group whose ranks hold the shards.
         report: Called with every entry of the history.
         warm_start: Multipliers of an earlier solution, shape (rows,), float64.
+        engine: For a `BlockLP`: `newton`, `highs` (where every block is a box), or `auto`.
         options: All options at once; `tol` and `time_limit` are then taken from it.
         **changes: Further fields of `Options`.
 
@@ -75,8 +82,10 @@ def solve(
         foreign = {"group": group, "warm_start": warm_start, "options": options} | changes
         given = [name for name, value in foreign.items() if value is not None]
         if given:
-            raise TypeError(f"{given[0]}: expected tol, time_limit and report only, for a BlockLP")
-        return solve_blocks(problem, tol, time_limit, report)
+            raise TypeError(f"{given[0]}: expected tol, time_limit, report and engine only, for a BlockLP")
+        return solve_blocks(problem, tol, time_limit, report, engine)
+    if engine != "auto":
+        raise TypeError("engine: expected auto for a MatchingProblem, whose optimizer is chosen by method")
     if not isinstance(problem, MatchingProblem):
         raise TypeError(f"problem: expected a MatchingProblem or a BlockLP, got {type(problem).__name__}")
     chosen = options or Options(tol=tol, time_limit=time_limit)

@@ -137,6 +137,7 @@ LIES = [
     ({"skipped_sources": 7}, "skipped_sources: "),
     ({"destinations": 7}, "destinations: "),
     ({"proximal": "yes"}, "proximal: "),
+    ({"engine": "magic"}, "engine: expected one of"),
     ({"proved_by": "hand"}, "proved_by: no field"),
 ]
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from core_tensor.checks import check_number
+from core_tensor.checks import check_choice, check_number
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import OptimizeResult
 
 from polytope_lp.general.block_lp import BlockLP, equilibrated
 from polytope_lp.general.newton import Exact, solve_exact
+from polytope_lp.general.verify_blocks import verify_blocks
 from polytope_lp.matching.options import SMALLEST_TOL
+from polytope_lp.optimizers.highs import solve_rows
 from polytope_lp.polytopes import Polytope
 
 Array = NDArray[np.float64]
@@ -26,7 +28,8 @@ class BlockSolution:
     Attributes:
         status: `optimal` (a feasible primal and a lower bound whose gap is within tol), `optimal_residual` (shrinking
             cannot repair the primal; violation, dual residual and gap are within tol), `infeasible` (`ray` proves it),
-            `time_limit`, or `stalled` (no further progress; nothing is claimed).
+            `unbounded` (x is feasible, and the objective falls for ever along `ray`), `time_limit`, or `stalled` (no
+            further progress; nothing is claimed).
         x: Primal, shape (n,).
         lam: Multipliers, inequalities first, shape (m,).
         objective: $c'x$.
@@ -35,11 +38,13 @@ class BlockSolution:
         gap: (upper - lower) / max(1, |lower|) where both are finite, else $|\lambda'(Ax - b)|$ over max(1, |c'x|).
         max_violation: Greatest violation of a row over 1 + |b| + |A| |x|, the size of what is summed.
         dual_residual: ||x - Proj(x - c - A'lam)|| / (1 + ||c||) of the scaled LP.
-        iterations: Proximal steps.
+        iterations: Proximal steps; simplex iterations of HiGHS.
         newton: Newton steps.
+        engine: What ran: `newton` or `highs`.
+        tol: Violation, dual residual and gap that were asked for.
         seconds: Wall time of the run.
         history: One entry per proximal step.
-        ray: Multipliers that prove infeasibility, shape (m,), or None.
+        ray: Of an infeasible LP multipliers that prove it, shape (m,); of an unbounded one a direction, shape (n,).
         problem: The LP.
     """
 
@@ -54,6 +59,8 @@ class BlockSolution:
     dual_residual: float
     iterations: int
     newton: int
+    engine: str
+    tol: float
     seconds: float
     history: list[dict[str, Any]] = field(repr=False)
     ray: Array | None = field(repr=False)
@@ -85,7 +92,8 @@ class BlockSolution:
         """
         names = ("objective", "lower_bound", "upper_bound", "gap", "max_violation", "dual_residual", "seconds")
         figures = {name: getattr(self, name) if np.isfinite(getattr(self, name)) else None for name in names}
-        return {"status": self.status, **figures, "iterations": self.iterations, "newton": self.newton}
+        counts = {"iterations": self.iterations, "newton": self.newton}
+        return {"status": self.status, "engine": self.engine, "tol": self.tol, **figures, **counts}
 
     def verify(self) -> dict[str, Any]:
         """Recompute every claim by other code: blocks by linear programs over their vertices, bounds by the oracles.
@@ -93,9 +101,7 @@ class BlockSolution:
         Returns:
             See `polytope_lp.general.verify_blocks.verify_blocks`.
         """
-        from polytope_lp.general.verify_blocks import verify_blocks
-
-        return verify_blocks(self)
+        return verify_blocks(self.problem, self.x, self.lam, self.ray, self.certificate())
 
 
 def solve_blocks(
@@ -103,21 +109,32 @@ def solve_blocks(
     tol: float = 1e-7,
     time_limit: float | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
+    engine: str = "auto",
 ) -> BlockSolution:
-    """Solve an LP over blocks exactly: proximal method of multipliers with semismooth Newton steps.
+    """Solve an LP over blocks exactly: proximal method of multipliers with semismooth Newton steps, or HiGHS for boxes.
 
     Args:
         lp: The LP.
         tol: Violation, dual residual and gap to reach.
         time_limit: Seconds after which the best point so far is returned.
         report: Called with every entry of the history.
+        engine: `newton`; `highs`, where every block is a box; `auto` for the second where it can, else the first.
 
     Returns:
         The solution; read `status` before using it.
+
+    Raises:
+        ValueError: If `engine` is `highs` and a block is not a box.
     """
+    check_choice("engine", engine, ENGINES)
     check_number("tol", tol, low=SMALLEST_TOL, high=1.0, open_high=True)
     if time_limit is not None:
         check_number("time_limit", time_limit, low=0.0, open_low=True)
+    box = None if engine == "newton" else lp.box()
+    if engine == "highs" and box is None:
+        raise ValueError("engine: expected newton, since a block is not a box, got 'highs'")
+    if box is not None:
+        return _by_highs(lp, tol, time_limit, report, box)
     started, n = time.monotonic(), lp.c.size
     scaled, rows, columns, (unit_c, unit_x) = equilibrated(lp)
     history: list[dict[str, Any]] = []
@@ -154,9 +171,62 @@ def solve_blocks(
         **claims,
         iterations=found.outer,
         newton=found.newton,
+        engine="newton",
+        tol=tol,
         seconds=time.monotonic() - started,
         history=history,
         ray=None if good or found.ray is None else lp.signed(found.ray * rows),
+        problem=lp,
+    )
+
+
+def _by_highs(
+    lp: BlockLP,
+    tol: float,
+    time_limit: float | None,
+    report: Callable[[dict[str, Any]], None] | None,
+    box: tuple[Array, Array],
+) -> BlockSolution:
+    """HiGHS's point, and our claims about it."""
+    started = time.monotonic()
+    found = solve_rows(lp.c, lp.A, lp.b, lp.inequalities, *box, time_limit)
+    scaled, rows, columns, (unit_c, unit_x) = equilibrated(lp)
+    lam, status, n = lp.signed(found.lam), found.status, lp.c.size
+    slack = (lp.b - lp.A @ found.x)[: lp.inequalities] * rows[: lp.inequalities]
+    point = np.concatenate([found.x, slack / columns[n:] if lp.inequalities else slack])
+    point[:n] /= columns[:n]
+    point = scaled.project(point / unit_x)
+    reduced = scaled.c + scaled.A.T @ (lam / (rows * unit_c))
+    moved = float(np.linalg.norm(point - scaled.project(point - reduced)))
+    claims = _claims(lp, found.x, lam, moved / (1 + float(np.linalg.norm(scaled.c))))
+    if status == "optimal":
+        good = max(claims["max_violation"], claims["dual_residual"], claims["gap"]) <= tol
+        status = "stalled" if not good else "optimal" if np.isfinite(claims["upper_bound"]) else "optimal_residual"
+    ray = found.ray
+    if status == "infeasible":
+        ray = None if ray is None else lp.signed(ray)
+        status = "infeasible" if ray is not None and lp.proves_infeasible(ray) else "stalled"
+    if status == "unbounded" and (ray is None or claims["max_violation"] > tol):
+        status = "stalled"
+    if status == "stalled" and time_limit is not None and time.monotonic() - started > time_limit:
+        status = "time_limit"
+    seconds = round(time.monotonic() - started, 6)
+    history = [
+        {"iteration": found.iterations, "seconds": seconds, "violation": claims["max_violation"]}
+        | {"dual": claims["dual_residual"], "newton": 0, "gap": claims["gap"]}
+    ]
+    if report:
+        report(history[-1])
+    return BlockSolution(
+        status=status,
+        **claims,
+        iterations=found.iterations,
+        newton=0,
+        engine="highs",
+        tol=tol,
+        seconds=time.monotonic() - started,
+        history=history,
+        ray=ray,
         problem=lp,
     )
 
@@ -184,12 +254,14 @@ def _claims(lp: BlockLP, x: Array, lam: Array, dual_residual: float) -> dict[str
     }
 
 
-CODES = {"optimal": 0, "optimal_residual": 0, "time_limit": 1, "infeasible": 2, "stalled": 4}
+ENGINES = ("auto", "newton", "highs")
+CODES = {"optimal": 0, "optimal_residual": 0, "time_limit": 1, "infeasible": 2, "unbounded": 3, "stalled": 4}
 MESSAGES = {
     "optimal": "optimal: the primal is feasible and its gap is below tol",
     "optimal_residual": "optimal: violation, dual residual and gap are below tol",
     "time_limit": "time limit reached",
     "infeasible": "infeasible: the multipliers in `ray` prove that no point satisfies the rows",
+    "unbounded": "unbounded: the objective falls for ever along `ray`",
     "stalled": "accuracy not reached",
 }
 
@@ -205,6 +277,7 @@ def linprog_blocks(
     *,
     tol: float = 1e-7,
     time_limit: float | None = None,
+    engine: str = "auto",
 ) -> OptimizeResult:
     """Solve an LP over blocks; arguments and result as in `scipy.optimize.linprog`.
 
@@ -218,15 +291,17 @@ def linprog_blocks(
         blocks: Polytopes in the order of the variables, each with the lengths of its blocks.
         tol: Violation, dual residual and gap to reach.
         time_limit: Seconds after which the best point so far is returned.
+        engine: `newton`; `highs`, where every block is a box; `auto` for the second where it can, else the first.
 
     Returns:
-        scipy's `x`, `fun`, `slack`, `con`, `ineqlin` and `eqlin` (`residual`, `marginals`), `nit` (proximal steps),
-        `status`, `success` and `message`: 0 optimal, 1 limit reached, 2 infeasible (proved), 4 accuracy not reached.
+        scipy's `x`, `fun`, `slack`, `con`, `ineqlin` and `eqlin` (`residual`, `marginals`), `nit`,
+        `status`, `success` and `message`: 0 optimal, 1 limit reached, 2 infeasible (proved), 3 unbounded (proved),
+        4 accuracy not reached.
         Beyond scipy: `lam` (multipliers, inequalities first; the negative marginals), `lower_bound` (certified; -inf if
         there is none), `upper_bound`, `gap`, `violation`, `dual_residual`, `newton`, `ray`.
     """
     lp = BlockLP.build(c, A_ub, b_ub, A_eq, b_eq, bounds, blocks)
-    found = solve_blocks(lp, tol, time_limit)
+    found = solve_blocks(lp, tol, time_limit, engine=engine)
     left, k = lp.b - lp.A @ found.x, lp.inequalities
     code = CODES[found.status]
     return _result(
@@ -247,6 +322,7 @@ def linprog_blocks(
         violation=found.max_violation,
         dual_residual=found.dual_residual,
         newton=found.newton,
+        engine=found.engine,
         ray=found.ray,
     )
 

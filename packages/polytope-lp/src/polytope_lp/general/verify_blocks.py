@@ -7,7 +7,7 @@ corral that projected; lower bounds by the fractional knapsack or by the oracle 
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,46 +17,64 @@ from polytope_lp.general.block_lp import BlockLP, Bounds, Group
 from polytope_lp.matching.verify import capped_excess, capped_least
 from polytope_lp.polytopes import CappedBox
 
-if TYPE_CHECKING:
-    from polytope_lp.general.block_solution import BlockSolution
-
 Array = NDArray[np.float64]
+STATUSES = ("optimal", "optimal_residual", "infeasible", "unbounded", "time_limit", "stalled")
 
 
-def verify_blocks(solution: "BlockSolution") -> dict[str, Any]:
+def verify_blocks(lp: BlockLP, x: Array, lam: Array, ray: Array | None, claims: dict[str, Any]) -> dict[str, Any]:
     """Recompute bounds, rows and blocks, and compare them with the claims.
 
     Args:
-        solution: The solution.
+        lp: The LP.
+        x: The primal, shape (n,).
+        lam: Multipliers, inequalities first, shape (m,).
+        ray: What proves that there is no optimum, or None.
+        claims: What `BlockSolution.certificate` gives.
 
     Returns:
         `ok`, the recomputed figures, and `problems`: one line for every claim that does not hold.
     """
-    lp, x, lam = solution.problem, solution.x, solution.lam
     failures: list[str] = []
 
     def require(holds: bool, line: str) -> None:
         if not holds:
             failures.append(line)
 
-    if solution.status == "infeasible":
-        proved = solution.ray is not None and _least(lp, lp.A.T @ solution.ray) - float(solution.ray @ lp.b) > 0
-        require(proved, "the ray does not prove infeasibility")
+    status, tol = claims["status"], claims["tol"]
+    require(status in STATUSES, f"status: expected one of {', '.join(STATUSES)}, got {status!r}")
+    if status == "infeasible":
+        require(ray is not None and _proves_infeasible(lp, lp.signed(ray)), "the ray does not prove infeasibility")
         return {"ok": not failures, "problems": failures}
     objective, block = float(lp.c @ x), max((_outside(g, x[at]) for at, g in lp.pieces()), default=0.0)
     lower = _least(lp, lp.c + lp.A.T @ lam) - float(lam @ lp.b)
     violation = float((lp.excess(x) / (1 + np.abs(lp.b) + abs(lp.A) @ np.abs(x))).max(initial=0.0))
     size = max(1.0, abs(objective))
+    claimed_lower = -np.inf if claims["lower_bound"] is None else claims["lower_bound"]
     require(block <= 1e-7, f"a block leaves its polytope by {block:.3e}")
     require(bool((lam[: lp.inequalities] >= 0).all()), "a multiplier of an inequality is negative")
-    require(abs(objective - solution.objective) <= 1e-9 * size, f"the objective is {objective!r}")
-    require(violation <= solution.max_violation + 1e-12, f"a row is violated by {violation:.3e}")
     require(
-        not np.isfinite(solution.lower_bound) or lower >= solution.lower_bound - 1e-9 * size,
-        f"the lower bound is {lower!r}, below the {solution.lower_bound!r} claimed",
+        claims["objective"] is not None and abs(objective - claims["objective"]) <= 1e-9 * size,
+        f"the objective is {objective!r}",
     )
-    if np.isfinite(solution.upper_bound):
+    require(
+        claims["max_violation"] is not None and violation <= claims["max_violation"] + 1e-12,
+        f"a row is violated by {violation:.3e}",
+    )
+    require(lower >= claimed_lower - 1e-9 * size, f"the lower bound is {lower!r}, below the {claimed_lower!r} claimed")
+    gap = abs(float(lam @ (lp.A @ x - lp.b))) / size
+    if claims["upper_bound"] is not None:
         require(bool((lp.excess(x) <= 1e-12 * (1 + np.abs(lp.b))).all()), "the primal is not feasible")
+        require(abs(claims["upper_bound"] - objective) <= 1e-9 * size, f"the upper bound is {objective!r}")
+        if np.isfinite(lower):
+            gap = (objective - lower) / max(1.0, abs(lower))
+    require(claims["gap"] is not None and gap <= claims["gap"] + 1e-9, f"the gap is {gap:.3e}")
+    if status in {"optimal", "optimal_residual"}:
+        within = max(gap, violation, _slackness(lp, x, lam) if claims["upper_bound"] is None else 0.0)
+        require(within <= 10 * tol + 1e-9, f"{status}: gap, violation and slackness reach {within:.3e}, not {tol:.3e}")
+        require(status != "optimal" or claims["upper_bound"] is not None, "optimal: expected an upper bound, got none")
+    if status == "unbounded":
+        require(ray is not None and _falls_for_ever(lp, ray), "the ray does not prove that the objective is unbounded")
+        require(violation <= tol, f"unbounded: the point violates a row by {violation:.3e}")
     return {
         "ok": not failures,
         "problems": failures,
@@ -65,6 +83,52 @@ def verify_blocks(solution: "BlockSolution") -> dict[str, Any]:
         "max_violation": violation,
         "block_violation": block,
     }
+
+
+def _proves_infeasible(lp: BlockLP, ray: Array) -> bool:
+    # The dual at zero costs is above zero; where a variable has no bound, products that cancel up to rounding count as
+    # zero.
+    reduced = lp.A.T @ ray
+    cancelled = np.abs(reduced) <= 1e-13 * (abs(lp.A.T) @ np.abs(ray))
+    for at, group in lp.pieces():
+        if isinstance(group.kind, Bounds):
+            open_ = np.isinf(group.kind.lower) | np.isinf(group.kind.upper)
+            reduced[at] = np.where(cancelled[at] & open_, 0.0, reduced[at])
+    return _least(lp, reduced) - float(ray @ lp.b) > 0
+
+
+def _slackness(lp: BlockLP, x: Array, lam: Array) -> float:
+    # What is lost by x against the best point of the blocks at these prices, relative to the objective; on a side
+    # without a bound, the reduced cost of the wrong sign relative to its terms.
+    reduced = lp.c + lp.A.T @ lam
+    lost, wrong = 0.0, 0.0
+    terms = np.abs(lp.c) + abs(lp.A.T) @ np.abs(lam)
+    for at, group in lp.pieces():
+        r, mine = reduced[at], x[at]
+        if isinstance(group.kind, Bounds):
+            side = np.where(r > 0, group.kind.lower, group.kind.upper)
+            open_ = np.isinf(side)
+            lost += float((r * (mine - np.where(open_, mine, side))).sum())
+            wrong = max(wrong, float((np.abs(r) / (1 + terms[at]))[open_].max(initial=0.0)))
+        else:
+            part = BlockLP(r, lp.A[:0, at], np.zeros(0), 0, (group,))
+            lost += float(r @ mine) - _least(part, r)
+    return max(lost / max(1.0, abs(float(lp.c @ x))), wrong)
+
+
+def _falls_for_ever(lp: BlockLP, ray: Array) -> bool:
+    # Whether a direction lowers the objective and leaves neither rows nor blocks, up to rounding.
+    size = float(np.abs(ray).max(initial=0.0))
+    box = lp.box()
+    if size == 0.0 or box is None:
+        return False
+    lower, upper = box
+    d = ray / size
+    inside = bool((d[np.isfinite(upper)] <= 1e-9).all() and (d[np.isfinite(lower)] >= -1e-9).all())
+    k, slope = lp.inequalities, lp.A @ d
+    summed = 1e-9 * (1 + abs(lp.A) @ np.abs(d))
+    rows = bool((slope[:k] <= summed[:k]).all() and (np.abs(slope[k:]) <= summed[k:]).all())
+    return inside and rows and float(lp.c @ d) < -1e-9 * float(np.abs(lp.c) @ np.abs(d))
 
 
 def _least(lp: BlockLP, reduced: Array) -> float:

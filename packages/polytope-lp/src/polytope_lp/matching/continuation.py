@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from polytope_lp.matching import exact
 from polytope_lp.matching.search import FinishedError, Search, zeros
 from polytope_lp.optimizers import accelerated, lbfgs, second_order
 
@@ -47,6 +48,8 @@ class Tuning:
         newton_steps: Newton steps after which the center moves in any case.
         patience: Evaluations without a halved gap after which Newton steps take over.
         surrender: Evaluations without a halved gap after which the run counts as stalled.
+        hand_over: The same where the problem is small: then HiGHS takes less time than further evaluations.
+        highs_variables: Variables up to which HiGHS is asked where a run has stalled.
     """
 
     first_ridge: float = 0.3
@@ -68,6 +71,8 @@ class Tuning:
     newton_steps: int = 50
     patience: int = 80
     surrender: int = 2000
+    hand_over: int = 400
+    highs_variables: int = 100_000
 
 
 TUNING = Tuning()
@@ -119,7 +124,19 @@ def run(search: Search, stage: Stage | None, save: Callable[[Stage], None]) -> s
                 _advance(search, stage)
             save(stage)
     except FinishedError as finished:
-        return str(finished.args[0])
+        status = str(finished.args[0])
+    if status == "stalled" and _fits_highs(search):
+        try:
+            exact.finish(search)
+        except FinishedError as finished:
+            return str(finished.args[0])
+    return status
+
+
+def _fits_highs(search: Search) -> bool:
+    options = search.options
+    plain = options.method == "auto" and options.gamma is None and options.proximal is not False
+    return plain and search.dual.variables <= TUNING.highs_variables
 
 
 def begin(search: Search, mu: Tensor, gamma: float | None = None) -> Stage:
@@ -171,7 +188,8 @@ def _advance(search: Search, stage: Stage) -> None:
     allowed = TUNING.share_of_tol * search.options.tol
     if smoothing + rest <= 0.5 * stage.reached:
         stage.reached, stage.at = smoothing + rest, len(search.history)
-    if len(search.history) - stage.at > TUNING.surrender:
+    small = search.dual.variables <= TUNING.small_variables and _fits_highs(search)
+    if len(search.history) - stage.at > (TUNING.hand_over if small else TUNING.surrender):
         raise FinishedError("stalled")
     if _newton_takes_over(search, stage):
         stage.proximal = True

@@ -15,6 +15,8 @@ from polytope_lp.matching.statistics import Statistics, measure
 
 KEEP = 1.0 - 1e-12
 """Budgets are met up to this factor, so that no order of summation finds them exceeded."""
+UNUSED = 2.0**-500
+"""Fixed-point factor of sums that nobody reads."""
 ROUND = 2.0**-53
 """Relative rounding error of one operation in float64."""
 
@@ -147,6 +149,12 @@ class FusedDual:
         totals = [found.cost, 2.0 * found.amount_square, found.cost, float(self.variables), float(self.variables)]
         self._scale_now = _fixed_point(torch.cat([rows, torch.tensor(totals, dtype=torch.float64)]))
         self._exponent = math.frexp(found.cost)[1]
+        # Loads are whole multiples of their resolution: repair stays as far below the budget, where that matters.
+        margin = 2.0 * problem.bounds.shape[0] / self._scale_now[: 2 * problem.rows : 2]
+        self._margin: Tensor | None = torch.minimum(margin, self.budgets.abs())
+        self._empty = torch.nonzero(self.budgets <= self._margin).ravel() if self.repairable else torch.zeros(0).long()
+        if bool((self._margin <= 0.1 * (1.0 - KEEP) * self.budgets.abs()).all()):
+            self._margin = None
         self._equations = self.free if bool(self.free.any()) else None
         single = problem.data.index.ndim == 1 or problem.data.index.shape[1] == 1
         # `dual_bounds` shrinks all that a row spends; edges that take nothing from it keep their amounts.
@@ -199,7 +207,16 @@ class FusedDual:
             Value, gradient and bounds.
         """
         sums, scale = self._sums(lam, gamma, anchor, None)
-        gradient, shrink, found = dual_bounds(sums, scale, lam, self.budgets, free=self._equations, keep=KEEP)
+        reduced = self.budgets if self._margin is None else self.budgets - self._margin
+        gradient, shrink, found = dual_bounds(sums, scale, lam, reduced, free=self._equations, keep=KEEP)
+        if self._margin is not None:
+            priced = float(lam @ self._margin)
+            gradient, found["priced"] = gradient - self._margin, found["priced"] - priced
+            found["budget"] += priced
+        if self._empty.numel():  # their loads may be too small to show in the sums: nothing is left in them
+            spent = sums[2 * self._empty + 1] / scale[2 * self._empty + 1]
+            found["repaired"] -= float(spent @ shrink[self._empty])
+            shrink = shrink.index_fill(0, self._empty, 0.0)
         upper = math.inf
         if self.repairable:
             upper = found["repaired"] if self._one_pass_repairs else self._repaired_cost(lam, gamma, anchor, shrink)
@@ -304,7 +321,7 @@ def primal_piece(
         The primal, shape (variables of the run,), float64.
     """
     part = problem.slice(begin, end)
-    scale = torch.ones(2 * lam.shape[0] + len(TOTALS), dtype=torch.float64)
+    scale = torch.full((2 * lam.shape[0] + len(TOTALS),), UNUSED, dtype=torch.float64)
     bounds = torch.tensor([0, part.blocks])
     _, x = dual_pass(part, lam, gamma, scale, bounds, anchor=anchor, shrink=shrink, primal=True, check=False)
     return x

@@ -65,6 +65,7 @@ class Search:
         last: Last evaluation.
         history: One entry per evaluation.
         before: Seconds of the runs that this one resumes.
+        engine: What the points come from: `dual` (ascent), or `highs`.
     """
 
     dual: Dual
@@ -78,6 +79,7 @@ class Search:
     last: Evaluation | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     before: float = 0.0
+    engine: str = "dual"
 
     @property
     def size(self) -> float:

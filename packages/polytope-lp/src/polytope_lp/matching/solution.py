@@ -46,6 +46,7 @@ class Solution:
         tol: Gap that was asked for.
         unit: The most that one edge can add to the objective; where shrinking repairs, the optimum is no smaller.
         presolved: The problem in the units in which it was solved.
+        engine: What the last point came from: `dual` (ascent), or `highs` where that made no progress.
     """
 
     status: str
@@ -67,6 +68,7 @@ class Solution:
     tol: float
     unit: float
     presolved: Presolved = field(repr=False)
+    engine: str = "dual"
 
     @classmethod
     def from_search(
@@ -110,6 +112,7 @@ class Solution:
             tol=search.options.tol,
             unit=presolved.statistics.unit,
             presolved=presolved,
+            engine=search.engine,
         )
         return draft if best.shrink is None else draft._with_repaired_load(search.dual.budgets, group)
 
@@ -295,6 +298,7 @@ class Solution:
             "unit": self.unit,
             "gamma": self.gamma,
             "proximal": self.anchor is not None,
+            "engine": self.engine,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
             "sources": self.problem.data.blocks,

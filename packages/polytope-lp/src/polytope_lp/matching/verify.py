@@ -21,6 +21,7 @@ FIGURES = ("objective", "lower_bound", "max_violation", "tol", "unit", "gamma", 
 BOUNDED = ("upper_bound", "gap")
 COUNTS = ("evaluations", "sources", "skipped_sources", "edges", "destinations")
 STATUSES = ("optimal", "optimal_residual", "infeasible", "time_limit", "evaluation_limit", "stalled")
+ENGINES = ("dual", "highs")
 SLACK = 1e-9
 """What two orders of summation may differ by, relative to the unit of the gap."""
 
@@ -66,7 +67,7 @@ def malformed(claims: dict[str, Any]) -> list[str]:
     Returns:
         One line for every field that cannot be read.
     """
-    known = {"status", "proximal", *FIGURES, *BOUNDED, *COUNTS}
+    known = {"status", "proximal", "engine", *FIGURES, *BOUNDED, *COUNTS}
     lines = [f"{name}: no field of a certificate" for name in sorted(set(claims) - known)]
     lines.extend(f"{name}: missing" for name in sorted(known - set(claims)))
     for name in (*FIGURES, *BOUNDED):
@@ -80,6 +81,8 @@ def malformed(claims: dict[str, Any]) -> list[str]:
             lines.append(f"{name}: expected a whole number of at least 0, got {value!r}")
     if claims.get("status", "stalled") not in STATUSES:
         lines.append(f"status: expected one of {', '.join(STATUSES)}, got {claims['status']!r}")
+    if claims.get("engine", "dual") not in ENGINES:
+        lines.append(f"engine: expected one of {', '.join(ENGINES)}, got {claims['engine']!r}")
     if not isinstance(claims.get("proximal", False), bool):
         lines.append(f"proximal: expected true or false, got {claims['proximal']!r}")
     if (claims.get("gap") is None) != (claims.get("upper_bound") is None):

@@ -1,0 +1,108 @@
+"""HiGHS, as scipy ships it: a primal and dual pair of a plain LP, and rays where there is none.
+
+What it returns is never claimed as it is: callers recompute bounds and violations from its points.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+
+Array = NDArray[np.float64]
+TOLERANCE = 1e-9
+"""Feasibility that is asked for; HiGHS takes 1e-10 at least."""
+_STATUS = {0: "optimal", 1: "time_limit", 2: "infeasible", 3: "unbounded"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What HiGHS found.
+
+    Attributes:
+        status: `optimal`, `time_limit`, `infeasible`, `unbounded` or `stalled`.
+        x: Primal, shape (n,); zeros if there is none.
+        lam: Multipliers, inequalities first, shape (m,); zeros if there are none.
+        iterations: Simplex iterations.
+        ray: Of an infeasible LP multipliers that prove it, shape (m,); of an unbounded one a direction, shape (n,).
+    """
+
+    status: str
+    x: Array
+    lam: Array
+    iterations: int
+    ray: Array | None = None
+
+
+def solve_rows(
+    c: Array,
+    A: scipy.sparse.csr_array,
+    b: Array,
+    inequalities: int,
+    lower: Array,
+    upper: Array,
+    time_limit: float | None = None,
+) -> Point:
+    """Solve an LP over bounds.
+
+    Args:
+        c: Costs, shape (n,).
+        A: Rows, inequalities (`<=`) first, shape (m, n).
+        b: Right-hand sides, shape (m,).
+        inequalities: Number of inequalities.
+        lower: Lower bounds, shape (n,).
+        upper: Upper bounds, shape (n,).
+        time_limit: Seconds, or None.
+
+    Returns:
+        The point.
+    """
+    found = _linprog(c, A, b, inequalities, lower, upper, time_limit)
+    status = _STATUS.get(found.status, "stalled")
+    if status != "optimal" and found.x is None:
+        ray = None
+        if status == "infeasible":
+            ray = _infeasible(A, b, inequalities, lower, upper, time_limit)
+        elif status == "unbounded":
+            inner = _linprog(np.zeros_like(c), A, b, inequalities, lower, upper, time_limit)
+            ray = _unbounded(c, A, inequalities, lower, upper, time_limit)
+            if inner.x is None or ray is None:
+                return Point("stalled", np.zeros(c.size), np.zeros(b.size), int(found.nit))
+            return Point(status, np.asarray(inner.x), np.zeros(b.size), int(found.nit), ray)
+        return Point(status, np.clip(np.zeros(c.size), lower, upper), np.zeros(b.size), int(found.nit), ray)
+    lam = -np.concatenate([found.ineqlin.marginals, found.eqlin.marginals])
+    return Point(status, np.clip(np.asarray(found.x), lower, upper), lam, int(found.nit))
+
+
+def _linprog(c: Array, A: Any, b: Array, k: int, lower: Array, upper: Array, time_limit: float | None = None) -> Any:
+    options: dict[str, Any] = {"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE}
+    if time_limit is not None:
+        options["time_limit"] = time_limit
+    ub, eq = (A[:k], b[:k]) if k else (None, None), (A[k:], b[k:]) if k < b.size else (None, None)
+    bounds = np.stack([lower, upper], 1)
+    run: Any = linprog  # its stubs know no union of absent and sparse rows
+    return run(c, ub[0], ub[1], eq[0], eq[1], bounds, method="highs", options=options)
+
+
+def _infeasible(A: Any, b: Array, k: int, lower: Array, upper: Array, time_limit: float | None) -> Array | None:
+    # Least sum of violations: where it is above zero, its multipliers are the proof.
+    m, n = A.shape
+    slack = scipy.sparse.csr_array(
+        scipy.sparse.hstack([-scipy.sparse.eye_array(m), scipy.sparse.eye_array(m).tocsc()[:, k:]])
+    )
+    c = np.concatenate([np.zeros(n), np.ones(2 * m - k)])
+    wide = scipy.sparse.csr_array(scipy.sparse.hstack([A, slack]))
+    low, high = np.concatenate([lower, np.zeros(2 * m - k)]), np.concatenate([upper, np.full(2 * m - k, np.inf)])
+    found = _linprog(c, wide, b, k, low, high, time_limit)
+    if found.x is None:
+        return None
+    return -np.concatenate([found.ineqlin.marginals, found.eqlin.marginals])
+
+
+def _unbounded(c: Array, A: Any, k: int, lower: Array, upper: Array, time_limit: float | None) -> Array | None:
+    # A direction of the recession cone in which the objective falls.
+    down, up = np.where(np.isinf(lower), -1.0, 0.0), np.where(np.isinf(upper), 1.0, 0.0)
+    found = _linprog(c, A, np.zeros(A.shape[0]), k, down, up, time_limit)
+    return np.asarray(found.x) if found.x is not None and found.fun < 0 else None
