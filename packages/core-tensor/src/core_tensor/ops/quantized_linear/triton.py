@@ -51,7 +51,7 @@ def _outlier_kernel(x, offsets, columns, values, y, tokens, rows, features, outl
     # Outliers that nobody has checked cannot make it read outside the arrays.
     begin = tl.maximum(tl.load(offsets + row), 0)
     for k in range(begin, tl.minimum(tl.load(offsets + row + 1), outliers)):
-        column = tl.load(columns + k)
+        column = tl.full((TOKENS,), 0, tl.int32) + tl.load(columns + k)
         at = x + token.to(tl.int64) * features + column
         inside = seen & (column >= 0) & (column < features)
         total += tl.load(values + k) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
