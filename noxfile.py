@@ -246,6 +246,8 @@ def wheels(session: nox.Session) -> None:
     built = sorted(str(path) for path in (ROOT / "dist").iterdir() if path.name.endswith((".whl", ".tar.gz")))
     run(session, commands / "check-wheel-contents", *(path for path in built if path.endswith(".whl")))
     run(session, commands / "twine", "check", "--strict", *built)
+    source = next(path for path in built if Path(path).name.startswith("core_tensor-") and path.endswith(".tar.gz"))
+    run(session, commands / "python", "tools/without_compiler.py", source)
     chosen = affected_packages(options.affected) if options.affected else PACKAGES
     with tempfile.TemporaryDirectory(prefix="wheels-") as name:
         outside = Path(name)
@@ -407,4 +409,6 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def hostile(session: nox.Session) -> None:
     """Mutated calls on sanitized kernels, mutated files on every reader; see `tools/hostile.py --help`."""
-    run(session, workspace(session) / "python", "tools/hostile.py", *(session.posargs or ["all"]))
+    commands = workspace(session)
+    tools = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "CMAKE_GENERATOR": "Ninja"}  # both from the lock
+    run(session, commands / "python", "tools/hostile.py", *(session.posargs or ["all"]), env=tools)
