@@ -38,7 +38,7 @@ def operator(
         cpu: Call into the compiled library; used where the library holds every symbol that its module names.
         cuda: `"module:function"` of the Triton launcher, imported at the first call on a CUDA tensor.
         setup_context: Saves for backward, as in `torch.library.register_autograd`.
-        backward: Gradient formula, as in `torch.library.register_autograd`.
+        backward: Gradient formula, as in `torch.library.register_autograd`; without one the results need no gradient.
 
     Returns:
         The operator's overload, to be called by its public function.
@@ -46,6 +46,8 @@ def operator(
     name = schema.split("(", 1)[0]
     qualified = f"core_tensor::{name}"
     _LIBRARY.define(schema)
+    if backward is None:
+        reference = torch.no_grad()(reference)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     live = {"cpu": "reference", "cuda": "reference"}
@@ -57,6 +59,8 @@ def operator(
         live["cuda"] = "triton"
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    else:  # results that need no gradient: torch's default is one of zero, and a warning when it is asked for
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _BACKENDS[name] = live
     overload: Callable[..., Any] = getattr(torch.ops.core_tensor, name).default
     return overload

@@ -26,7 +26,7 @@ def cd_sparse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `core_tensor.cd_sparse`."""
     out = codes.clone(memory_format=torch.contiguous_format)
-    g = gradient.clone(memory_format=torch.contiguous_format)
+    g = gradient.detach().clone(memory_format=torch.contiguous_format)
     diagonal = sigma.diagonal()
     inverse = torch.where(diagonal == 0, torch.zeros_like(diagonal), 1 / diagonal)  # 0: a dead feature never moves
     moves = torch.zeros(out.shape[0], dtype=torch.int64)

@@ -67,7 +67,7 @@ def cd_sparse(
     """See `core_tensor.cd_sparse`."""
     check_indices("group", group, scale.shape[1])
     out = codes.clone(memory_format=torch.contiguous_format)
-    g = gradient.clone(memory_format=torch.contiguous_format)
+    g = gradient.detach().clone(memory_format=torch.contiguous_format)
     diagonal = sigma.diagonal()
     inverse = torch.where(diagonal == 0, torch.zeros_like(diagonal), 1 / diagonal)
     rows, p = out.shape

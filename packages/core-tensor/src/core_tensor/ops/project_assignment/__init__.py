@@ -64,5 +64,6 @@ def project_assignment(
     check_number("slots", slots, low=1, high=MOST, integer=True)
     check_number("limit", limit, low=1, high=MOST, integer=True)
     check_flag("filled", filled)
-    found: tuple[Tensor, Tensor, Tensor] = _project(values.detach().cpu(), offsets.cpu(), slots, filled, limit)
+    place = "meta" if values.is_meta else "cpu"
+    found: tuple[Tensor, Tensor, Tensor] = _project(values.detach().to(place), offsets.to(place), slots, filled, limit)
     return found if values.is_cpu else tuple(t.to(values.device) for t in found)  # type: ignore[return-value]

@@ -20,7 +20,7 @@ and fbgemm.
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_choice, check_indices, check_number, check_tensor
+from core_tensor.checks import check_choice, check_indices, check_number, check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.row_update import cpu, reference
 
@@ -99,7 +99,7 @@ def row_update(
         check_tensor(
             "state", tensor, shape=(n, d) if kind == "adam" else (n,), dtype=weight.dtype, device=weight.device
         )
-    if any(tensor.is_neg() for tensor in (weight, *state)):
+    if has_values(weight) and any(tensor.is_neg() for tensor in (weight, *state)):
         raise ValueError("weight: expected tables that can be written to, got a negated view")
     check_tensor("ids", ids, ndim=1, dtype=torch.int64, device=weight.device)
     check_tensor("grad", grad, shape=(len(ids), d), dtype=weight.dtype, device=weight.device, finite=True)
