@@ -22,7 +22,7 @@ from lirank.data.split import Split
 from lirank.evaluate import baseline
 from lirank.evaluate.compare import compare
 from lirank.evaluate.metrics import auc, logloss
-from lirank.evidence.generator import Generated, Market, generate, without
+from lirank.evidence.generator import Generated, Market, generate, schema_of, without
 from lirank.features.prepare import prepare
 from lirank.model.config import ModelConfig
 from lirank.schema.features import History, Id, Popularity, Schema
@@ -111,7 +111,8 @@ def ablate(
     pq.write_table(made.log, folder / "log.parquet")
     log = ParquetLog.open(folder / "log.parquet")
     training = msgspec.structs.replace(training, seed=seed)
-    schema = without(made.schema, *component.hidden_from_both) if component.hidden_from_both else made.schema
+    schema = schema_of(made.market, history=True) if History in component.hidden else made.schema
+    schema = without(schema, *component.hidden_from_both) if component.hidden_from_both else schema
     schemas = {"on": schema, "off": _without(component, schema)}
     if component.positions:
         schemas = {

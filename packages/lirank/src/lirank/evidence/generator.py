@@ -201,15 +201,18 @@ def generate(market: Market) -> Generated:
     return Generated(log, known, schema_of(market), market)
 
 
-def schema_of(market: Market) -> Schema:
+def schema_of(market: Market, *, history: bool | None = None) -> Schema:
     """A schema of a market's log.
 
     Args:
         market: The market.
+        history: Whether it has the user's history; None where the market's labels depend on it.
 
     Returns:
-        All ids, numbers, popularity and, where the market has it, history and position.
+        All ids, numbers, popularity, and history and position where the market has them.
     """
+    if history is None:
+        history = market.history > 0
     ids = [Id(name=name, rows=1 << 14) for name in ("user", "item", "category")]
     ids += [Id(name=name, type="string", vocabulary="static", rows=16) for name in ("device", "surface")]
     ids += [Id(name="hour", vocabulary="static", rows=64)]
@@ -217,7 +220,7 @@ def schema_of(market: Market) -> Schema:
     counts = [
         Popularity(name=f"{key}_rate", key=(key,), label=market.label, prior=market.rate) for key in ("user", "item")
     ]
-    history = [History(name="history", key="user", item="item", action=market.label)] if market.history else []
+    history = [History(name="history", key="user", item="item", action=market.label)] if history else []
     return Schema(
         features=(*ids, *numbers, *counts, *history),
         labels=(Label(name=market.label), *(Label(name=task.name) for task in market.tasks)),
