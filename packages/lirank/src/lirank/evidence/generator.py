@@ -220,9 +220,9 @@ def schema_of(market: Market, *, history: bool | None = None) -> Schema:
     counts = [
         Popularity(name=f"{key}_rate", key=(key,), label=market.label, prior=market.rate) for key in ("user", "item")
     ]
-    history = [History(name="history", key="user", item="item", action=market.label)] if history else []
+    remembered = [History(name="history", key="user", item="item", action=market.label)] if history else []
     return Schema(
-        features=(*ids, *numbers, *counts, *history),
+        features=(*ids, *numbers, *counts, *remembered),
         labels=(Label(name=market.label), *(Label(name=task.name) for task in market.tasks)),
         time=Time(column="time"),
         group="user",
