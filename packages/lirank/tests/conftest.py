@@ -92,3 +92,13 @@ def trained(prepared, tmp_path_factory):
     config = TrainConfig(epochs=2, batch_size=128)
     Trainer(model, encoder, config).fit(prepared.log("train"), prepared.log("valid"), folder)
     return TrainedModel(model.eval(), encoder, prepared.causal(), {})
+
+
+@pytest.fixture(scope="session", name="make_table")
+def make_table_fixture():
+    return make_table
+
+
+@pytest.fixture(scope="session")
+def schema_text():
+    return SCHEMA

@@ -24,7 +24,7 @@ from lirank.schema.features import Schema
 from lirank.serve import deploy
 from lirank.train.loop import TrainConfig, Trainer
 from lirank.train.loop import evaluate as evaluate_log
-from lirank.train.run import DATA, TrainedModel, part_rows
+from lirank.train.run import DATA, SAMPLE, SAMPLE_ROWS, TrainedModel, part_rows
 
 _SEGMENTS = 20
 
@@ -55,9 +55,9 @@ def train_run(
     nothing: list[None] = []
     with progress(nothing, "training", total=total, unit="step") as bar:
         epochs = Trainer(model, encoder, training).fit(rows, valid, folder, lambda state: _advance(bar, state))
-    trained = TrainedModel(model.eval(), encoder, prepared.causal(), {"epochs": epochs})
-    trained.save(folder)
     test = prepared.log("test")
+    sample = next((test or valid or rows).read(rows=SAMPLE_ROWS))
+    TrainedModel(model.eval(), encoder, prepared.causal(), {"epochs": epochs}, sample).save(folder)
     return {
         "rows": prepared.rows,
         "notes": prepared.notes,
@@ -271,10 +271,9 @@ def calibrate_run(folder: Path, logs: Path | None, out: Path, method: Any = "aut
     return result
 
 
-def sample(folder: Path, rows: int = 4096) -> tuple[TrainedModel, Batch]:
-    """A run and some of its held-out rows, or of its training rows where it held out none."""
+def sample(folder: Path) -> tuple[TrainedModel, Batch]:
+    """A run and the rows that it keeps for comparisons: held-out ones where there are some."""
     trained = TrainedModel.load(folder)
-    log = part_rows(folder, "test") or part_rows(folder, "valid") or part_rows(folder, "train")
-    if log is None:
-        raise ValueError(f"{folder}: expected the data that `lirank train` prepared, found none")
-    return trained, trained.encoder.encode(next(log.read(rows=rows)))
+    if trained.sample is None:
+        raise ValueError(f"{folder}: expected {SAMPLE} of `lirank train` in it")
+    return trained, trained.encoder.encode(trained.sample)

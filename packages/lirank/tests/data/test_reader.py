@@ -1,4 +1,5 @@
 import datetime as dt
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -131,7 +132,7 @@ def test_logs_without_rows_files_or_columns(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
         ParquetLog.open(tmp_path)
     pq.write_table(pa.table({"n": [1]}), tmp_path / "one.parquet")
-    with pytest.raises(ValueError, match="'m'.*'n'"):
+    with pytest.raises(ValueError, match=r"'m'.*'n'"):
         ParquetLog.open(tmp_path / "one.parquet").require(["m"])
     pq.write_table(pa.table({"k": [1]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="differs in k, n"):
@@ -165,7 +166,7 @@ def assign(tmp_path, split, n=1000, pieces=(1000,)):
     schema = parse_schema("time: {column: t}\ngroup: u\nfeatures: [{kind: id, name: u}]\nlabels: [{name: y}]")
     splitter = Splitter(ParquetLog.open(tmp_path / "s.parquet"), schema, split)
     ends = np.cumsum([0, *pieces])
-    return table, np.concatenate([splitter.assign(table.slice(a, b - a)) for a, b in zip(ends, ends[1:], strict=False)])
+    return table, np.concatenate([splitter.assign(table.slice(a, b - a)) for a, b in itertools.pairwise(ends)])
 
 
 def test_split_by_time(tmp_path):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,7 +17,7 @@ PLAIN = {"name": "p", "key": ("k",), "label": "y", "prior": 0.3, "strength": 4.0
 
 def pieces(events, cuts):
     ends = sorted({0, len(events), *(c % (len(events) + 1) for c in cuts)})
-    return [events[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [events[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def columns(events):
@@ -48,8 +50,8 @@ def test_history_is_the_last_strictly_earlier_events(events, cuts, length, delay
     for number, piece in zip(np.cumsum([0, *map(len, pieces(events, cuts))]), pieces(events, cuts), strict=False):
         keys, times, labels = columns(piece)
         found, offsets, acts = state.scan(keys, times, np.arange(number, number + len(piece)), labels.astype(float))
-        items += [found[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
-        actions += [acts[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        items += [found[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+        actions += [acts[a:b].tolist() for a, b in itertools.pairwise(offsets)]
     for (key, time, _), seen, acts in zip(events, items, actions, strict=True):
         earlier = [i for i, (k, t, _) in enumerate(events) if k == key and t + delay < time][-length:]
         assert seen == earlier

@@ -125,7 +125,9 @@ def test_tasks_have_gradients_and_share_as_they_should(kind):
     assert out.shape == (6, 3)
     out[:, 2].sum().backward()
     touched = {
-        name.split(".")[1] for name, p in layer.named_parameters() if p.grad is not None and bool(p.grad.any()) and name.startswith("own")
+        name.split(".")[1]
+        for name, p in layer.named_parameters()
+        if name.startswith("own") and p.grad is not None and bool(p.grad.any())
     }
     assert touched == {"shared": {"0"}, "grouped": {"1"}, "mmoe": set(), "ple": {"1"}}[kind]
 

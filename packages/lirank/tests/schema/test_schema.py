@@ -12,6 +12,8 @@ from lirank.schema.hashing import combined, fingerprints
 from lirank.schema.transforms import DenseStatistics
 from lirank.schema.vocabulary import Vocabulary, hash_rows
 
+HISTORY_OF_X = "features: [{kind: id, name: u}, {kind: history, name: h, key: u, item: x}]"
+
 
 def test_yaml_round_trip(schema, tmp_path):
     schema.save(tmp_path / "schema.yaml")
@@ -34,8 +36,7 @@ def test_yaml_round_trip(schema, tmp_path):
             "time",
         ),
         (
-            "time: {column: t}\nfeatures: [{kind: id, name: u}, {kind: history, name: h, key: u, item: x}]\n"
-            "labels: [{name: a}]",
+            "time: {column: t}\nlabels: [{name: a}]\n" + HISTORY_OF_X,
             "'x'",
         ),
         ("features: [{kind: id, name: u, vocabulary: static, hashes: 2}]\nlabels: [{name: a}]", "hashes"),

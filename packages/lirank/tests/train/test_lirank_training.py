@@ -38,18 +38,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(prepared, tmp_path):  # RecBole#
         (tmp_path / name).mkdir()
     trainer(prepared).fit(prepared.log("train"), prepared.log("valid"), tmp_path / "whole")
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
-    def kill(state):
-        seen.append(state)
-        if len(seen) == stop:
-            raise Killed
+    def killer(steps):
+        seen = []
+
+        def kill(state):
+            seen.append(state)
+            if len(seen) == steps:
+                raise KilledError
+
+        return kill
 
     for stop in (4, 5, 3):  # between checkpoints, in both epochs
-        seen = []
-        with pytest.raises(Killed):
-            trainer(prepared).fit(prepared.log("train"), prepared.log("valid"), tmp_path / "killed", kill)
+        with pytest.raises(KilledError):
+            trainer(prepared).fit(prepared.log("train"), prepared.log("valid"), tmp_path / "killed", killer(stop))
         torch.rand(7)  # the next process has other random numbers
     trainer(prepared).fit(prepared.log("train"), prepared.log("valid"), tmp_path / "killed")
     for name in (BEST, CHECKPOINT):
@@ -66,7 +70,7 @@ def test_one_inf_changes_no_weight(prepared, tmp_path):  # FuxiCTR#101
     with torch.no_grad():
         run.model.network.mlp.linear[0].weight[0, 0] = torch.inf
     before["network.mlp.linear.0.weight"] = run.model.network.mlp.linear[0].weight.clone()
-    with pytest.raises(ValueError, match="step 2: .*no weight was changed"):
+    with pytest.raises(ValueError, match=r"step 2: .*no weight was changed"):
         run.train_step(batch)
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

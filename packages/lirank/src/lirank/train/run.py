@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from core_tensor.app.files import reading
+import pyarrow as pa
+import pyarrow.parquet as pq
+from core_tensor.app.files import atomic_path, reading
 
 from lirank.data.batch import Encoder
 from lirank.data.parquet import ParquetLog
@@ -15,7 +17,9 @@ from lirank.model.config import ModelConfig
 from lirank.model.ranker import Ranker
 from lirank.train import checkpoint
 
-MODEL, ENCODER, CAUSAL, DATA = "model.safetensors", "encoder.safetensors", "causal.safetensors", "data"
+MODEL, ENCODER, CAUSAL = "model.safetensors", "encoder.safetensors", "causal.safetensors"
+SAMPLE, DATA = "sample.parquet", "data"
+SAMPLE_ROWS = 1024
 
 
 @dataclass
@@ -27,12 +31,14 @@ class TrainedModel:
         encoder: Schema, vocabularies, statistics.
         causal: What the causal features remember at the end of the log.
         record: What is known of the training.
+        sample: Some rows with causal columns, for tracing and comparing exports; None if there are none.
     """
 
     model: Ranker
     encoder: Encoder
     causal: CausalFeatures
     record: dict[str, Any]
+    sample: pa.Table | None = None
 
     def save(self, folder: Path) -> None:
         """Write all parts.
@@ -42,6 +48,9 @@ class TrainedModel:
         """
         save_encoder(self.encoder, folder / ENCODER)
         save_causal(self.causal, folder / CAUSAL)
+        if self.sample is not None:
+            with atomic_path(folder / SAMPLE) as temporary:
+                pq.write_table(self.sample, temporary)
         record = {"config": msgspec.to_builtins(self.model.config), "training": self.record}
         checkpoint.save(folder / MODEL, self.model.state_dict(), record)
 
@@ -70,7 +79,8 @@ class TrainedModel:
         model = Ranker(encoder, config)
         checkpoint.check_names(folder / MODEL, tensors, model.state_dict())
         model.load_state_dict(tensors)
-        return cls(model.eval(), encoder, causal, record["training"])
+        sample = next(ParquetLog.open(folder / SAMPLE).read()) if (folder / SAMPLE).exists() else None
+        return cls(model.eval(), encoder, causal, record["training"], sample)
 
 
 def part_rows(folder: Path, part: str) -> ParquetLog | None:
