@@ -150,3 +150,27 @@ def test_quantized_linear_is_differentiable_in_its_input():
     module(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 16))
     assert "16, 5, bits=3" in repr(module)
+
+
+def test_an_outlier_outside_the_matrix_is_refused_on_loading(tiny_llama, tokens, tmp_path):
+    """Column 2**30 in a saved file once was a segmentation fault."""
+    from safetensors.torch import load_file, save_file
+
+    run = quantized(tiny_llama, tokens, tmp_path, "quantease", blocks=1, bits=3, outliers=0.05)
+    export_model(run, tmp_path / "out", "native")
+    file = tmp_path / "out" / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.0.mlp.up_proj.outlier_"
+    for key, change in (
+        ("columns", lambda v: v.index_fill(0, torch.tensor([1]), 2**30)),
+        ("columns", lambda v: -v - 1),
+        ("offsets", lambda v: v + 1),
+        ("offsets", lambda v: v.flip(0)),
+        ("values", lambda v: v * torch.inf),
+    ):
+        save_file(whole | {name + key: change(whole[name + key])}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"mlp\.up_proj: outlier_"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        module = QuantizedLinear.from_layer(run.store.load(0, "mlp.up_proj"))
+        with pytest.raises(ValueError, match=r"outlier_"):
+            module.load_state_dict(module.state_dict() | {f"outlier_{key}": change(whole[name + key])})

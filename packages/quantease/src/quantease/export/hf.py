@@ -30,6 +30,8 @@ class QuantEaseConfig(QuantizationConfigMixin):
     def __init__(self, bits: int = 3, group_size: int = -1, layers: dict[str, int] | None = None, **kwargs: Any):
         del kwargs
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers types its own methods only
+        if not isinstance(layers, dict | None) or any(not isinstance(n, int) for n in (layers or {}).values()):
+            raise ValueError("quantization_config: expected `layers` with the number of outliers of every layer")
         self.bits, self.group_size, self.layers = bits, group_size, dict(layers or {})
 
 
@@ -44,7 +46,9 @@ class QuantEaseHfQuantizer(HfQuantizer):
         del kwargs
         config = self.quantization_config
         for name, outliers in config.layers.items():
-            old = model.get_submodule(name)
+            old: Any = dict(model.named_modules()).get(name)
+            if not isinstance(old, nn.Linear) and type(old).__name__ != "Conv1D":
+                raise ValueError(f"quantization_config: expected the names of linear layers, got {name!r}")
             features, out = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
             with torch.device("meta"):
                 new = QuantizedLinear(
@@ -60,6 +64,13 @@ class QuantEaseHfQuantizer(HfQuantizer):
             parts = name.split(".")
             for length in range(len(parts) + 1):  # what holds it has nothing left for transformers to initialise
                 model.get_submodule(".".join(parts[:length]))._is_hf_initialized = True
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del kwargs
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                module.check_weights(name)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

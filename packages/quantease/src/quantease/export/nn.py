@@ -2,10 +2,12 @@
 
 import torch
 from core_tensor import pack_bits, quantized_linear, unpack_bits
-from core_tensor.checks import check_number
+from core_tensor.checks import check_number, check_tensor
 from torch import Tensor, nn
 
-from quantease.problem.layer import QuantizedLayer
+from quantease.problem.layer import QuantizedLayer, check_outliers
+
+_STORAGE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantizedLinear(nn.Module):
@@ -44,8 +46,13 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("bits", bits)):
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
             check_number(name, value, low=1, integer=True)
+        check_number("bits", bits, low=1, high=8, integer=True)
+        check_number("outliers", outliers, low=0, high=in_features * out_features, integer=True)
+        check_number("group_size", group_size, low=-1, integer=True)
+        if group_size != -1 and (group_size < 8 or group_size % 8):
+            raise ValueError(f"group_size: expected -1 or a multiple of 8, got {group_size}")
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         groups = 1 if group_size == -1 else -(-in_features // group_size)
 
@@ -59,7 +66,8 @@ class QuantizedLinear(nn.Module):
             buffer("outlier_offsets", (out_features + 1,), torch.int64)
             buffer("outlier_columns", (outliers,), torch.int32)
             buffer("outlier_values", (outliers,), dtype)
-        self.outliers = outliers
+        self.outliers, self._checked = outliers, False
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_weights())  # type: ignore[no-untyped-call]
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
@@ -100,7 +108,33 @@ class QuantizedLinear(nn.Module):
             module.outlier_values.copy_(outliers.values)
         if bias is not None and module.bias is not None:
             module.bias.data.copy_(bias)
+        module.check_weights()
         return module
+
+    def check_weights(self, name: str = "QuantizedLinear") -> None:
+        """Refuse stored tensors that point outside the layer; called whenever weights are loaded.
+
+        Args:
+            name: Name of the layer, for the message.
+
+        Raises:
+            ValueError: If scales are not finite, or an outlier lies outside the matrix.
+            TypeError: If a dtype does not fit.
+        """
+        if self.words.is_meta:
+            return
+        groups = 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
+        words = -(-self.in_features * self.bits // 32)
+        try:
+            check_tensor("words", self.words, shape=(self.out_features, words), dtype=torch.int32)
+            check_tensor("scales", self.scales, shape=(self.out_features, groups), dtype=_STORAGE, finite=True)
+            check_tensor("zeros", self.zeros, shape=(self.out_features, groups), dtype=torch.uint8)
+            if self.outliers:
+                stored = (self.outlier_offsets, self.outlier_columns, self.outlier_values)
+                check_outliers(*stored, self.out_features, self.in_features)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        self._checked = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -112,7 +146,8 @@ class QuantizedLinear(nn.Module):
             Shape (..., q), in the dtype of x.
         """
         sparse = (self.outlier_offsets, self.outlier_columns, self.outlier_values) if self.outliers else None
-        y = quantized_linear(x, self.words, self.scales, self.zeros, self.bits, self.group_size, sparse)
+        weights = (self.words, self.scales, self.zeros)
+        y = quantized_linear(x, *weights, self.bits, self.group_size, sparse, check=not self._checked)
         return y if self.bias is None else y + self.bias
 
     def dequantize(self) -> Tensor:

@@ -1,7 +1,6 @@
 """A transformers causal language model of which one decoder block at a time is in memory."""
 
 import copy
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_tensor.app.extras import require
+from core_tensor.app.extras import MissingExtraError, require
 from torch import Tensor, nn
 
 from quantease.model.weights import ModuleWeights, SafetensorsWeights, WeightSource, assign
@@ -205,7 +204,9 @@ def foreign(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
+    except Exception as error:  # transformers and what it reads with raise whatever they stumble over
+        if isinstance(error, MissingExtraError):
+            raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"model: transformers cannot load {model} ({first})") from error
 

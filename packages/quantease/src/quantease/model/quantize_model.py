@@ -8,6 +8,7 @@ from pathlib import Path
 from core_tensor.app.files import reading
 from core_tensor.app.ranks import Ranks, current
 from core_tensor.app.runs import RunFolder, read_record
+from core_tensor.checks import check_number
 from torch import Tensor, nn
 
 from quantease.algorithms.heldout import HeldOut
@@ -130,7 +131,8 @@ def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
     record = read_record(folder)
     inputs = record["inputs"]
     with reading(folder / "run.json", "the record of a quantization run"):
-        config, blocks, model = ModelConfig.from_json(inputs["config"]), int(inputs["blocks"]), inputs["model"]
+        config, blocks, model = ModelConfig.from_json(inputs["config"]), inputs["blocks"], inputs["model"]
+        check_number("blocks", blocks, low=1, high=len(lm.blocks), integer=True)
     if model != model_identity(lm):
         raise ValueError(f"{folder}: expected the run of {lm.name}, but it is one of another model")
     matrices, store = model_matrices(lm, config, blocks), LayerStore(folder / "layers")
