@@ -16,6 +16,7 @@ from torch import Tensor
 from frechet_gan.frechet.factors import Factor, triangular_root
 
 _LARGEST = 1e150  # squares of larger entries overflow
+_TOGETHER = 1000  # rows that are absorbed at once, so that small batches cost little more per row than large ones
 
 
 class FeatureStats:
@@ -29,25 +30,47 @@ class FeatureStats:
         device: Where the moments live.
 
     Attributes:
-        count: Number of rows seen, n; 0 where a file did not say.
-        mean: Mean, shape (d,), float64.
-        scatter: Sum of (x - mean)(x - mean)ᵀ, shape (d, d), float64.
         encoder: What made the features, as `encoders.registry.identity` says it; None where a file did not say.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         check_number("dim", dim, low=1, integer=True)
-        self.count = 0
         self.encoder: str | None = None
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._waiting: list[Tensor] = []  # rows of small batches, absorbed together: each time costs d^2
+        self._rows_waiting = 0
         self._root: tuple[Tensor, Tensor] | None = None  # a scatter and its root, kept until there is another scatter
         self._fixed: Tensor | None = None  # the covariance of a file that does not say how many rows it is of
 
     @property
     def dim(self) -> int:
         """Width of the features, d."""
-        return self.mean.shape[0]
+        return self._mean.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Number of rows seen, n; 0 where a file did not say."""
+        return self._count + self._rows_waiting
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape (d,), float64."""
+        self._flush()
+        return self._mean
+
+    @property
+    def scatter(self) -> Tensor:
+        """Sum of (x - mean)(x - mean)ᵀ, shape (d, d), float64."""
+        self._flush()
+        return self._scatter
+
+    def _set(self, count: int, mean: Tensor, scatter: Tensor) -> FeatureStats:
+        """Replace all moments."""
+        self._waiting, self._rows_waiting = [], 0
+        self._count, self._mean, self._scatter = count, mean, scatter
+        return self
 
     def covariance(self, ddof: int = 1) -> Tensor:
         """Covariance with divisor n - ddof.
@@ -99,12 +122,26 @@ class FeatureStats:
             ValueError: If the width differs, or a feature is NaN, infinite or too large to be squared.
         """
         check_tensor("features", features, shape=(None, self.dim), finite=True)
-        if features.shape[0]:
-            mean, scatter = centred_moments(features)
-            if not bool(torch.isfinite(scatter.sum())):
-                raise ValueError(f"features: expected entries below 1e150, got {float(features.abs().max()):.3g}")
-            self._absorb(features.shape[0], mean.to(self.mean), scatter.to(self.scatter))
+        if not features.shape[0]:
+            return self
+        self._refuse()
+        if features.dtype == torch.float64 and float(features.detach().abs().max()) > _LARGEST:
+            raise ValueError(f"features: expected entries below 1e150, got {float(features.detach().abs().max()):.3g}")
+        # the caller may go on to change its batch; a large one is absorbed at once and needs no copy
+        large = features.shape[0] >= _TOGETHER
+        self._waiting.append(features.detach() if large else features.detach().clone())
+        self._rows_waiting += features.shape[0]
+        if self._rows_waiting >= _TOGETHER:
+            self._flush()
         return self
+
+    def _flush(self) -> None:
+        """Absorb the rows that wait."""
+        if self._waiting:
+            rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+            self._waiting, self._rows_waiting = [], 0
+            mean, scatter = centred_moments(rows)
+            self._absorb(rows.shape[0], mean.to(self._mean), scatter.to(self._scatter))
 
     def merge(self, other: FeatureStats) -> FeatureStats:
         """Add the rows another object has seen.
@@ -128,11 +165,11 @@ class FeatureStats:
 
     def _absorb(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         self._refuse()
-        total = self.count + count
-        delta = mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+        self._flush()
+        total = self._count + count
+        delta = mean - self._mean
+        scatter = self._scatter + scatter + torch.outer(delta, delta) * (self._count * count / total)
+        self._count, self._mean, self._scatter = total, self._mean + delta * (count / total), scatter
 
     def _refuse(self) -> None:
         if self._fixed is not None:
@@ -159,8 +196,7 @@ class FeatureStats:
         delta = self.mean - mean
         scatter = self.scatter + count * torch.outer(delta, delta)  # about the common mean
         torch.distributed.all_reduce(scatter, group=group)
-        self.count, self.mean, self.scatter = int(total), mean, scatter
-        return self
+        return self._set(int(total), mean, scatter)
 
     @classmethod
     def from_features(cls, features: Tensor) -> FeatureStats:
@@ -228,8 +264,7 @@ class FeatureStats:
         if not torch.allclose(covariance, covariance.mT, rtol=1e-5, atol=1e-8 * float(covariance.abs().max() + 1e-300)):
             raise ValueError("covariance: expected a symmetric matrix")
         stats = cls(mean.shape[0], mean.device)
-        stats.count, stats.mean, stats.scatter = count, mean.double(), (covariance + covariance.mT) / 2 * (count - ddof)
-        return stats
+        return stats._set(count, mean.double(), (covariance + covariance.mT) / 2 * (count - ddof))
 
     @classmethod
     def from_sums(cls, total: Tensor, outer: Tensor, count: int | Tensor) -> FeatureStats:
@@ -307,7 +342,7 @@ class FeatureStats:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         if rows is None:
-            stats.count, stats._fixed = 0, stats.scatter
+            stats._count, stats._fixed = 0, stats.scatter
         if "encoder" in arrays and arrays["encoder"].shape == () and arrays["encoder"].dtype.kind == "U":
             stats.encoder = str(arrays["encoder"])
         return stats
