@@ -136,6 +136,21 @@ def test_a_full_disk_is_one_line(project):
     assert found.stderr.strip() == "Error: No space left on device"
 
 
+def test_advise(project):
+    result = _run(
+        "advise", "stability_cli_model.py:build", "stability_cli_model.py:data", "--optimizer", "adam", "--steps", 40,
+        "--batch-size", 4, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["lr"] > 0
+    text = _run("advise", "stability_cli_model.py:build", "data.npz", "--steps", 40, "--batch-size", 4)
+    assert text.exit_code == 0, text.output
+    assert "warmup" in text.stdout
+    bad = _run("advise", "stability_cli_model.py:build", "data.npz", "--loss", "hinge")
+    assert (bad.exit_code, "loss: expected one of" in bad.stderr) == (2, True)
+
+
 @pytest.mark.slow
 def test_a_float32_dataset_of_the_readme_is_mapped(project):
     result = _run("map", "stability_cli_model.py:build", "stability_cli_model.py:data", "--momentum", 0.9)

@@ -6,7 +6,9 @@ from core_tensor.app.exports import lazy
 
 if TYPE_CHECKING:
     from sgd_stability import quadratic
+    from sgd_stability.monitor.advice import Advice, advise
     from sgd_stability.monitor.monitor import InstabilityWarning, MonitorWarning, StabilityMonitor
+    from sgd_stability.monitor.scheduler import StabilityScheduler
     from sgd_stability.report.analysis import analyze
     from sgd_stability.report.check import Check
     from sgd_stability.report.maps import StabilityMap
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMES",
     "SGD",
+    "Advice",
     "Bound",
     "Check",
     "Culprit",
@@ -34,9 +37,11 @@ __all__ = [
     "StabilityMap",
     "StabilityMonitor",
     "StabilityReport",
+    "StabilityScheduler",
     "Threshold",
     "Update",
     "Verdict",
+    "advise",
     "all_bounds",
     "almost_sure_threshold",
     "analyze",
@@ -51,6 +56,8 @@ __getattr__, __dir__, _ = lazy(
     __name__,
     {
         "quadratic": ["quadratic"],
+        "monitor.advice": ["Advice", "advise"],
+        "monitor.scheduler": ["StabilityScheduler"],
         "monitor.monitor": ["InstabilityWarning", "MonitorWarning", "StabilityMonitor"],
         "report.analysis": ["analyze"],
         "report.check": ["Check"],

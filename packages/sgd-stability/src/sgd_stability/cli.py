@@ -25,12 +25,46 @@ if TYPE_CHECKING:
 
     from sgd_stability.report.report import StabilityReport
 
+LOSSES = "squared_error, mse, cross_entropy, token_cross_entropy or causal_lm."
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 PLOT = "sgd-stability[plot]"
 
 
 @command_line("sgd-stability")
 def main() -> None:
-    """Linear stability of SGD from the geometry of the loss: exact thresholds, coherence, a live monitor."""
+    """Which learning rate, which batch size, which samples? `advise` answers from a short pilot run.
+
+    Behind it is the linear stability of SGD: `analyze` and `map` judge a trained model, `quadratic` shows the paper's
+    theorems beside the exact threshold.
+    """
+
+
+@main.command("advise")
+@click.argument("model")
+@click.argument("data")
+@click.option("--weights", type=click.Path(exists=True, dir_okay=False), help="Safetensors file to load.")
+@click.option("--loss", default="cross_entropy", help=LOSSES)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", help="Optimizer; momentum is 0.9.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, help="Samples per step.")
+@click.option("--steps", type=click.IntRange(20), default=300, help="Steps of the pilot run.")
+@click.option("--max-samples", type=click.IntRange(1), default=4096, help="Most samples to train on.")
+@seed_option
+@threads_option
+@device_option
+@json_option
+def advise_command(
+    model: str, data: str, weights: str | None, loss: str, device: str, as_json: bool, **options: Any
+) -> None:
+    r"""Learning rate, warmup, batch size, and the samples that cap them, from a pilot run. MODEL, DATA as in `analyze`.
+
+    \b
+    sgd-stability advise net.py:build net.py:dataset --optimizer adam
+    """
+    from sgd_stability.monitor.advice import advise
+    from sgd_stability.report.sources import load_data, load_model
+
+    found = advise(load_model(model, weights, device), loss, load_data(data), **options)
+    emit(found.to_dict(), as_json, str(found))
 
 
 @main.command()
@@ -71,9 +105,7 @@ def _model_options(function: Any) -> Any:
         click.argument("model"),
         click.argument("data"),
         click.option("--weights", type=click.Path(exists=True, dir_okay=False), help="Safetensors file to load."),
-        click.option(
-            "--loss", default="cross_entropy", help="squared_error, mse, cross_entropy or token_cross_entropy."
-        ),
+        click.option("--loss", default="cross_entropy", help=LOSSES),
         click.option("--curvature", type=click.Choice(["ggn", "hessian"]), default="ggn", help="Which curvature."),
         click.option(
             "--method",

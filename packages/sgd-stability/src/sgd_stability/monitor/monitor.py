@@ -86,6 +86,7 @@ class StabilityMonitor:
     Attributes:
         history: The checks so far.
         sharpness_history: Tier-1 measurements (step, batch sharpness, critical sharpness).
+        start_loss: Loss of the probe when the monitor was made.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class StabilityMonitor:
             )
             if not self._network.convex:
                 raise ValueError("loss: expected one that is convex in the outputs, for a Gauss-Newton Hessian")
-            start = self._network.mean_loss()
-        self._record = LossRecord(start, chance(self._network.loss, self._network.targets))
+            self.start_loss = self._network.mean_loss()
+        self._record = LossRecord(self.start_loss, chance(self._network.loss, self._network.targets))
         self._tracker = Tracker(self._network, seed)
         self._sharper, self._sharpened = 1.0, -_SHARPEN_EVERY  # share of the one-direction upper end; check of it
         self.steps = 0
@@ -175,6 +176,21 @@ class StabilityMonitor:
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
         return self
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that curvature is taken over, by name."""
+        return self._network.parameters
+
+    def set_size(self, n: int) -> None:
+        """Say that the data are a uniform subsample of a dataset.
+
+        Args:
+            n: Samples in the complete dataset, at least as many as in the data.
+        """
+        check_number("n", n, low=self.n, integer=True)
+        self.n = n
+        self._scheme = Sampling(n, self.batch_size, self.sampling)
 
     def detach(self) -> None:
         """Stop watching; the history stays."""

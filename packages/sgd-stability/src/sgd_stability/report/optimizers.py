@@ -146,18 +146,22 @@ def _groups(optimizer: optim.Optimizer, parameters: Mapping[str, Tensor]) -> lis
 
 
 def _preconditioner(optimizer: optim.Optimizer, parameter: Tensor) -> Tensor:
-    """P of an adaptive optimizer; infinite for a parameter that has had no gradient and so has never moved."""
+    """P of an adaptive optimizer; infinite for what has had no gradient and so has never moved."""
     state = optimizer.state.get(parameter, {})
     if isinstance(optimizer, _ADAMS) and "exp_avg_sq" in state:
-        return adam_preconditioner(optimizer, parameter)
+        return _moving(adam_preconditioner(optimizer, parameter), state["exp_avg_sq"])
     if isinstance(optimizer, optim.RMSprop) and "square_avg" in state:
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         second = state["square_avg"]
         if group["centered"]:
             second = (second - state["grad_avg"].square()).clamp_min(0)
-        P: Tensor = second.sqrt().add_(group["eps"]).reshape(-1)
-        return P
+        return _moving(second.sqrt().add_(group["eps"]).reshape(-1), state["square_avg"])
     return torch.full_like(parameter, torch.inf).reshape(-1)
+
+
+def _moving(P: Tensor, second: Tensor) -> Tensor:
+    """P, infinite for entries that have had no gradient yet: a first one would make P as large as itself, not eps."""
+    return torch.where(second.reshape(-1) == 0, torch.inf, P)
 
 
 def _update(optimizer: optim.Optimizer, groups: list[dict[str, Any]]) -> tuple[Update, float]:
