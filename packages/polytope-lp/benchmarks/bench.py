@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import campaign
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -311,6 +312,9 @@ if __name__ == "__main__":
             "eval_vs_torch_bucketed": evaluation,
             "b100k_1e4_vs_pdlp": against_pdlp("uncorrelated", 1e-4, "b100k_1e4_vs_pdlp"),
             "a100k_1e6_vs_pdlp": against_pdlp("tied", 1e-6, "a100k_1e6_vs_pdlp"),
+            "verify_false_rejects": campaign.claims,
+            "scale_invariance_max": campaign.scale_invariance,
+            "netlib_solved": campaign.netlib,
             "bandwidth_fraction": bandwidth,
             "solve_10m_seconds": ten_million,
             "assignment_vs_clarabel": assignment,

@@ -150,7 +150,7 @@ def _solve(
     state = out / "checkpoint.npz"
     options = Options(tol=tol, time_limit=time_limit, checkpoint=state)
     loaded = source.problem()
-    start = None if warm_start is None else _prices(warm_start, loaded.rows)
+    start = None if warm_start is None else _prices(warm_start, loaded.rows) * loaded.row_sign.numpy()
     inputs = {
         "files": sorted(source.sha256.values()),
         "read": source.read,

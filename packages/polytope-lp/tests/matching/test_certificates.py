@@ -88,7 +88,7 @@ def test_wide_markets_make_no_false_claim(wide_markets, seed):
     assert solution.status != "optimal" or solution.gap >= -1e-9
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(20), 96, 505])
 def test_wide_markets_with_equations_verify(wide_markets, seed):
     solution = solve(wide_markets.wide_market(seed, equations=True), 1e-6)
     assert solution.verify()["ok"], solution.verify()["problems"]

@@ -32,6 +32,8 @@ class MatchingProblem:
         data: Blocks, costs, rows and coefficients, with the polytopes' parameters.
         budgets: Right-hand sides b, shape (rows,), float64.
         equality: Which rows are equations, shape (rows,), bool.
+        at_least: Rows that the user states as `>=`; they are held with the opposite sign, as `<=`. Shape (rows,), bool,
+            or None for none.
         bounds: Blocks at which the chunks of the sums begin and end, shape (chunks + 1,), int64.
         source_keys: What the user calls the blocks: an Arrow array, or None for 0, 1, 2, ...
         destination_keys: What the user calls the rows: an Arrow array, or None for 0, 1, 2, ...
@@ -54,6 +56,7 @@ class MatchingProblem:
     first_block: int = 0
     sharded: bool = field(default=False)
     resources: tuple[str, ...] = ()
+    at_least: Tensor | None = None
     statistics: "Statistics | None" = field(default=None, init=False)
 
     @classmethod
@@ -67,6 +70,7 @@ class MatchingProblem:
         polytope: CappedBox | None = None,
         *,
         equality: ArrayLike | Tensor | None = None,
+        at_least: ArrayLike | Tensor | None = None,
         source_keys: Any = None,
         destination_keys: Any = None,
         resources: tuple[str, ...] = (),
@@ -84,6 +88,7 @@ class MatchingProblem:
             budgets: Budgets b, shape (destinations,).
             polytope: What a source may do; `simplex(1)` if None.
             equality: Rows that must be met exactly, shape (destinations,), bool.
+            at_least: Rows of which the budget is a minimum (guaranteed delivery, floors), shape (destinations,), bool.
             source_keys: Names of the sources.
             destination_keys: Names of the destinations.
             resources: Names of the budgets where every destination has several; `budgets` then holds those of the first
@@ -115,26 +120,35 @@ class MatchingProblem:
                 source_keys = source_keys.filter(_arrow_mask(keep))
             lengths = torch.cat([lengths[:1], lengths[1:][keep]])
         cap, upper, weight = shape.parameters(raw.dtype)
+        rows, a = narrow_index(index, b.shape[0]), None if cost is None else torch.as_tensor(cost).to(raw.dtype)
+        minimum = None if at_least is None else torch.as_tensor(at_least, dtype=torch.bool).reshape(-1)
+        if minimum is not None and minimum.shape != b.shape:
+            raise ValueError(f"at_least: expected shape {tuple(b.shape)}, got {tuple(minimum.shape)}")
+        if minimum is not None and bool(minimum.any()):
+            b = torch.where(minimum, -b, b)
+            a = torch.ones(rows.shape, dtype=raw.dtype) if a is None else a.reshape(rows.shape)
+            a = torch.where(minimum[rows.long()], -a, a)
         data = BlockData(
             offsets=lengths,
-            index=narrow_index(index, b.shape[0]),
+            index=rows,
             cost=raw if minimize else -raw,
-            coefficient=None if cost is None else torch.as_tensor(cost).to(raw.dtype),
+            coefficient=a,
             cap=cap,
             upper=upper,
             weight=weight,
             equality=shape.equality,
         )
-        rows = torch.zeros(b.shape[0], dtype=torch.bool) if equality is None else torch.as_tensor(equality)
+        equal = torch.zeros(b.shape[0], dtype=torch.bool) if equality is None else torch.as_tensor(equality)
         problem = cls(
             data,
             b,
-            rows.bool(),
+            equal.bool(),
             chunk_bounds(lengths, b.shape[0]),
             source_keys,
             destination_keys,
             skipped,
             resources=resources,
+            at_least=None if minimum is None or not bool(minimum.any()) else minimum,
         )
         problem.check()
         problem._check_edges(allow_unused)
@@ -150,6 +164,8 @@ class MatchingProblem:
         check_tensor("budgets", self.budgets, ndim=1, dtype=torch.float64, finite=True)
         check_tensor("equality", self.equality, shape=(self.rows,), dtype=torch.bool)
         check_tensor("bounds", self.bounds, ndim=1, dtype=torch.int64)
+        if self.at_least is not None:
+            check_tensor("at_least", self.at_least, shape=(self.rows,), dtype=torch.bool)
         self.data.check(self.rows)
         rising = self.bounds.numel() >= 2 and bool((self.bounds[1:] >= self.bounds[:-1]).all())
         if not rising or int(self.bounds[0]) != 0 or int(self.bounds[-1]) != self.data.blocks:
@@ -168,6 +184,12 @@ class MatchingProblem:
         """The polytopes of the blocks."""
         d = self.data
         return CappedBox(d.cap, d.upper, d.weight, d.equality)
+
+    @property
+    def row_sign(self) -> Tensor:
+        """-1 for rows that are held with the opposite sign (`at_least`), else 1; shape (rows,), float64."""
+        ones = torch.ones(self.rows, dtype=torch.float64)
+        return ones if self.at_least is None else torch.where(self.at_least, -ones, ones)
 
     @property
     def rows(self) -> int:

@@ -175,18 +175,18 @@ class Solution:
         """Budgets, loads and prices by destination.
 
         Returns:
-            Columns destination, resource (where a destination has several budgets), budget, load, price (the
-            objective's fall per unit of budget), used (load / budget).
+            Columns destination, resource (where a destination has several budgets), budget, load, price (what one more
+            unit of budget adds to the value; negative where the budget is a minimum), used (load / budget).
         """
-        problem = self.problem
-        budget = problem.budgets
-        used = torch.where(budget != 0, self.load / torch.where(budget != 0, budget, 1.0), torch.nan)
+        problem, sign = self.problem, self.problem.row_sign
+        budget, load = sign * problem.budgets, sign * self.load
+        used = torch.where(budget != 0, load / torch.where(budget != 0, budget, 1.0), torch.nan)
         return pa.table(
             {
                 **row_columns(problem),
                 "budget": budget.numpy(),
-                "load": self.load.numpy(),
-                "price": self.lam.numpy(),
+                "load": load.numpy(),
+                "price": (sign * self.lam).numpy(),
                 "used": pa.array(used.numpy(), from_pandas=True),
             }
         )
@@ -201,9 +201,10 @@ class Solution:
             Columns destination (and resource), budget, price, elasticity (percent of value per percent of budget) and
             binding (whether the price is positive and the budget used up to 0.1 %), in the order of the rows.
         """
-        lam, budget = self.lam, self.problem.budgets
+        sign = self.problem.row_sign
+        lam, budget = sign * self.lam, sign * self.problem.budgets
         size = max(abs(self.objective), 1e-300)
-        full = self.load >= budget * (1 - 1e-3)
+        full = self.load >= self.problem.budgets - 1e-3 * budget.abs()
         return pa.table(
             {
                 **row_columns(self.problem),
@@ -229,7 +230,7 @@ class Solution:
         other = torch.as_tensor(budgets, dtype=torch.float64).reshape(-1)
         if other.shape != self.problem.budgets.shape or not bool(torch.isfinite(other).all()):
             raise ValueError(f"budgets: expected {self.problem.rows} finite values, got shape {tuple(other.shape)}")
-        return -self.lower_bound + float(self.lam @ (other - self.problem.budgets))
+        return -self.lower_bound + float(self.lam @ (self.problem.row_sign * other - self.problem.budgets))
 
     def rounded(self, method: str = "greedy", seed: int = 0) -> "Rounded":
         """Whole amounts within every budget; see `polytope_lp.serving.rounding.round_allocation`.

@@ -63,7 +63,8 @@ class Statistics:
     @property
     def loose(self) -> bool:
         """Whether amounts are bounded so loosely that sums or prices lose their digits."""
-        return self.cost > LOOSE_COST * self.tight_cost or self.loose_edges > LOOSE_EDGES * self.variables
+        share = LOOSE_EDGES if self.repairable else 0.0  # without a repair, violations need the digits of every row
+        return self.cost > LOOSE_COST * self.tight_cost or self.loose_edges > share * self.variables
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything as arrays, for a packed problem.

@@ -236,7 +236,7 @@ def verify_folder(out: str | Path) -> dict[str, Any]:
     if lam.shape[0] != problem.rows:
         raise ValueError(f"{root}: prices of {lam.shape[0]} rows, but the problem has {problem.rows}")
     x = dense_primal(problem, primal)
-    result = check_claims(problem, x, lam, claims)
+    result = check_claims(problem, x, problem.row_sign.numpy() * lam, claims)
     result["problems"] += check_reports(problem, x, prices, history, claims)
     result["problems"] += check_policy(problem, Policy.load(root / "policy.npz"))
     result["input_unchanged"] = not source.changed()
@@ -261,10 +261,11 @@ def check_reports(
     Returns:
         One line for every statement that does not hold.
     """
-    lines, d, b = [], problem.data, problem.budgets.numpy()
+    sign = problem.row_sign.numpy()
+    lines, d, b = [], problem.data, sign * problem.budgets.numpy()
     rows = d.index.numpy().reshape(d.variables, -1)
     a = np.ones(rows.shape) if d.coefficient is None else d.coefficient.double().numpy().reshape(rows.shape)
-    load = np.bincount(rows.ravel(), (a * x[:, None]).ravel(), problem.rows)
+    load = sign * np.bincount(rows.ravel(), (a * x[:, None]).ravel(), problem.rows)
     size = np.bincount(rows.ravel(), (np.abs(a) * x[:, None]).ravel(), problem.rows)
     if not np.array_equal(prices.column("budget"), b):
         lines.append("prices: the budgets are not those of the problem")
@@ -303,7 +304,7 @@ def check_policy(problem: MatchingProblem, policy: Policy) -> list[str]:
     lines, d = [], problem.data
     if policy.lam.size != problem.rows or policy.resources != max(1, len(problem.resources)):
         return [f"policy: {policy.lam.size} prices of {policy.resources} budgets, the problem has {problem.rows} rows"]
-    if (policy.lam[~problem.equality.numpy()] < 0).any():
+    if ((problem.row_sign.numpy() * policy.lam)[~problem.equality.numpy()] < 0).any():
         lines.append("policy: a price of an inequality is negative")
     keys = None if problem.destination_keys is None else policy_keys(problem.destination_keys)
     same = keys is policy.keys if keys is None or policy.keys is None else np.array_equal(keys, policy.keys)

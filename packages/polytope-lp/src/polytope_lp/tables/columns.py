@@ -24,7 +24,8 @@ class Columns:
         value: Value of an edge.
         cost: What an edge takes from its destination's budget; where the column "cost" is absent, one.
         budget: Right-hand side, in the table of budgets.
-        sense: `<=` or `=`, in the table of budgets; where the column "sense" is absent, `<=`.
+        sense: `<=`, `=` or `>=` (the budget is a minimum), in the table of budgets; where the column "sense" is absent,
+            `<=`. A tuple where budgets of one destination have different senses: one column for each.
         upper: Greatest amount of an edge; where the column "upper" is absent, the polytope's own.
         weight: Weight of an edge in its source's cap; where the column "weight" is absent, one.
         cap: Cap of a source, in the table of sources.
@@ -35,7 +36,7 @@ class Columns:
     value: str = "value"
     cost: Names = "cost"
     budget: Names = "budget"
-    sense: str = "sense"
+    sense: Names = "sense"
     upper: str = "upper"
     weight: str = "weight"
     cap: str = "cap"
@@ -46,6 +47,8 @@ class Columns:
             raise ValueError("columns: expected several destinations or several budgets, got both")
         if costs not in {1, rows * budgets} or (costs == 1 and budgets > 1):
             raise ValueError(f"columns.cost: expected {rows * budgets} names, got {costs}")
+        if len(names_of(self.sense)) not in {1, budgets}:
+            raise ValueError(f"columns.sense: expected 1 or {budgets} names, got {len(names_of(self.sense))}")
 
     def optional(self, name: str, schema: pa.Schema, table: str) -> bool:
         """Whether an optional column is there.

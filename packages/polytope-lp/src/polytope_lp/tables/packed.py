@@ -43,7 +43,7 @@ def write_packed(problem: MatchingProblem, folder: Path, mapped: dict[int, tuple
         mapped: Arrays that lie in files of the folder already, by address: the file and the array.
     """
     arrays = {name: getattr(problem.data, name) for name in _BLOCKS}
-    arrays |= {name: getattr(problem, name) for name in _REST}
+    arrays |= {name: getattr(problem, name) for name in (*_REST, "at_least")}
     arrays |= {f"{_STATISTICS}{name}": array for name, array in measure(problem).arrays().items()}
     arrays = {name: array for name, array in arrays.items() if array is not None}
     for name, array in arrays.items():
@@ -122,6 +122,7 @@ def open_packed(path: str | Path) -> MatchingProblem:
         **keys,
         skipped=skipped,
         resources=tuple(str(name) for name in resources),
+        at_least=found["at_least"].clone() if "at_least" in found else None,
     )
     with reading(root, "a packed problem"):
         problem.check()

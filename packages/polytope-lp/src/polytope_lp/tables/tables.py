@@ -23,6 +23,7 @@ Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """Makes an array of the edges from its name, shape and dtype: in memory, or in a file."""
 
 _OBJECTIVE = ""
+SENSES = ("<=", "=", ">=")
 ON_PROBLEM = ("polytope", "columns")
 """What a `problem.json` may say."""
 
@@ -345,7 +346,7 @@ def _assemble(
         edges.cost(),
         np.concatenate(b),
         shape,
-        equality=_senses(table, names),
+        **_senses(table, names),
         source_keys=_plain_keys(source_keys),
         destination_keys=None if keys.plain else keys.keys,
         resources=budgets if len(budgets) > 1 else (),
@@ -378,14 +379,18 @@ def _refuse_equal_edges(offsets: NDArray[np.int64], first: NDArray[np.int32], so
         raise ValueError(f"edges: the edge from source {source} to first destination {row} appears twice")
 
 
-def _senses(table: pa.Table, names: Columns) -> NDArray[np.bool_] | None:
-    if not names.optional(names.sense, table.schema, "budgets"):
-        return None
-    senses = require(table.schema, table, "budgets", names.sense).to_pylist()
-    wrong = [s for s in senses if s not in {"<=", "="}]
-    if wrong:
-        raise ValueError(f"budgets.{names.sense}: expected '<=' or '=', got {wrong[0]!r}")
-    return np.tile(np.array([s == "=" for s in senses]), len(names_of(names.budget)))
+def _senses(table: pa.Table, names: Columns) -> dict[str, NDArray[np.bool_]]:
+    # Which rows are equations, and which budgets are minimums.
+    columns, count = names_of(names.sense), len(names_of(names.budget))
+    parts: list[list[Any]] = []
+    for name in columns:
+        there = names.optional(name, table.schema, "budgets")
+        parts.append(require(table.schema, table, "budgets", name).to_pylist() if there else ["<="] * table.num_rows)
+        wrong = [s for s in parts[-1] if s not in SENSES]
+        if wrong:
+            raise ValueError(f"budgets.{name}: expected one of {', '.join(SENSES)}, got {wrong[0]!r}")
+    senses = np.array(parts * (count // len(columns)), dtype=str).reshape(-1)
+    return {"equality": senses == "=", "at_least": senses == ">="}
 
 
 def _plain_keys(keys: Any) -> Any:
