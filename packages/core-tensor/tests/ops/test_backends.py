@@ -1,4 +1,6 @@
 import importlib.util
+import re
+from pathlib import Path
 
 import core_tensor
 import pytest
@@ -25,3 +27,11 @@ def test_triton_serves_all_on_cuda_but_what_the_docs_name():
     live = core_tensor.backends()
     expected = {name: "reference" if name in without else "triton" for name in live}
     assert {name: device["cuda"] for name, device in live.items()} == expected
+
+
+def test_every_public_operator_stands_in_the_docs():
+    page = Path(__file__).parents[4] / "docs" / "packages" / "core-tensor.md"
+    if not page.exists():
+        pytest.skip("outside the repository there are no docs")
+    named = set(re.findall(r"`([a-z_]+)`", page.read_text()))
+    assert {name for name in core_tensor.__all__ if name.islower()} - named - {"backends"} == set()
