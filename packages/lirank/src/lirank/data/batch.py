@@ -15,6 +15,8 @@ from lirank.schema.layout import Layout, action_column
 from lirank.schema.transforms import KNOTS, DenseStatistics
 from lirank.schema.vocabulary import Vocabulary
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -201,10 +203,10 @@ class Encoder:
             array = column_of(table, source)
             found[:, j] = values = as_float(source, array)
             null = np.asarray(array.is_null())
-            bad = ~np.isfinite(values) & ~null
+            bad = ~(np.abs(values) <= _LARGEST) & ~null
             if bad.any():
                 row = int(bad.argmax())
-                raise ValueError(f"column {source!r}: expected finite numbers, row {row} is {values[row]}")
+                raise ValueError(f"column {source!r}: expected finite numbers of float32, row {row} is {values[row]}")
             if null.any() and (feature is None or feature.missing == "error"):
                 raise ValueError(f"column {source!r}: row {int(null.argmax())} is null (see `missing: mean`)")
             if feature and feature.transform == "log1p" and (values <= -1).any():

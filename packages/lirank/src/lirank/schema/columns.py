@@ -13,6 +13,8 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 def column_of(table: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
     """A column of a table as one array."""
+    if table.schema.names.count(name) != 1:
+        raise ValueError(f"column {name!r}: expected once among {', '.join(table.schema.names)}")
     found = table.column(name)
     if isinstance(found, pa.ChunkedArray):
         if pa.types.is_dictionary(found.type):
