@@ -24,10 +24,12 @@ class BlockShape:
     Attributes:
         groups: Matrices that read the same input, in order of use.
         sums: Matrices whose output is added to others, with the number of terms; see `observe.Sums`.
+        once: Matrices that are used exactly once, so that two runs can be compared.
     """
 
     groups: list[Group]
     sums: Mapping[str, int]
+    once: frozenset[str]
 
     @property
     def leaders(self) -> dict[str, str]:
@@ -55,7 +57,12 @@ def block_shape(
     sums = Sums([m.name for m in matrices if m.expert is None], lambda name, _: _count(terms, name))
     with observe(block, matrices, lambda name, x: calls.append((name, x))), sums.following(block):
         next(stream.run(index, block))
-    return BlockShape(group_by_input(calls, matrices, merged), {n: count for n, count in terms.items() if count > 1})
+    uses: dict[str, int] = {}
+    for name, _ in calls:
+        _count(uses, name)
+    once = frozenset(m.name for m in matrices if m.expert is None and uses.get(m.name) == 1)
+    summed = {name: count for name, count in terms.items() if count > 1 and name in once}
+    return BlockShape(group_by_input(calls, matrices, merged), summed, once)
 
 
 def _count(terms: dict[str, int], name: str) -> None:
@@ -214,7 +221,8 @@ def collect_grams(
         first: Tokens of other ranks before this one's.
         reference: The same windows at full precision. Then `GramFolds.cross` has, for inputs X, $X^\top
         (X_\text{fp} - X)$ under `INPUT`, and under the name of a matrix whose output is added to others $X^\top
-        (Z_\text{fp} - Z)$ for the sum Z; experts, which see other tokens at full precision, have neither.
+        (Z_\text{fp} - Z)$ for the sum Z. Groups with experts, which see other tokens at full precision, and with
+            matrices that a block does not use exactly once, have neither.
 
     Returns:
         Gram matrices by the matrices' names.
@@ -233,7 +241,7 @@ def collect_grams(
         )
         for name in leaders
     }
-    if reference is None or any(by_name[name].expert is not None for name in leaders):
+    if reference is None or not reference.shape.once.issuperset(leaders):
         _accumulate_inputs(stream, index, block, [by_name[name] for name in leaders], grams)
     else:
         _accumulate_with_drift(stream, index, block, matrices, group, grams, reference)

@@ -358,15 +358,15 @@ def find_blocks(skeleton: Any) -> tuple[str, ...]:
     decoder = skeleton.get_decoder() if hasattr(skeleton, "get_decoder") else skeleton
     decoder = skeleton if decoder is None else decoder
     prefix = next((name for name, module in skeleton.named_modules() if module is decoder), "")
-    count = skeleton.config.get_text_config(decoder=True).num_hidden_layers
-    lists = {
-        f"{prefix}.{name}".strip("."): module
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)  # experts and the like
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
     if not lists:
-        raise ValueError(f"model: expected a list of {count} decoder blocks in {type(skeleton).__name__}, found none")
-    name, blocks = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        raise ValueError(f"model: expected a list of decoder blocks in {type(skeleton).__name__}, found none")
+    found = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    name, blocks = f"{prefix}.{found}".strip("."), lists[found]
     owner: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for key, parameter in block.named_parameters():
@@ -376,4 +376,4 @@ def find_blocks(skeleton: Any) -> tuple[str, ...]:
                     f"model: blocks {first} and {index} of {type(skeleton).__name__} share {key}, and a shared layer "
                     "has no inputs of its own to be quantized for; such models are not supported"
                 )
-    return tuple(f"{name}.{i}" for i in range(count))
+    return tuple(f"{name}.{i}" for i in range(len(blocks)))

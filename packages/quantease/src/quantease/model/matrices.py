@@ -1,7 +1,7 @@
 """The weight matrices of a decoder block: which there are, their values as (out, in), and the inputs they see.
 
 Three kinds occur in transformers: `nn.Linear` and its subclasses, GPT-2's `Conv1D` (which stores the transpose), and
-mixture-of-experts parameters of shape (experts, out, in) whose slices are applied with `nn.functional.linear`.
+parameters that hold the matrices of all experts of a mixture, stored as (out, in) or as (in, out).
 """
 
 import re
@@ -22,12 +22,14 @@ class Matrix:
         parameter: Name of the parameter that holds it within the block.
         expert: Index into the parameter's first dimension, or None.
         transposed: Whether the parameter stores (in, out).
+        experts: Number of experts whose matrices lie one below the other in a parameter of two dimensions, or None.
     """
 
     name: str
     parameter: str
     expert: int | None = None
     transposed: bool = False
+    experts: int | None = None
 
     def weight(self, block: nn.Module) -> Tensor:
         """The matrix itself, a view of the parameter.
@@ -39,6 +41,8 @@ class Matrix:
             W, shape (q, p) = (out, in).
         """
         values = block.get_parameter(self.parameter).detach()
+        if self.experts is not None:
+            values = values.view(self.experts, -1, values.shape[-1])
         values = values if self.expert is None else values[self.expert]
         return values.T if self.transposed else values
 
@@ -68,16 +72,33 @@ def find_matrices(block: nn.Module, skip: Sequence[str] = DEFAULT_SKIP) -> list[
             found.append(Matrix(name, f"{name}.weight"))
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             found.append(Matrix(name, f"{name}.weight", transposed=True))
-        elif _applies_slices(module):
-            for key, value in module.named_parameters(recurse=False):
-                if value.ndim == 3:
-                    found += [Matrix(f"{name}.{key}.{e}", f"{name}.{key}", expert=e) for e in range(value.shape[0])]
+        else:
+            found += _fused_experts(name, module)
     return [m for m in found if not any(re.search(pattern, m.name) for pattern in skip)]
 
 
-def _applies_slices(module: nn.Module) -> bool:
-    # Whether transformers' eager forward of a fused-experts module calls `linear(x, parameter[expert])`.
-    return getattr(module, "is_transposed", None) is False and hasattr(module, "is_concatenated")
+def _fused_experts(name: str, module: nn.Module) -> list[Matrix]:
+    """Matrices of a module that holds many experts in one parameter, of the kinds whose use is known."""
+    parameters = dict(module.named_parameters(recurse=False))
+    stacked = {key: value for key, value in parameters.items() if value.ndim == 3}
+    if hasattr(module, "is_transposed"):  # transformers' own mark: it says how the slices are applied
+        transposed = dict.fromkeys(stacked, bool(module.is_transposed))
+    elif type(module).__name__ == "Llama4TextExperts":  # x @ parameter, for all experts at once
+        transposed = dict.fromkeys(stacked, True)
+    elif type(module).__name__ == "DbrxExpertGLU":  # (experts * ffn, d), of which w2 is applied as it is stored
+        experts = int(module.moe_num_experts)  # type: ignore[arg-type]
+        return [
+            Matrix(f"{name}.{key}.{e}", f"{name}.{key}", expert=e, transposed=key == "w2", experts=experts)
+            for key in ("w1", "v1", "w2")
+            for e in range(experts)
+        ]
+    else:
+        return []
+    return [
+        Matrix(f"{name}.{key}.{e}", f"{name}.{key}", expert=e, transposed=transposed[key])
+        for key, value in stacked.items()
+        for e in range(value.shape[0])
+    ]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def observe(block: nn.Module, matrices: Sequence[Matrix], observer: Observer) ->
 
 
 class _LinearCalls(TorchFunctionMode):
-    """Reports `nn.functional.linear(x, weight)` for weights at known addresses."""
+    """Reports the inputs of products with weights at known addresses, which are slices of experts' parameters."""
 
     def __init__(self, names: Mapping[int, str], observer: Observer) -> None:
         super().__init__()
@@ -51,12 +51,18 @@ class _LinearCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            name = self.names.get(weight.data_ptr())
-            if name is not None:
-                self.observer(name, args[0] if args else (kwargs or {})["input"])
+        if getattr(func, "__name__", "") in {"linear", "matmul", "mm", "bmm", "__matmul__"}:
+            x, weight = (*args, *(kwargs or {}).values())[:2]
+            if isinstance(weight, Tensor) and weight.data_ptr() in self.names:
+                self._report(x, weight)
         return func(*args, **(kwargs or {}))
+
+    def _report(self, x: Tensor, weight: Tensor) -> None:
+        if weight.ndim == 2:
+            self.observer(self.names[weight.data_ptr()], x)
+            return
+        for inputs, part in zip(x, weight, strict=True):  # (experts, tokens, in), zeros where a token goes elsewhere
+            self.observer(self.names[part.data_ptr()], inputs[inputs.any(-1)])
 
 
 class Sums(TorchFunctionMode):
