@@ -10,7 +10,9 @@ import core_tensor
 import numpy as np
 import pytest
 import torch
-from core_tensor.dev.hostile import Reader, hostile_calls, hostile_files, mutate, mutate_file, outcome
+from core_tensor.dev.hostile import Reader, hostile_calls, hostile_files, outcome
+from core_tensor.dev.spoiled_arguments import mutate
+from core_tensor.dev.spoiled_files import mutate_file
 
 
 def _operators():
