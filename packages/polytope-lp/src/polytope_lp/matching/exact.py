@@ -15,6 +15,11 @@ from polytope_lp.matching.evaluation import FusedDual
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.search import Search
 from polytope_lp.optimizers.highs import Point, solve_rows
+from polytope_lp.serving.rounding import Rounded, round_allocation
+
+Array = NDArray[np.float64]
+WHOLE = 1e-9
+"""What a number may be off a whole one."""
 
 HELD = 1e12
 """Ridge, in units of `gamma_start`, at which a projection stays where its center is."""
@@ -69,3 +74,70 @@ def _point(problem: MatchingProblem, time_limit: float | None) -> tuple[Point, N
     cost = d.cost.double().numpy()
     found = solve_rows(cost, matrix, b[order], int((~equal).sum()), np.zeros(n), upper, time_limit)
     return found, np.argsort(order)[:m]
+
+
+def whole_allocation(problem: MatchingProblem, amounts: Array, lam: Array, bound: float) -> Rounded:
+    r"""The best whole amounts where every unit takes one from its destination's budget.
+
+    Budgets, caps and bounds may then be rounded down, and the vertices of what is left are whole (a transport problem).
+    An edge whose reduced cost lies above the marginal one of its source by more than bound minus value is in no better
+    allocation, so few edges remain, on which HiGHS finds a vertex; its multipliers bound those, and so all.
+
+    Args:
+        problem: A whole problem with A, b >= 0 and inequalities, one row per edge, coefficients and weights of one.
+        amounts: An allocation, within budgets and blocks, shape (variables,), float64.
+        lam: Prices, shape (rows,), float64.
+        bound: Certified upper bound of the value of any allocation.
+
+    Returns:
+        The whole amounts, and whether they are proved best.
+
+    Raises:
+        ValueError: If the problem is of another kind, or HiGHS finds no vertex.
+    """
+    d, n = problem.data, problem.data.variables
+    unit = d.coefficient is None or bool((d.coefficient == 1).all())
+    if not (unit and d.index.ndim == 1 and d.weight is None and problem.nonnegative and not d.equality):
+        raise ValueError("problem: expected one budget per edge, costs and weights of one, and inequalities only")
+    start = round_allocation(problem, amounts, lam, bound)
+    block = np.repeat(np.arange(d.blocks), np.diff(d.offsets.numpy()))
+    cap = np.floor(np.broadcast_to(d.cap.numpy(), (d.blocks,)) + WHOLE)
+    limit = np.floor(problem.limits(0, d.blocks).numpy() + WHOLE)
+    budgets, cost, row = np.floor(problem.budgets.numpy() + WHOLE), d.cost.double().numpy(), d.index.numpy()
+    reduced = cost + lam[row]
+    spare = bound - start.value + 1e-9 * abs(bound)
+    kept = np.flatnonzero((reduced - _marginal(reduced, block, limit, cap) <= spare) & (cost < 0) & (limit > 0))
+    at = (np.concatenate([row[kept], problem.rows + block[kept]]), np.tile(np.arange(kept.size), 2))
+    shape = (problem.rows + d.blocks, kept.size)
+    A, b = scipy.sparse.csr_array((np.ones(2 * kept.size), at), shape=shape), np.concatenate([budgets, cap])
+    finite = np.isfinite(b)
+    found = solve_rows(cost[kept], A[finite], b[finite], int(finite.sum()), np.zeros(kept.size), limit[kept])
+    x = np.zeros(n)
+    x[kept] = np.round(found.x)
+    used, taken = np.bincount(row, x, problem.rows), np.bincount(block, x, d.blocks)
+    if found.status != "optimal" or (used > budgets).any() or (taken > cap).any():
+        raise ValueError(f"problem: HiGHS found no vertex of its {kept.size} edges ({found.status})")
+    # Weak duality on the kept edges; allocations with any other edge are worth no more than `start`.
+    price = np.maximum(found.lam, 0.0)
+    left = np.maximum(-cost[kept] - A[finite].T @ price, 0.0)
+    least = min(bound, max(start.value, float(b[finite] @ price) + float(limit[kept] @ left)))
+    value = max(start.value, -float(cost @ x))
+    x = x if value > start.value else start.x
+    whole_values = bool((cost == np.round(cost)).all())
+    reach = np.floor(least + 1e-6) if whole_values else least * (1.0 - 1e-9)
+    load = np.asarray(np.bincount(row, x, problem.rows), dtype=np.float64)
+    return Rounded(x, value, least, load, start.changed, bool(value >= reach))
+
+
+def _marginal(reduced: Array, block: NDArray[np.int64], limit: Array, cap: Array) -> Array:
+    """Reduced cost of the last unit that each edge's source takes at these prices; 0 where its cap is not used up."""
+    order = np.lexsort((reduced, block))
+    take = np.where(reduced[order] < 0, limit[order], 0.0)
+    total = np.bincount(block, np.where(reduced < 0, limit, 0.0), cap.size)
+    before = np.cumsum(take) - take
+    first = np.searchsorted(block[order], np.arange(cap.size))
+    before -= before[np.minimum(first, before.size - 1)][block[order]]
+    last = np.full(cap.size, -np.inf)
+    inside = (take > 0) & (before < cap[block[order]])
+    np.maximum.at(last, block[order][inside], reduced[order][inside])
+    return np.where(total >= cap, np.where(np.isfinite(last), last, 0.0), 0.0)[block]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.matching.evaluation import FusedDual, primal_piece
+from polytope_lp.matching.exact import whole_allocation
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.search import Search
 from polytope_lp.matching.statistics import Presolved
@@ -236,13 +237,16 @@ class Solution:
         """Whole amounts within every budget; see `polytope_lp.serving.rounding.round_allocation`.
 
         Args:
-            method: `greedy` or `random`.
+            method: `greedy`, `random`, or `exact` where every edge takes one unit from one budget: the best there are.
             seed: Seed of `random`.
 
         Returns:
             Amounts, value, and how far it is at most from the best.
         """
-        return round_allocation(self.problem, self.x().numpy(), self.lam.numpy(), -self.lower_bound, method, seed)
+        x, lam = self.x().numpy(), self.lam.numpy()
+        if method == "exact":
+            return whole_allocation(self.problem, x, lam, -self.lower_bound)
+        return round_allocation(self.problem, x, lam, -self.lower_bound, method, seed)
 
     def pacing(self, spent: Any, elapsed: float) -> pa.Table:
         """Live spending against this plan; see `polytope_lp.serving.pacing.pacing_report`.

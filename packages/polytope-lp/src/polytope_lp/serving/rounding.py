@@ -31,6 +31,7 @@ class Rounded:
         bound: Certified upper bound of the value of any allocation, whole or not.
         load: What they take from the budgets, shape (rows,), float64.
         changed: Sources whose amounts were not whole before.
+        proved: Whether no whole allocation is worth more: the bound, or what of it whole values can reach, is met.
     """
 
     x: Array
@@ -38,6 +39,7 @@ class Rounded:
     bound: float
     load: Array
     changed: int
+    proved: bool = False
 
     @property
     def gap(self) -> float:
