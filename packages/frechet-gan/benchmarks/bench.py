@@ -5,21 +5,31 @@ of the reference's covariance, scipy and torchmetrics the covariances) that part
 """
 
 import functools
+import json
 import statistics
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from core_tensor.dev.benchmarking import compare, run_bars
 from core_tensor.dev.testing import run_ranks
-from forms import fd_loss, principal_root, rank_gradient
+from forms import clean_fid_image, fd_loss, principal_root, rank_gradient
 from frechet_gan import (
+    PRESETS,
     EMAPopulation,
+    FeatureStats,
+    FrechetTrainer,
+    NetworkConfig,
     TransportLoss,
     estimate_frechet,
     frechet_distance,
     frechet_distance_from_moments,
 )
+from frechet_gan.images.files import image_batches
+from PIL import Image
 from torch import Tensor, nn
 
 SIZES = ((256, 512), (1024, 2048))
@@ -321,6 +331,130 @@ def debiased(quick: bool) -> dict[str, Any]:
     return {key: round(means["rtd"] / means["plugin50k"], 4), f"{key}_detail": {"distance": truth, **detail}}
 
 
+def step(quick: bool) -> dict[str, Any]:
+    """CPU time of a generator step of the default loss, over every layer, in units of a non-saturating one."""
+    images = torch.rand(2000, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    network = NetworkConfig("mlp", 16, latent=64, width=128, features=32)
+    ours, theirs = (FrechetTrainer(network, images, PRESETS[m]) for m in ("frechet", "ns"))
+    found = compare(
+        lambda: [ours.step() for _ in range(10)], lambda: [theirs.step() for _ in range(10)], pairs=9 if quick else 31
+    )
+    return {"step_vs_ns": round(1 / found.speedup, 3), "step_vs_ns_detail": found.spread()}
+
+
+def stats_update(quick: bool) -> dict[str, Any]:
+    """Statistics of 4000 rows of 2048 features in batches of 64, in units of batches of 1000."""
+    rows = torch.randn(4000, 2048, generator=torch.Generator().manual_seed(0))
+
+    def absorb(batch: int) -> Tensor:
+        stats = FeatureStats(2048)
+        for part in rows.split(batch):
+            stats.update(part)
+        return stats.scatter
+
+    found = compare(lambda: absorb(64), lambda: absorb(1000), pairs=3 if quick else 9)
+    key = "stats_update_batch64_vs_batch1000"
+    return {key: round(1 / found.speedup, 3), f"{key}_detail": found.spread()}
+
+
+def interval_coverage(quick: bool) -> dict[str, Any]:
+    """Share of 95 % intervals of `rtd` that hold the truth: least and most over laws and distances, d = 16, n = 600."""
+    draws = 100 if quick else 400
+    shares = {}
+    for law in ("gaussian", "relu"):
+        for scale in (1.0, 1.05, 1.5):
+            hits = 0
+            for seed in range(draws):
+                sides = []
+                for side in range(2):
+                    generator = torch.Generator().manual_seed(2 * seed + side)
+                    z = torch.randn(600, 16, dtype=torch.float64, generator=generator)
+                    sides.append(z if law == "gaussian" else (z.clamp_min(0) - 0.3989422804) / 0.5838119895)
+                found = estimate_frechet(sides[0], sides[1] * scale, "rtd", seed=seed)
+                assert found.low is not None
+                assert found.high is not None
+                hits += found.low <= 16 * (scale - 1) ** 2 <= found.high
+            shares[f"{law} {scale:g}"] = hits / draws
+    detail = {"most": max(shares.values()), "draws": draws, **shares}
+    return {"interval_coverage": min(shares.values()), "interval_coverage_detail": detail}
+
+
+def load_images(quick: bool) -> dict[str, Any]:
+    """CPU time of reading 200 JPEG files of 256 pixels and resizing them to 299, per worker, against clean-fid's."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        generator = np.random.default_rng(0)
+        paths = []
+        for i in range(40 if quick else 200):
+            small = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            paths.append(f"{folder}/{i:03}.jpg")
+            small.resize((256, 256), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+
+        def theirs() -> Tensor:
+            return torch.stack([clean_fid_image(path, 299) for path in paths])
+
+        for mode in ("native", "clean"):
+
+            def ours(mode: Any = mode) -> Tensor:
+                return torch.cat(list(image_batches(folder, 50, 299, resize=mode, channels=3)))
+
+            timed = compare(ours, theirs, pairs=3 if quick else 7)
+            found[mode] = {"ratio": round(1 / timed.speedup, 3), **timed.spread()}
+        error = float(((ours("clean") + 1) * 127.5 - theirs()).abs().max())
+    key = "load_images_vs_clean_fid"
+    return {key: found["native"]["ratio"], f"{key}_detail": {**found, "largest_difference_of_clean": error}}
+
+
+def statistics_50k(quick: bool) -> dict[str, Any]:
+    """Statistics of two samples of 50,000 rows of 2048 features, and the distance, in units of torchmetrics' time."""
+    key = "fid_50k_2048_vs_torchmetrics"
+    if quick:
+        return {key: None, f"{key}_reason": "minutes per pair; run without --quick"}
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    rows = torch.randn(50_000, 2048, generator=torch.Generator().manual_seed(0))
+
+    class Identity(nn.Module):
+        num_features = 2048
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)
+
+    def ours() -> Tensor:
+        sides = [FeatureStats(2048), FeatureStats(2048)]
+        for part in rows.split(250):
+            sides[0].update(part)
+            sides[1].update(part * 1.1)
+        return frechet_distance(*sides)
+
+    def theirs() -> Tensor:
+        metric = FrechetInceptionDistance(Identity(), normalize=True, input_img_size=(1, 1, 2048))
+        for part in rows.split(250):
+            metric.update(part.view(-1, 1, 1, 2048), real=True)
+            metric.update((part * 1.1).view(-1, 1, 1, 2048), real=False)
+        value: Tensor = metric.compute()
+        return value
+
+    found = compare(ours, theirs, pairs=1, warmup=0)
+    return {key: round(1 / found.speedup, 3), f"{key}_detail": found.spread()}
+
+
+def trained(quick: bool) -> dict[str, Any]:
+    """Distances of the default loss over the baselines' at equal CPU time, as `reproduce/layers.py` measured them."""
+    del quick
+    file = Path(__file__).parents[1] / "reproduce" / "results" / "layers.json"
+    results: dict[str, Any] = {}
+    for task, found in json.loads(file.read_text(encoding="utf-8")).items():
+        for method, name in (("ns", "ns"), ("wgan-gp", "wgan")):
+            kinds = {r["generator"]: r for r in found["rows"] if r["method"] == method}
+            key = f"train_vs_{name}_{task}"
+            results[key] = round(kinds["averaged"]["ratio"], 3)
+            results[f"{key}_detail"] = {
+                f"{kind} {what}": row[what] for kind, row in kinds.items() for what in ("ratio", "ratio_range", "seeds")
+            }
+    return results
+
+
 def at(bar: Callable[..., dict[str, Any]], *sizes: int) -> Callable[[bool], dict[str, Any]]:
     """A bar at fixed sizes."""
     return lambda quick: bar(*sizes, quick)
@@ -341,5 +475,11 @@ if __name__ == "__main__":
             "ddp_grad_rel_error": ddp,
             "virtual_batch": virtual_batch,
             "rtd10k_vs_plugin50k_error": debiased,
+            "step_vs_ns": step,
+            "stats_update_batch64_vs_batch1000": stats_update,
+            "interval_coverage": interval_coverage,
+            "load_images_vs_clean_fid": load_images,
+            "fid_50k_2048_vs_torchmetrics": statistics_50k,
+            "train_vs_baselines": trained,
         },
     )

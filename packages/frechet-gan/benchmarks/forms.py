@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from frechet_gan import TransportLoss
+from PIL import Image
 from torch import Tensor
 
 
@@ -24,6 +26,16 @@ def fd_loss(fake: Tensor, mean: Tensor, covariance: Tensor, root: Tensor) -> Ten
     trace = own_covariance.diagonal().sum() + covariance.diagonal().sum() - 2 * values.clamp_min(0).sqrt().sum()
     distance: Tensor = (own - mean).square().sum() + trace
     return distance
+
+
+def clean_fid_image(path: str, size: int) -> Tensor:
+    """An image as clean-fid 0.1.35 reads it (mode `clean`): RGB, then bicubic in floats, channel by channel."""
+    pixels = np.array(Image.open(path).convert("RGB"))
+    channels = []
+    for i in range(3):
+        channel = Image.fromarray(pixels[:, :, i].astype(np.float32), mode="F")
+        channels.append(np.asarray(channel.resize((size, size), resample=Image.Resampling.BICUBIC)).clip(0, 255))
+    return torch.from_numpy(np.stack(channels).astype(np.float32))
 
 
 def rank_gradient(rank: int, ranks: int, fake: Tensor, real: Tensor, rows: int, options: dict[str, Any]) -> Tensor:

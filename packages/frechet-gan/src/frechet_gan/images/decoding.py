@@ -27,6 +27,7 @@ SUFFIXES = frozenset(
 )
 """File names that are taken for images."""
 _GREY = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N"})
+_ORIENTATION = 0x0112  # EXIF's tag
 _DEEP = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -54,7 +55,8 @@ def pixels_of(image: Image.Image, name: str) -> "np.ndarray[tuple[int, ...], np.
     Raises:
         ValueError: If the mode has no fixed range.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # transposing would copy every image
+        image = ImageOps.exif_transpose(image)
     grey = image.mode in _GREY
     if image.mode in _DEEP:
         deep = np.asarray(image).astype(np.float32)
@@ -64,7 +66,8 @@ def pixels_of(image: Image.Image, name: str) -> "np.ndarray[tuple[int, ...], np.
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         clear = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-    pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    mode = "L" if grey else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 

@@ -78,7 +78,7 @@ def image_batches(
         ValueError: If an image cannot be read, or sizes differ and `size` is not given.
     """
     for pixels in _byte_batches(images, batch, size, resize, workers, channels, chosen):
-        yield pixels.float() / 127.5 - 1
+        yield pixels.float().div_(127.5).sub_(1)
 
 
 def _byte_batches(

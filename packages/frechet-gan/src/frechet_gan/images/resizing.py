@@ -38,9 +38,11 @@ def resized(pixels: Any, size: int | None, mode: Resize) -> Tensor:
         small = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
         return torch.from_numpy(small[None].copy() if small.ndim == 2 else small.transpose(2, 0, 1).copy())
     if mode == "clean":
-        channels = [Image.fromarray(pixels[:, :, c].astype(np.float32)) for c in range(pixels.shape[2])]
-        small = np.stack([np.asarray(c.resize((size, size), Image.Resampling.BICUBIC)) for c in channels])
-        return torch.from_numpy(small.clip(0, 255))
+        small = np.empty((pixels.shape[2], size, size), np.float32)
+        for c, target in enumerate(small):
+            channel = Image.fromarray(pixels[:, :, c].astype(np.float32))
+            np.clip(np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)), 0, 255, out=target)
+        return torch.from_numpy(small)
     floats = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))
     if mode == "legacy-pytorch":
         return torch.nn.functional.interpolate(floats[None], (size, size), mode="bilinear", align_corners=False)[0]
