@@ -135,7 +135,14 @@ class Encoder:
         return found + [f"{name}: always null" for name in empty]
 
     def transform(self, name: str) -> str:
-        """Transform of a column of numbers; popularity is standardized."""
+        """Transform of a column of numbers; popularity is standardized.
+
+        Args:
+            name: Name of the column.
+
+        Returns:
+            `zscore`, `log1p`, `quantile` or `none`.
+        """
         dense = {feature.name: feature.transform for feature in self.schema.of(Dense)}
         return str(dense.get(name, "zscore"))
 
@@ -244,7 +251,11 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything learned, as arrays by name."""
+        """What was learned.
+
+        Returns:
+            Everything, as arrays by name.
+        """
         found: dict[str, np.ndarray] = {}
         for name, vocabulary in self.vocabularies.items():
             found[f"vocabulary.{name}.counts"] = vocabulary.counts
@@ -284,7 +295,11 @@ class Encoder:
             raise ValueError(f"state: {error.args[0]} is missing; it belongs to another schema") from error
 
     def knots(self) -> np.ndarray:
-        """Quantiles of every column of numbers, shape (N, KNOTS)."""
+        """Quantiles of every column of numbers.
+
+        Returns:
+            Quantiles, shape (N, KNOTS).
+        """
         knots = [statistics.knots() for statistics in self.statistics.values()]
         return np.stack(knots) if knots else np.zeros((0, KNOTS))
 

@@ -101,7 +101,11 @@ class CausalFeatures:
         return {**self._popularity, **self._history}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything remembered, as arrays by name."""
+        """What is remembered.
+
+        Returns:
+            Everything, as arrays by name.
+        """
         return {f"{n}.{k}": v for n, s in self._states().items() for k, v in s.state().items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:

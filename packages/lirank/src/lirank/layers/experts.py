@@ -62,7 +62,14 @@ class MultiTask(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(widths[-1] if widths else width, 1) for _ in named)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of all tasks, (B, width) -> (B, T)."""
+        """Logits of all tasks.
+
+        Args:
+            x: What the tasks share, shape (B, width).
+
+        Returns:
+            Logits, shape (B, T).
+        """
         shared = [expert(x) for expert in self.common]
         towers = []
         for g, own in enumerate(self.own):

@@ -21,7 +21,14 @@ class DenseGate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Gate a layer, shape (B, width)."""
+        """Gate a layer.
+
+        Args:
+            h: The layer, shape (B, width).
+
+        Returns:
+            The gated layer, shape (B, width).
+        """
         score = h @ self.weight.T if self.weight.ndim == 2 else h * self.weight
         return h * (2 * torch.sigmoid(score + self.bias))
 
@@ -42,5 +49,13 @@ class LHUC(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, h: Tensor, side: Tensor) -> Tensor:
-        """Gate a layer (B, width) by a side input (B, side)."""
+        """Gate a layer by a side input.
+
+        Args:
+            h: The layer, shape (B, width).
+            side: The side input, shape (B, side).
+
+        Returns:
+            The gated layer, shape (B, width).
+        """
         return h * (2 * torch.sigmoid(self.last(torch.relu(self.first(side)))))

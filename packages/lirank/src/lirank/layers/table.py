@@ -73,6 +73,10 @@ class FusedTable(nn.Module):
         return vectors.view(*ids.shape, self.dim)
 
     def take_touched(self) -> list[Touched]:
-        """The lookups since the last call, with their gradients; the list is emptied."""
+        """Hand over the lookups since the last call; the list is emptied.
+
+        Returns:
+            The lookups that have a gradient.
+        """
         touched, self._touched = self._touched, []
         return [entry for entry in touched if entry.vectors.grad is not None]

@@ -36,7 +36,14 @@ class Ranker(nn.Module):
         self.correction = math.log(encoder.schema.sampling)
 
     def vectors(self, batch: Batch) -> Vectors:
-        """Look everything up."""
+        """Look everything up.
+
+        Args:
+            batch: What the encoder made.
+
+        Returns:
+            The vectors of ids, lists and histories, and the numbers.
+        """
         ids = self.table(batch.ids)  # (B, columns, D)
         features = len(self.layout.schema.of(Id))
         if ids.shape[1] != features:  # several hashes of one id are added

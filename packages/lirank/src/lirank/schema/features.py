@@ -214,15 +214,36 @@ class Schema(_Part, frozen=True):
         _check(self)
 
     def of(self, *kinds: type) -> list[Any]:
-        """The features of some kinds, in the order of the schema."""
+        """The features of some kinds.
+
+        Args:
+            kinds: Classes of features.
+
+        Returns:
+            The features, in the order of the schema.
+        """
         return [feature for feature in self.features if isinstance(feature, kinds)]
 
     def feature(self, name: str) -> Any:
-        """The feature of a name."""
+        """The feature of a name.
+
+        Args:
+            name: Name of the feature.
+
+        Returns:
+            The feature.
+        """
         return next(feature for feature in self.features if feature.name == name)
 
     def label(self, name: str) -> Label:
-        """The label of a name."""
+        """The label of a name.
+
+        Args:
+            name: Name of the label.
+
+        Returns:
+            The label.
+        """
         return next(label for label in self.labels if label.name == name)
 
     @property
@@ -231,22 +252,38 @@ class Schema(_Part, frozen=True):
         return bool(self.of(*self.CAUSAL))
 
     def columns(self) -> list[str]:
-        """Columns that a log has to hold for training."""
+        """Columns that a log has to hold for training.
+
+        Returns:
+            Their names.
+        """
         found = [column(part) for part in (*self.of(Id, Dense, Multi, ItemSequence), *self.labels)]
         found += [self.time.column] if self.time else []
         return list(dict.fromkeys([*found, *filter(None, (self.weight, self.position))]))
 
     def serving_columns(self) -> list[str]:
-        """Columns that a request has to hold: no labels, no weight, no position."""
+        """Columns that a request has to hold: no labels, no weight, no position.
+
+        Returns:
+            Their names.
+        """
         found = [column(part) for part in self.of(Id, Dense, Multi, ItemSequence)]
         return list(dict.fromkeys([*found, *([self.time.column] if self.time and self.causal else [])]))
 
     def to_yaml(self) -> str:
-        """The schema as YAML, defaults left out."""
+        """The schema as text.
+
+        Returns:
+            YAML, defaults left out.
+        """
         return msgspec.yaml.encode(self).decode()
 
     def save(self, path: str | Path) -> None:
-        """Write the schema as YAML."""
+        """Write the schema as YAML.
+
+        Args:
+            path: The file.
+        """
         write_text(path, self.to_yaml())
 
 

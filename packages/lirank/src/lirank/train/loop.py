@@ -58,7 +58,11 @@ class TrainConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
     seed: Annotated[int, Meta(ge=0)] = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as plain values."""
+        """All settings.
+
+        Returns:
+            Plain values by name.
+        """
         return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in self.__struct_fields__}
 
 

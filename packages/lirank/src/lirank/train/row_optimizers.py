@@ -64,6 +64,10 @@ class RowOptimizer:
         row_update(self.table.weight.detach(), self.state, ids, grad, step=self.steps, **options)  # type: ignore[arg-type]
 
     def forget(self, rows: Tensor) -> None:
-        """Clear the state of rows that get a new owner."""
+        """Clear the state of rows that get a new owner.
+
+        Args:
+            rows: The rows, shape (n,), int64.
+        """
         for tensor in self.state:
             tensor[rows] = 0.0
