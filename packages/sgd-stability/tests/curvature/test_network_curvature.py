@@ -362,3 +362,30 @@ class Mixes(nn.Module):
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_run_leaves_by_its_loss_where_the_distance_does_not_show_it():
+    """One sharp direction among a thousand flat ones: the loss explodes long before the distance doubles."""
+    from sgd_stability.nonlinear import LEAVES, run_sgd
+
+    class Sharp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.flat = nn.Parameter(torch.zeros(1).double()), nn.Parameter(torch.zeros(3000).double())
+
+        def forward(self, x):
+            return 10 * torch.tanh(30 * self.w) * x + 0 * self.flat.sum()
+
+    x, y = torch.ones(8, 1).double(), torch.zeros(8, 1).double()
+    left = run_sgd(Sharp(), "squared_error", x, y, lr=1.2 * 2 / 300**2, batch_size=8, steps=200)
+    assert left.distance < LEAVES
+    assert left.final_loss > 10 * left.first_loss
+    assert left.outcome == "leaves"
+    assert run_sgd(Sharp(), "squared_error", x, y, lr=0.8 * 2 / 300**2, batch_size=8, steps=200).outcome == "returns"
+
+
+def test_a_report_says_what_it_means_away_from_a_minimum():
+    report = _bad()
+    assert not report.interpolating
+    assert "SGD does not rest at this point" in str(report)
+    assert report.to_dict()["meaning"] == report.meaning

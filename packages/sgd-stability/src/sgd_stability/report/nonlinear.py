@@ -14,7 +14,9 @@ from sgd_stability.curvature.losses import SampleLoss, resolve_loss
 from sgd_stability.curvature.network import Inputs, call, make_network, take
 
 LEAVES = 2.0
-"""A run leaves its minimum if its distance from it ever exceeds this many times the initial one."""
+"""A run leaves its minimum if its distance from it ever exceeds this many times the initial one, or ..."""
+LOSS_LEAVES = 10.0
+"""... its final loss exceeds this many times the first: a sharp direction shows in the loss before the distance."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Trial:
         seed: Seed of perturbation and minibatches.
         distance: Largest distance from the minimum on the way, over the initial one.
         final_loss: Mean loss at the end.
-        outcome: `"returns"` or `"leaves"`, by the criterion `LEAVES`.
+        outcome: `"returns"` or `"leaves"`, by the criteria `LEAVES` and `LOSS_LEAVES`.
+        first_loss: Mean loss after the perturbation, before the first step.
     """
 
     lr: float
@@ -36,6 +39,7 @@ class Trial:
     distance: float
     final_loss: float
     outcome: Literal["returns", "leaves"]
+    first_loss: float = math.nan
 
 
 def interpolate(
@@ -136,6 +140,7 @@ def run_sgd(
         for p in parameters:
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=perturbation)
     first = largest = _distance(parameters, minimum)
+    first_loss = _mean_loss(model, resolved, inputs, targets)
     try:
         for step in range(steps):
             batch = torch.randperm(len(targets), generator=generator)[:batch_size]
@@ -154,7 +159,8 @@ def run_sgd(
             for p, w in zip(parameters, minimum, strict=True):
                 p.copy_(w)
     ratio = largest / first
-    return Trial(lr, batch_size, seed, ratio, final, "leaves" if not ratio <= LEAVES else "returns")
+    returns = ratio <= LEAVES and final <= LOSS_LEAVES * first_loss  # NaN is neither
+    return Trial(lr, batch_size, seed, ratio, final, "returns" if returns else "leaves", first_loss)
 
 
 def verify(

@@ -94,6 +94,16 @@ class StabilityReport:
             )
         return self.family.coherence_matrix
 
+    @property
+    def meaning(self) -> str:
+        """What the thresholds mean at this point, and what to do with them, in a sentence."""
+        if self.interpolating:
+            return "thresholds are those of SGD at this minimum: stay below them"
+        return (
+            "SGD does not rest at this point, so thresholds describe the quadratic model around it: rates below "
+            "`lower` are safe here, and above it watch the loss (StabilityMonitor) or let `advise` choose"
+        )
+
     def culprits(self, count: int = 5) -> list[Culprit]:
         """The samples with the largest curvature: they cap the learning rate.
 
@@ -281,6 +291,7 @@ class StabilityReport:
             "mean_loss": self.mean_loss,
             "gradient_rms": finite(self.gradient_rms),
             "interpolating": self.interpolating,
+            "meaning": self.meaning,
             "lambda_max": self.lambda_max,
             "trace": finite(self.trace),
             "max_sample_curvature": self.max_sample_curvature,
@@ -303,6 +314,7 @@ class StabilityReport:
             f"{doubt}{stand_in}\n"
             f"lambda1 {self.lambda_max:.4g} | trace {self.trace:.4g} | L {self.max_sample_curvature:.4g} | "
             f"sigma {self.coherence:.4g}\nmost curved samples: {worst}"
+            + ("" if self.interpolating else f"\n{self.meaning}")
         )
 
 
