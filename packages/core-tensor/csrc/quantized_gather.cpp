@@ -4,6 +4,10 @@
 
 #include "core.h"
 
+#ifdef CORE_TENSOR_X86_LEVELS
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t kMetadata = 6;
@@ -29,36 +33,6 @@ CT_INLINE Range range_of(const uint8_t* row, int64_t d) {
   return range;
 }
 
-// Vector types of a width that depends on a template's argument are not vectors to every compiler: spelled out.
-template <int BYTES>
-struct Types;
-#define CT_TYPES(BYTES)                                          \
-  template <>                                                    \
-  struct Types<BYTES> {                                          \
-    typedef float Floats __attribute__((vector_size(BYTES)));    \
-    typedef int32_t Integers __attribute__((vector_size(BYTES))); \
-    typedef uint8_t Codes __attribute__((vector_size(BYTES / 4))); \
-  };
-CT_TYPES(64)
-CT_TYPES(32)
-CT_TYPES(16)
-
-template <int BYTES>
-struct Vectors {
-  static constexpr int kWidth = BYTES / 4;
-  using Floats = typename Types<BYTES>::Floats;
-  using Integers = typename Types<BYTES>::Integers;
-  using Codes = typename Types<BYTES>::Codes;
-
-  static CT_INLINE Floats load(const uint8_t* codes) {
-    Codes narrow;
-    std::memcpy(&narrow, codes, sizeof narrow);
-    // in two steps, each of which is one instruction; at once, GCC converts one code after the other
-    return __builtin_convertvector(__builtin_convertvector(narrow, Integers), Floats);
-  }
-  static CT_INLINE void store(float* out, Floats value) { std::memcpy(out, &value, sizeof value); }
-};
-
 struct Job {
   const uint8_t* table;
   const int64_t *ids, *offsets;
@@ -66,72 +40,131 @@ struct Job {
   float* out;
 };
 
-template <int BYTES>
-CT_INLINE void single(const Job& job, int64_t begin, int64_t end) {
-  using V = Vectors<BYTES>;
-  const int64_t d = job.d, stride = d + kMetadata, whole = d - d % V::kWidth;
+constexpr int64_t kAhead = 24;  // rows that are asked for before they are needed
+
+CT_INLINE void prefetch(const Job& job, int64_t i, int64_t end) {
+  if (i + kAhead >= end) return;
+  const int64_t stride = job.d + kMetadata;
+  const uint8_t* ahead = job.table + job.ids[i + kAhead] * stride;
+  __builtin_prefetch(ahead);
+  __builtin_prefetch(ahead + stride - 1);
+}
+
+// Plain loops, for machines without the vectors below.
+void single_base(const Job& job, int64_t begin, int64_t end) {
+  const int64_t d = job.d, stride = d + kMetadata;
   for (int64_t i = begin; i < end; ++i) {
-    if (i + 16 < end) {
-      const uint8_t* ahead = job.table + job.ids[i + 16] * stride;
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + stride - 1);
-    }
+    prefetch(job, i, end);
     const uint8_t* row = job.table + job.ids[i] * stride;
     const Range r = range_of(row, d);
-    float* out = job.out + i * d;
-    for (int64_t j = 0; j < whole; j += V::kWidth) V::store(out + j, V::load(row + j) * r.scale + r.bias);
-    for (int64_t j = whole; j < d; ++j) out[j] = r.scale * row[j] + r.bias;
+    for (int64_t j = 0; j < d; ++j) job.out[i * d + j] = r.scale * row[j] + r.bias;
   }
 }
 
-// Columns `first` .. `first + COLUMNS * kWidth` of one bag.
-template <int BYTES, int COLUMNS>
-CT_INLINE void columns_of_bag(const Job& job, int64_t bag, int64_t first) {
-  using V = Vectors<BYTES>;
-  const int64_t d = job.d, stride = d + kMetadata;
-  typename V::Floats sums[COLUMNS] = {};
-  const int64_t end = job.offsets[bag + 1];
-  for (int64_t i = job.offsets[bag]; i < end; ++i) {
-    if (i + 8 < job.offsets[bag + 1]) {
-      const uint8_t* ahead = job.table + job.ids[i + 8] * stride;
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + stride - 1);
-    }
-    const uint8_t* row = job.table + job.ids[i] * stride;
-    const Range r = range_of(row, d);
-#pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) sums[c] += V::load(row + first + c * V::kWidth) * r.scale + r.bias;
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < COLUMNS; ++c) V::store(job.out + bag * d + first + c * V::kWidth, sums[c]);
-}
-
-template <int BYTES>
-CT_INLINE void bags(const Job& job, int64_t begin, int64_t end) {
-  using V = Vectors<BYTES>;
-  const int64_t d = job.d, stride = d + kMetadata;
+void bags_base(const Job& job, int64_t begin, int64_t end) {
+  const int64_t d = job.d, stride = d + kMetadata, last = job.offsets[end];
   for (int64_t bag = begin; bag < end; ++bag) {
-    int64_t j = 0;
-    for (; j + 4 * V::kWidth <= d; j += 4 * V::kWidth) columns_of_bag<BYTES, 4>(job, bag, j);
-    for (; j + V::kWidth <= d; j += V::kWidth) columns_of_bag<BYTES, 1>(job, bag, j);
-    for (; j < d; ++j) {
-      float sum = 0;
+    float* out = job.out + bag * d;
+    for (int64_t j = 0; j < d; ++j) out[j] = 0;
+    for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
+      prefetch(job, i, last);
+      const uint8_t* row = job.table + job.ids[i] * stride;
+      const Range r = range_of(row, d);
+      for (int64_t j = 0; j < d; ++j) out[j] += r.scale * row[j] + r.bias;
+    }
+  }
+}
+
+#ifdef CORE_TENSOR_X86_LEVELS
+
+// Sixteen columns of a row; those behind its end are zero codes.
+#define CT_ROW_V4(ROW, J, MASK, SCALE, BIAS)                                                                      \
+  _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(MASK, (ROW) + (J)))), SCALE, BIAS)
+
+CT_V4 void single_v4(const Job& job, int64_t begin, int64_t end) {
+  const int64_t d = job.d, stride = d + kMetadata;
+  for (int64_t i = begin; i < end; ++i) {
+    prefetch(job, i, end);
+    const uint8_t* row = job.table + job.ids[i] * stride;
+    const Range r = range_of(row, d);
+    const __m512 scale = _mm512_set1_ps(r.scale), bias = _mm512_set1_ps(r.bias);
+    float* out = job.out + i * d;
+    for (int64_t j = 0; j < d; j += 16) {
+      const __mmask16 mask = d - j >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (d - j)) - 1);
+      _mm512_mask_storeu_ps(out + j, mask, CT_ROW_V4(row, j, mask, scale, bias));
+    }
+  }
+}
+
+CT_V4 void bags_v4(const Job& job, int64_t begin, int64_t end) {
+  const int64_t d = job.d, stride = d + kMetadata, last = job.offsets[end];
+  for (int64_t bag = begin; bag < end; ++bag) {
+    for (int64_t first = 0; first < d; first += 64) {  // four vectors of sums stay in registers
+      __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+      __mmask16 masks[4];
+      for (int c = 0; c < 4; ++c) {
+        const int64_t left = d - first - 16 * c;
+        masks[c] = left >= 16 ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+      }
+      const int vectors = d - first >= 64 ? 4 : static_cast<int>((d - first + 15) / 16);
       for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
+        if (first == 0) prefetch(job, i, last);
         const uint8_t* row = job.table + job.ids[i] * stride;
         const Range r = range_of(row, d);
-        sum += r.scale * row[j] + r.bias;
+        const __m512 scale = _mm512_set1_ps(r.scale), bias = _mm512_set1_ps(r.bias);
+#define CT_ADD(C) sums[C] = _mm512_add_ps(sums[C], CT_ROW_V4(row, first + 16 * C, masks[C], scale, bias))
+        CT_ADD(0);
+        if (vectors > 1) CT_ADD(1);
+        if (vectors > 2) CT_ADD(2);
+        if (vectors > 3) CT_ADD(3);
+#undef CT_ADD
       }
-      job.out[bag * d + j] = sum;
+      for (int c = 0; c < vectors; ++c) _mm512_mask_storeu_ps(job.out + bag * d + first + 16 * c, masks[c], sums[c]);
     }
   }
 }
 
-#define CT_LEVEL(MARK, NAME, BYTES)                                                            \
-  MARK void single_##NAME(const Job& job, int64_t begin, int64_t end) { single<BYTES>(job, begin, end); } \
-  MARK void bags_##NAME(const Job& job, int64_t begin, int64_t end) { bags<BYTES>(job, begin, end); }
-CT_LEVEL(CT_V4, v4, 64)
-CT_LEVEL(CT_V3, v3, 32)
-CT_LEVEL(, base, 16)
+CT_V3 void single_v3(const Job& job, int64_t begin, int64_t end) {
+  const int64_t d = job.d, stride = d + kMetadata;
+  for (int64_t i = begin; i < end; ++i) {
+    prefetch(job, i, end);
+    const uint8_t* row = job.table + job.ids[i] * stride;
+    const Range r = range_of(row, d);
+    const __m256 scale = _mm256_set1_ps(r.scale), bias = _mm256_set1_ps(r.bias);
+    float* out = job.out + i * d;
+    int64_t j = 0;
+    for (; j + 8 <= d; j += 8) {
+      const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + j));
+      _mm256_storeu_ps(out + j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), scale, bias));
+    }
+    for (; j < d; ++j) out[j] = r.scale * row[j] + r.bias;
+  }
+}
+
+CT_V3 void bags_v3(const Job& job, int64_t begin, int64_t end) {
+  const int64_t d = job.d, stride = d + kMetadata, last = job.offsets[end];
+  for (int64_t bag = begin; bag < end; ++bag) {
+    float* out = job.out + bag * d;
+    for (int64_t j = 0; j < d; ++j) out[j] = 0;
+    for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
+      prefetch(job, i, last);
+      const uint8_t* row = job.table + job.ids[i] * stride;
+      const Range r = range_of(row, d);
+      const __m256 scale = _mm256_set1_ps(r.scale), bias = _mm256_set1_ps(r.bias);
+      int64_t j = 0;
+      for (; j + 8 <= d; j += 8) {
+        const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + j));
+        const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), scale, bias);
+        _mm256_storeu_ps(out + j, _mm256_add_ps(_mm256_loadu_ps(out + j), value));
+      }
+      for (; j < d; ++j) out[j] += r.scale * row[j] + r.bias;
+    }
+  }
+}
+
+#else
+constexpr auto single_v4 = single_base, single_v3 = single_base, bags_v4 = bags_base, bags_v3 = bags_base;
+#endif
 
 }  // namespace
 
