@@ -27,15 +27,4 @@ __all__ = [
     "msam_step",
 ]
 
-__getattr__, __dir__, _ = lazy(
-    __name__,
-    {
-        "engines.ghost.errors": ["UnsupportedError"],
-        "optimizer.optim": ["MSAM", "msam_step"],
-        "optimizer.telemetry": ["Check", "Explanation"],
-        "step.batches": ["micro_batches"],
-        "step.functional": ["Aux", "msam_grad"],
-        "step.options": ["Options", "auto_rho"],
-        "step.record": ["StepRecord"],
-    },
-)
+__getattr__, __dir__, _ = lazy(__name__)

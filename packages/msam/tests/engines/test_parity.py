@@ -229,7 +229,7 @@ def test_recurrent_weights_are_shared_over_steps(double, oracle):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Whether each product that pass 1 kept was taken over, in the proof's pass 2 and in the step's."""
+    """Whether each product that pass 1 kept was taken over."""
     answers, serves = [], Kept.serves
     monkeypatch.setattr(Kept, "serves", lambda self, x: answers.append(serves(self, x)) or answers[-1])
     return answers
@@ -253,7 +253,7 @@ def test_the_first_product_is_taken_over_only_while_it_is_intact(double, oracle,
     truth = oracle.brute_force(model, batch, [3] * 4, rho=0.3)
     opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode="ghost")
     opt.backward(oracle.loss_of(model), batch)
-    assert taken == [change == "nothing"] * 2  # in the proof, in the step
+    assert taken == [change == "nothing"]
     assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
 
 
@@ -274,7 +274,7 @@ def test_the_first_product_of_sequences_that_come_first(double, oracle, taken, l
     opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode="ghost")
     opt.backward(oracle.loss_of(model), batch)
     assert opt.record.mode == "ghost"
-    assert taken == [True] * 2  # in the proof, in the step
+    assert taken == [True]
     assert oracle.relative_error(oracle.gradients(model), truth) < 1e-12
 
 

@@ -39,7 +39,7 @@ def test_lightning(tmp_path):
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self):
-            opt = MSAM(self, torch.optim.SGD, lr=0.1, momentum=0.9, num_micro_batches=3, clip_norm=0.5)
+            opt = MSAM(self, torch.optim.SGD, lr=0.1, momentum=0.9, num_micro_batches=3, mode="ghost", clip_norm=0.5)
             return [opt], [torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)]
 
     torch.manual_seed(0)

@@ -87,8 +87,8 @@ def test_check_finds_a_wrong_engine(setting, oracle, monkeypatch):
     right = type(opt.engines.sequential(opt.trainable)).accumulate
     opt.check(oracle.loss_of(model), batch)
 
-    def wrong(self, loss_fn, batch, shards, tracked, **rest):
-        return right(self, loss_fn, batch, shards, replace(tracked, radii=(*tracked.radii[:-1], 0.2)), **rest)
+    def wrong(self, loss_fn, stretch, tracked, **rest):
+        return right(self, loss_fn, stretch, replace(tracked, radii=(*tracked.radii[:-1], 0.2)), **rest)
 
     monkeypatch.setattr("msam.engines.sequential.Sequential.accumulate", wrong)
     with pytest.raises(RuntimeError, match="gradient of the sequential engine is off by"):

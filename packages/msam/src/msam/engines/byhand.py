@@ -9,16 +9,57 @@ import torch
 from core_tensor.checks import check_number
 from torch import Tensor, nn
 
-from msam.engines.sequential import GradientDrawer, poison, take_gradients
+from msam.engines.sequential import GradientDrawer, noticed, poison, taken
 from msam.step.options import Options
 from msam.step.passes import Generators, norm_layers, statistics, unsynchronised
 from msam.step.perturbation import Tracked, moved, norm_of, perturbation, size_of
 from msam.step.record import StepRecord
+from msam.step.state import State
 
 _UNSEEN = {
     "half": "needs a batch that it can halve",
     "chained": "has no pass 1, and needs to know which slot a micro-batch is",
 }
+
+
+class Other:
+    """A parameter of another optimizer, whose gradient gets the mean of the descents added.
+
+    Args:
+        parameter: The parameter.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+        self._base: Tensor | None = None  # the gradient that was there before
+        self._mean: Tensor | None = None  # of the descents so far
+        self._late: Tensor | None = None  # of the last one
+
+    def lay_aside(self) -> None:
+        """Take the gradient away before a backward pass."""
+        if self._mean is None:
+            self._base = self._parameter.grad
+        self._parameter.grad = None
+
+    def take(self) -> None:
+        """Take what the backward pass has left."""
+        self._late, self._parameter.grad = self._parameter.grad, None
+
+    def average(self, new: float) -> None:
+        """Move the mean.
+
+        Args:
+            new: Share of the last descent in the mean of all of them.
+        """
+        if self._mean is not None:
+            self._mean.mul_(1 - new)
+        if self._late is not None:
+            self._mean = self._late.mul_(new) if self._mean is None else self._mean.add_(self._late, alpha=new)
+            self._late = None
+        if self._base is None or self._mean is None:
+            self._parameter.grad = self._base if self._mean is None else self._mean.clone()
+        else:
+            self._parameter.grad = self._base + self._mean
 
 
 class Climb(NamedTuple):
@@ -29,16 +70,21 @@ class Climb(NamedTuple):
         steps: The perturbations; None each if the gradient is not finite.
         norm: ||g_j|| (of T g_j under ASAM), scalar tensor.
         generators: States of the random generators before the ascent.
+        state: What the ascent has left in the model, which the descent writes again.
     """
 
     tracked: Tracked
     steps: list[Tensor | None]
     norm: Tensor
     generators: Generators
+    state: State
 
 
 class ByHand:
     """What `MSAM.ascent` leaves for `MSAM.descent`, and the micro-batches whose mean is in `.grad`.
+
+    The optimizer's parameters are averaged from scratch in each step. A loss may reach others, which another optimizer
+    trains: their mean is added to the gradient that they have.
 
     Args:
         model: The model whose buffers and wrappers the passes respect.
@@ -57,6 +103,7 @@ class ByHand:
         self._norms: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._finite = True
+        self._others: dict[int, Other] = {}
 
     @contextmanager
     def ascent(self, tracked: Tracked, trainable: Sequence[Tensor]) -> Iterator[None]:
@@ -77,15 +124,22 @@ class ByHand:
                 f"ascent: {self._options.ascent!r} {_UNSEEN[self._options.ascent]}, which ascent()/descent() and "
                 "step(closure) do not see; use step(loss_fn, batch)"
             )
-        generators = Generators({p.device for p in trainable})
+        generators, before = Generators({p.device for p in trainable}), State(self._model)
         drawer = GradientDrawer(trainable)
+        others = GradientDrawer([])
         try:
-            with unsynchronised(self._model), statistics(norm_layers(self._model), self._options.bn, first=True):
+            with (
+                noticed(self._model, trainable, others.add),
+                unsynchronised(self._model),
+                statistics(norm_layers(self._model), self._options.bn, first=True),
+            ):
                 yield
-            steps, norm = perturbation(tracked, take_gradients(tracked.parameters))
+            steps, norm = perturbation(tracked, taken([p.grad for p in tracked.parameters]))
         finally:
             drawer.close()
-        self._climb = Climb(tracked, steps if math.isfinite(norm) else [None] * len(steps), norm, generators)
+            others.close()
+        steps = steps if math.isfinite(norm) else [None] * len(steps)
+        self._climb = Climb(tracked, steps, norm, generators, State(self._model, before))
 
     @contextmanager
     def descent(self, trainable: Sequence[Tensor], weight: float, perturbs: bool) -> Iterator[None]:
@@ -111,15 +165,21 @@ class ByHand:
         drawer = GradientDrawer(trainable)
         if climb is not None and self._options.rng == "same":
             climb.generators.rewind()
+        mine: list[Other] = []
         try:
             with (
                 nullcontext() if climb is None else moved(climb.tracked.parameters, climb.steps),
+                noticed(self._model, trainable, lambda found: mine.extend(map(self._lay_aside, found))),
                 statistics(norm_layers(self._model), self._options.bn, first=climb is None),
             ):
                 yield
-            late = take_gradients(trainable)
+            late = taken([p.grad for p in trainable])
         finally:
             drawer.close()
+            if climb is not None:
+                climb.state.restore()
+            for other in mine:
+                other.take()
         new = weight / (self._weight + weight)
         with torch.no_grad():
             for p, g in zip(trainable, late, strict=True):
@@ -128,9 +188,16 @@ class ByHand:
                     p.grad = g.mul_(new) if old is None else old.mul_(1 - new).add_(g, alpha=new)
                 elif old is not None:
                     old.mul_(1 - new)
+            for other in self._others.values():
+                other.average(new)
         self._weight += weight
         if climb is not None:
             self._note(climb)
+
+    def _lay_aside(self, parameter: Tensor) -> "Other":
+        other = self._others.setdefault(id(parameter), Other(parameter))
+        other.lay_aside()
+        return other
 
     def _note(self, climb: Climb) -> None:
         self._rho = climb.tracked.radii[0]

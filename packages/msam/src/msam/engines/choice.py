@@ -1,24 +1,48 @@
-"""Which engine computes a gradient: ghost where it can, and what stands in for it."""
+"""Which engine computes a gradient: ghost where it can and is not slower, and what stands in for it."""
 
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from msam.engines.ghost import Ghost, UnsupportedError
-from msam.engines.sequential import LossFunction, Scale, Sequential
+from msam.engines.ghost import DisagreeError, Ghost, UnsupportedError
+from msam.engines.sequential import (
+    GradientDrawer,
+    LossFunction,
+    Piece,
+    Scale,
+    Sequential,
+    Stretch,
+    noticed,
+    stretches,
+)
 from msam.engines.vectorised import vectorised_gradient
 from msam.step.batches import Shards
 from msam.step.options import Options
-from msam.step.passes import is_sharded
+from msam.step.passes import Generators, is_sharded, norm_layers, remembered, unsynchronised
 from msam.step.perturbation import Tracked
 from msam.step.record import StepRecord
+from msam.step.state import State
 
 Trainable = Callable[[], Sequence[Tensor]]
+
+TRIALS = 3
+"""Timed steps of each engine by which `auto` decides, after one of each that is not counted."""
+
+ENOUGH = 2.0
+"""Seconds of timed steps after which no further ones are taken."""
+
+GAIN = 1.05
+"""Sequential mode has to be faster than ghost by this factor, so that noise does not decide what is about equal."""
+
+PATIENCE = 3
+"""Batches in a row on whose decisions the micro-batches disagree before ghost mode is given up."""
 
 
 class Engines:
@@ -46,6 +70,12 @@ class Engines:
         self._sequential = Sequential(model, options, trainable)
         wanted = options.mode in {"auto", "ghost"} and possible
         self._ghost: Ghost | None = Ghost(model, options, trainable) if wanted else None
+        # Processes of a group have to take the same engine, which timing would not promise.
+        alone = not (isinstance(model, DistributedDataParallel) or is_sharded(model))
+        self.winners: dict[tuple[int, ...], str] | None = {} if options.mode == "auto" and wanted and alone else None
+        self._devices = {p.device for p in trainable}
+        self._refusals = 0
+        self._warned = False
 
     def sequential(self, trainable: Trainable) -> Sequential:
         """The sequential engine, which also takes plain steps.
@@ -63,7 +93,7 @@ class Engines:
         self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, trainable: Trainable,
         *, scale: Scale | None = None, weight: float = 1.0,
     ) -> StepRecord:  # fmt: skip
-        """Add the weighted mSAM gradient of a batch to `.grad`; a ghost engine that cannot follow the model is dropped.
+        """Add the weighted mSAM gradient of a batch to `.grad`.
 
         Args:
             loss_fn: Mean loss of a (micro-)batch.
@@ -80,23 +110,77 @@ class Engines:
         Raises:
             ValueError: If ghost mode cannot follow a sharded model.
         """
-        if self._ghost is not None:
-            try:
-                record = self._ghost.accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
-            except UnsupportedError as error:
-                if is_sharded(self._model):
-                    raise ValueError(
-                        f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {error}"
-                    ) from error
-                self._ghost = None
-                warnings.warn(f"msam: sequential mode instead of ghost: {error}", stacklevel=5)
-            else:
-                if tracked.uniform:
-                    return record
-                return replace(record, perturbation_norms=torch.full_like(record.gradient_norms, torch.nan))
         if self._options.mode == "vmap":
             return vectorised_gradient(self._model, loss_fn, batch, tracked, self._options, scale=scale, weight=weight)
-        return self.sequential(trainable).accumulate(loss_fn, batch, shards, tracked, scale=scale, weight=weight)
+        cut_up = stretches(batch, shards, self._options)
+        engine = "sequential" if self._ghost is None else "ghost"
+        if self.winners is not None and self._ghost is not None:
+            if shards.sizes not in self.winners:
+                self.winners[shards.sizes] = self._race(loss_fn, cut_up, tracked, trainable, scale)
+            engine = self.winners[shards.sizes]
+        found = [self._one(engine, loss_fn, s, tracked, trainable, scale, weight) for s in cut_up]
+        return _record(found, tracked)
+
+    def _race(
+        self, loss_fn: LossFunction, cut_up: Sequence[Stretch], tracked: Tracked, trainable: Trainable,
+        scale: Scale | None,
+    ) -> str:  # fmt: skip
+        """Time both engines on a batch of a new shape, in rehearsals that leave no trace.
+
+        Not where the loss draws random numbers: the engines draw other ones, and what a run computes may not depend on
+        the clock.
+
+        Returns:
+            The faster engine.
+        """
+        seconds: dict[str, list[float]] = {"ghost": [], "sequential": []}
+        for trial in range(1 + TRIALS):
+            for engine, taken in seconds.items():
+                with self.rehearsal(trainable()) as spent:
+                    before, start = torch.get_rng_state(), _now(self._devices)
+                    for stretch in cut_up:
+                        self._one(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
+                    taken.append(_now(self._devices) - start - sum(spent))
+                    draws = not torch.equal(before, torch.get_rng_state())
+                if draws or self._ghost is None:
+                    return "ghost"
+            if trial and sum(map(sum, seconds.values())) > ENOUGH:
+                break
+        ghost, sequential = (statistics.median(taken[1:]) for taken in seconds.values())
+        return "sequential" if sequential * GAIN < ghost else "ghost"
+
+    def _one(
+        self, engine: str, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, trainable: Trainable,
+        scale: Scale | None, weight: float,
+    ) -> tuple[Piece, tuple[float, ...]]:  # fmt: skip
+        """One stretch by an engine; what ghost mode cannot follow is done one micro-batch at a time."""
+        refusal = None
+        if engine == "ghost" and self._ghost is not None:
+            try:
+                piece = self._ghost.accumulate(loss_fn, stretch, tracked, scale=scale, weight=weight)
+            except UnsupportedError as error:
+                refusal = error
+            else:
+                self._refusals = 0
+                return piece, stretch.shares
+        if refusal is not None and is_sharded(self._model):
+            raise ValueError(f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {refusal}") from refusal
+        piece = self.sequential(trainable).accumulate(loss_fn, stretch, tracked, scale=scale, weight=weight)
+        if refusal is not None:
+            self._note(refusal)
+        return piece, stretch.shares
+
+    def _note(self, refusal: UnsupportedError) -> None:
+        self._refusals += 1
+        if not isinstance(refusal, DisagreeError) or self._refusals > PATIENCE:
+            self._ghost = None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"msam: sequential mode instead of ghost: {refusal}. The gradients are the same; a step now costs two "
+                f"passes over each of its micro-batches, one by one",
+                stacklevel=6,
+            )
 
     def plain(
         self, loss_fn: LossFunction, batch: Any, shards: Shards, trainable: Trainable, *, scale: Any, weight: float
@@ -114,7 +198,10 @@ class Engines:
         Returns:
             The step's record.
         """
-        loss = self.sequential(trainable).plain(loss_fn, batch, shards, scale=scale, weight=weight)
+        engine, loss = self.sequential(trainable), torch.zeros(())
+        for stretch in stretches(batch, shards, self._options):
+            losses = engine.plain(loss_fn, stretch, scale=scale, weight=weight)
+            loss = loss + (losses * losses.new_tensor(stretch.shares)).sum()
         return StepRecord("plain", 0.0, loss, loss, torch.empty(0))
 
     @property
@@ -127,14 +214,51 @@ class Engines:
         self._sequential.previous = [list(slot) for slot in slots]
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Put back what a step leaves for the next one.
+    def rehearsal(self, trainable: Sequence[Tensor]) -> Iterator[list[float]]:
+        """Leave gradients (anybody's), the model's state, generators and what a step leaves for the next as they were.
+
+        Args:
+            trainable: All parameters with gradients.
 
         Yields:
-            Nothing.
+            Seconds that it takes itself, as they are spent.
         """
-        kept = list(self.previous)
+        kept, generators = list(self.previous), Generators(self._devices)
+        state, restore = State(self._model, copies=True), remembered(norm_layers(self._model))
+        drawer = GradientDrawer(trainable)
         try:
-            yield
+            with noticed(self._model, trainable, drawer.add) as spent, unsynchronised(self._model):
+                yield spent
         finally:
+            drawer.close()
             self.previous = kept
+            state.restore()
+            restore()
+            generators.rewind()
+
+
+def _now(devices: set[torch.device]) -> float:
+    """Seconds of this process, or of the wall where an accelerator works."""
+    others = [d for d in devices if d.type not in {"cpu", "meta"}]
+    for device in others:
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter() if others else time.process_time()
+
+
+def _record(found: Sequence[tuple[Piece, tuple[float, ...]]], tracked: Tracked) -> StepRecord:
+    """What the pieces of a step say together."""
+    pieces = [piece for piece, _ in found]
+    shares = [share for _, own in found for share in own]
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat([v.to(values[0].device) for v in values])
+        return (joined * joined.new_tensor(shares)).sum() if len(shares) > 1 else joined[0]
+
+    norms = torch.cat([piece.norms for piece in pieces])
+    sizes = None
+    if not tracked.uniform:
+        unknown = [torch.full_like(p.norms, torch.nan) if p.sizes is None else p.sizes for p in pieces]
+        sizes = torch.cat(unknown)
+    mode = "ghost" if all(piece.mode == "ghost" for piece in pieces) else "sequential"
+    losses, late = mean([p.losses for p in pieces]), mean([p.perturbed_losses for p in pieces])
+    return StepRecord(mode, tracked.radii[0], losses, late, norms, any(p.skipped for p in pieces), sizes)

@@ -10,8 +10,10 @@ not divide consistent.
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from msam.step.checks import check_loss
 from msam.step.options import Options
 from msam.step.passes import Generators, norm_layers, statistics, unsynchronised
 from msam.step.perturbation import Moved, Tracked, norm_of, perturbation, size_of
-from msam.step.record import StepRecord
+from msam.step.state import State
 
 LossFunction = Callable[[Any], Tensor]
 Scale = Callable[[Tensor], Tensor]
@@ -32,39 +34,121 @@ class GradientDrawer:
     """Lays the accumulated gradients aside, so that one pass can leave its own in `.grad`.
 
     Args:
-        parameters: All parameters with gradients.
+        parameters: Whose gradients.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._aside = [p.grad for p in parameters]
+        self._aside: list[tuple[Tensor, Tensor | None]] = []
+        self.add(parameters)
+
+    def add(self, parameters: Sequence[Tensor]) -> None:
+        """Lay the gradients of further parameters aside.
+
+        Args:
+            parameters: None of them laid aside yet.
+        """
         for p in parameters:
+            self._aside.append((p, p.grad))
             p.grad = None
 
     def close(self) -> None:
         """Put the gradients back that were laid aside; what the pass left is dropped."""
-        for p, grad in zip(self._parameters, self._aside, strict=True):
+        for p, grad in self._aside:
             p.grad = grad
+        self._aside = []
 
 
-def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients that a pass left.
+def taken(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients that a pass has found for the perturbed parameters.
 
     Args:
-        parameters: The parameters.
+        gradients: One per parameter, or None.
 
     Returns:
-        Their gradients, or None.
+        The same.
 
     Raises:
         ValueError: If no parameter got a gradient.
     """
-    gradients = [p.grad for p in parameters]
     if all(g is None for g in gradients):
         raise ValueError(
             "loss: expected gradients for the perturbed parameters, got none (no backward, or no link to them)"
         )
-    return gradients
+    return list(gradients)
+
+
+def reached(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    """All leaves that a backward pass may write gradients to: those of the graph, and of the model.
+
+    The latter because reentrant checkpointing hides leaves from the graph.
+
+    Args:
+        loss: Where the backward pass starts.
+        model: The model.
+
+    Returns:
+        The leaves, each once.
+    """
+    found: dict[int, Tensor] = {id(p): p for p in model.parameters() if p.requires_grad}
+    for node in nodes_of(loss):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def nodes_of(loss: Tensor) -> list[Any]:
+    """All nodes of the graph of a loss.
+
+    Args:
+        loss: A tensor.
+
+    Returns:
+        The nodes, each once.
+    """
+    seen, waiting = dict[Any, None](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen[node] = None
+            waiting += [following for following, _ in node.next_functions]
+    return list(seen)
+
+
+@contextmanager
+def noticed(
+    model: nn.Module, trainable: Sequence[Tensor], lay_aside: Callable[[list[Tensor]], object]
+) -> Iterator[list[float]]:
+    """Tell of parameters outside the optimizer before a backward pass in the block writes their gradients.
+
+    `Tensor.backward` goes through `torch.autograd.backward`, which stands aside for the time of the block: nothing else
+    knows which leaves a loss has before they are written.
+
+    Args:
+        model: The model.
+        trainable: The optimizer's parameters.
+        lay_aside: Takes the leaves that a pass will write and no earlier one in the block has.
+
+    Yields:
+        A list of the seconds that looking for leaves takes, as they are spent.
+    """
+    known, spent = set(map(id, trainable)), list[float]()
+    backward = torch.autograd.backward
+
+    def watched(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        start = time.process_time()
+        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        found = {id(p): p for loss in losses if loss.grad_fn is not None for p in reached(loss, model)}
+        lay_aside([p for key, p in found.items() if key not in known])
+        known.update(found)
+        spent.append(time.process_time() - start)
+        backward(tensors, *args, **kwargs)
+
+    torch.autograd.backward = watched
+    try:
+        yield spent
+    finally:
+        torch.autograd.backward = backward
 
 
 def poison(parameters: Sequence[Tensor]) -> None:
@@ -75,6 +159,72 @@ def poison(parameters: Sequence[Tensor]) -> None:
     """
     first = parameters[0]
     first.grad = torch.full_like(first, torch.inf)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive micro-batches of one size.
+
+    Attributes:
+        batch: Their examples.
+        first: Which micro-batch of the step the first one is.
+        count: How many they are.
+        size: Examples of each.
+        shares: Share of each in the mean loss of the step.
+        last: Whether no micro-batch of the step comes after them.
+    """
+
+    batch: Any
+    first: int
+    count: int
+    size: int
+    shares: tuple[float, ...]
+    last: bool
+
+    def parts(self) -> list[Any]:
+        """The micro-batches, as views."""
+        return Shards((self.size,) * self.count).parts(self.batch)
+
+
+def stretches(batch: Any, shards: Shards, options: Options) -> list[Stretch]:
+    """Cut a batch into stretches of equal micro-batches.
+
+    Args:
+        batch: Tree of tensors, examples first.
+        shards: How it is cut.
+        options: Whose `shard_weight` and `reduction` weigh a micro-batch.
+
+    Returns:
+        One or two stretches, as a rule.
+    """
+    shares = shard_shares(shards.parts(batch), shards, options)
+    found = []
+    for first, count, size in shards.runs:
+        part = batch if count == shards.count else narrow(batch, shards.starts[first], count * size)
+        own = tuple(shares[first : first + count])
+        found.append(Stretch(part, first, count, size, own, first + count == shards.count))
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an engine tells of one stretch.
+
+    Attributes:
+        mode: The engine.
+        losses: At the weights, shape (m,).
+        perturbed_losses: At the perturbed weights, shape (m,).
+        norms: ||g_j||, shape (m,).
+        sizes: ||eps_j||, shape (m,), where it is not rho throughout and known.
+        skipped: Whether an infinite gradient under a GradScaler has made the step void.
+    """
+
+    mode: str
+    losses: Tensor
+    perturbed_losses: Tensor
+    norms: Tensor
+    sizes: Tensor | None = None
+    skipped: bool = False
 
 
 class Sequential:
@@ -92,6 +242,7 @@ class Sequential:
         self.trainable = trainable
         self._norms = norm_layers(model)
         self._devices = {p.device for p in trainable}
+        self._reentrant: bool | None = None  # whether the first loss went through reentrant checkpointing
         self.previous: list[list[Tensor]] = []  # chained ascent: every slot's gradient of the last step
 
     def retrain(self, trainable: Sequence[Tensor]) -> None:
@@ -119,28 +270,26 @@ class Sequential:
         return perturbation(tracked, [last[id(p)].clone() for p in tracked.parameters])
 
     def accumulate(
-        self, loss_fn: LossFunction, batch: Any, shards: Shards, tracked: Tracked, *, scale: Scale | None, weight: float
-    ) -> StepRecord:
-        """Add the weighted mSAM gradient of a batch to `.grad`.
+        self, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, *, scale: Scale | None, weight: float
+    ) -> Piece:
+        """Add the weighted mSAM gradient of a stretch of micro-batches to `.grad`.
 
         Args:
             loss_fn: Mean loss of a micro-batch.
-            batch: Tree of tensors, examples first.
-            shards: How it is cut.
+            stretch: Micro-batches of one size.
             tracked: What is perturbed, and how far.
             scale: GradScaler's scaling of a loss, or None.
-            weight: Factor of this batch's gradient.
+            weight: Factor of the gradient.
 
         Returns:
-            The step's record.
+            What to record of it.
         """
-        parts = shards.parts(batch)
-        shares = shard_shares(parts, shards, self._options)
         weights, norms, sizes = Moved(tracked.parameters), [], []
         losses, perturbed, skipped = [], [], False
-        for j, (part, share) in enumerate(zip(parts, shares, strict=True)):
-            generators = Generators(self._devices)
-            steps, norm, loss = self._ascend(loss_fn, part, shards.sizes[j], tracked, scale, j)
+        for j, (part, share) in enumerate(zip(stretch.parts(), stretch.shares, strict=True)):
+            generators, slot = Generators(self._devices), stretch.first + j
+            before = None if self._options.ascent == "chained" else State(self._model)
+            steps, norm, loss = self._ascend(loss_fn, part, stretch.size, tracked, scale, slot)
             if not tracked.uniform:
                 sizes.append(size_of(steps))
             skipped = skipped or (scale is not None and not math.isfinite(norm))
@@ -149,13 +298,17 @@ class Sequential:
                 perturbed.append(losses[-1])
                 norms.append(norm)
                 continue
+            after = None if before is None else State(self._model, before)
             try:
                 weights.move(steps)
                 if loss is not None and self._options.rng == "same":
                     generators.rewind()
-                late = self._descend(loss_fn, part, share * weight, scale, j, last=j == shards.count - 1)
+                last = stretch.last and j == stretch.count - 1
+                late = self._descend(loss_fn, part, share * weight, scale, slot, last=last)
             finally:
                 weights.restore()
+                if after is not None:
+                    after.restore()
             losses.append(late if loss is None else loss)
             perturbed.append(late)
             norms.append(norm)
@@ -164,35 +317,32 @@ class Sequential:
         own = torch.stack(norms).detach()
         if scale is not None and self._options.ascent != "chained":  # kept gradients are without scale already
             own = own / scale(own.new_ones(()))
-        return StepRecord(
-            "sequential", tracked.radii[0], mean_of(losses, shares), mean_of(perturbed, shares), own, skipped,
-            torch.stack(sizes) if sizes else None,
-        )  # fmt: skip
+        told = torch.stack(sizes) if sizes else None
+        return Piece("sequential", torch.stack(losses), torch.stack(perturbed), own, told, skipped)
 
-    def plain(self, loss_fn: LossFunction, batch: Any, shards: Shards, *, scale: Scale | None, weight: float) -> Tensor:
-        """Add the weighted plain gradient of a batch to `.grad`, one micro-batch at a time.
+    def plain(self, loss_fn: LossFunction, stretch: Stretch, *, scale: Scale | None, weight: float) -> Tensor:
+        """Add the weighted plain gradient of a stretch to `.grad`, one micro-batch at a time.
 
         Args:
             loss_fn: Mean loss of a micro-batch.
-            batch: Tree of tensors, examples first.
-            shards: How it is cut.
+            stretch: Micro-batches of one size.
             scale: GradScaler's scaling of a loss, or None.
-            weight: Factor of this batch's gradient.
+            weight: Factor of the gradient.
 
         Returns:
-            The mean loss, scalar tensor.
+            The losses, shape (m,).
         """
-        parts = shards.parts(batch)
-        shares, losses = shard_shares(parts, shards, self._options), []
-        for j, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        losses = []
+        for j, (part, share) in enumerate(zip(stretch.parts(), stretch.shares, strict=True)):
+            last = stretch.last and j == stretch.count - 1
             with (
-                unsynchronised(self._model) if j < shards.count - 1 else nullcontext(),
+                nullcontext() if last else unsynchronised(self._model),
                 statistics(self._norms, self._options.bn, first=True),
             ):
                 loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
                 backward(loss, scale, factor=share * weight)
             losses.append(loss.detach())
-        return mean_of(losses, shares)
+        return torch.stack(losses)
 
     def _ascend(
         self, loss_fn: LossFunction, part: Any, size: int, tracked: Tracked, scale: Scale | None, slot: int
@@ -201,18 +351,27 @@ class Sequential:
             return *self.chained(tracked, slot), None
         if self._options.ascent == "half":
             part = narrow(part, 0, -(-size // 2))
-        drawer = GradientDrawer(self.trainable)
-        try:
-            with unsynchronised(self._model), statistics(self._norms, self._options.bn, first=True):
-                loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
-                only = None if len(tracked.parameters) == len(self.trainable) else list(tracked.parameters)
-                backward(loss, scale, only)
-            steps, norm = perturbation(tracked, take_gradients(tracked.parameters))
-        finally:
-            drawer.close()
+        with unsynchronised(self._model), statistics(self._norms, self._options.bn, first=True):
+            loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
+            gradients = self._gradients(loss if scale is None else scale(loss), tracked.parameters)
+        steps, norm = perturbation(tracked, gradients)
         if scale is None and self._options.check_finite and not math.isfinite(norm):
             raise ValueError(f"loss: expected a finite gradient, got norm {float(norm)} in micro-batch {slot}")
         return steps, norm, loss.detach()
+
+    def _gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient of pass 1, which may touch nobody's `.grad`: some parameters are other optimizers'."""
+        if self._reentrant is None:
+            self._reentrant = any(type(n).__name__ == "CheckpointFunctionBackward" for n in nodes_of(loss))
+        if not self._reentrant:
+            return taken(torch.autograd.grad(loss, list(parameters), allow_unused=True))
+        # falls back to a whole backward pass: the reentrant kind of checkpointing knows no other
+        drawer = GradientDrawer(reached(loss, self._model))
+        try:
+            torch.autograd.backward(loss)
+            return taken([p.grad for p in parameters])
+        finally:
+            drawer.close()
 
     def _descend(
         self, loss_fn: LossFunction, part: Any, share: float, scale: Scale | None, slot: int, last: bool
@@ -247,14 +406,16 @@ def shard_shares(parts: Sequence[Any], shards: Shards, options: Options) -> list
     Args:
         parts: The micro-batches.
         shards: Their sizes.
-        options: Whose `shard_weight` weighs a micro-batch; without it examples count.
+        options: Whose `shard_weight` weighs a micro-batch; without it examples count. Sums of losses have no shares.
 
     Returns:
-        Non-negative shares that sum to 1.
+        Non-negative shares that sum to 1; ones if losses are sums.
 
     Raises:
         ValueError: If the weights are negative, not finite, or all zero.
     """
+    if options.reduction == "sum":
+        return [1.0] * shards.count
     weigh = options.shard_weight
     weights = [float(size) for size in shards.sizes] if weigh is None else [float(weigh(part)) for part in parts]
     total = sum(weights)
@@ -263,30 +424,13 @@ def shard_shares(parts: Sequence[Any], shards: Shards, options: Options) -> list
     return [w / total for w in weights]
 
 
-def backward(loss: Tensor, scale: Scale | None, only: list[Tensor] | None = None, factor: float = 1.0) -> None:
+def backward(loss: Tensor, scale: Scale | None, factor: float = 1.0) -> None:
     """Differentiate a loss, scaled as a GradScaler asks.
 
     Args:
         loss: Scalar tensor.
         scale: Scaling, or None.
-        only: Parameters that get gradients; None for all.
         factor: Factor of the loss.
     """
     weighted = loss if factor == 1.0 else loss * factor
-    torch.autograd.backward(weighted if scale is None else scale(weighted), inputs=only)
-
-
-def mean_of(terms: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Weighted mean of scalar tensors.
-
-    Args:
-        terms: At least one scalar, without graph.
-        shares: Their weights, which sum to 1.
-
-    Returns:
-        Scalar tensor.
-    """
-    if len(terms) == 1:
-        return terms[0]
-    values = torch.stack(list(terms))
-    return (values * values.new_tensor(shares)).sum()
+    torch.autograd.backward(weighted if scale is None else scale(weighted))

@@ -60,11 +60,14 @@ def vectorised_gradient(
     names = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
     if set(map(id, names.values())) != set(map(id, tracked.parameters)) or len(set(tracked.radii)) != 1:
         raise ValueError("mode: 'vmap' expects all trainable parameters to be perturbed with one radius")
-    if options.shard_weight is not None or any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()
+    if (
+        options.shard_weight is not None
+        or options.reduction == "sum"
+        or any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
     ):
         raise ValueError(
-            "mode: 'vmap' goes with neither shard_weight nor batch norm in training mode; use 'sequential'"
+            "mode: 'vmap' goes with neither shard_weight, reduction='sum' nor batch norm in training mode; use "
+            "'sequential'"
         )
     wrapper = _Loss(model, loss_fn)
 

@@ -53,6 +53,7 @@ class MSAM(Optimizer):
         rng: Whether both passes draw the same dropout masks.
         clip_norm: Largest norm of the averaged gradient.
         shard_weight: Weight of a micro-batch.
+        reduction: Whether the loss function returns the mean or the sum over its examples.
         check_finite: Whether a NaN loss raises.
         base: Arguments of the base optimizer, such as `lr`.
 
@@ -81,6 +82,7 @@ class MSAM(Optimizer):
         rng: Literal["same", "independent"] = "same",
         clip_norm: float | None = None,
         shard_weight: Callable[[Any], float] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
         check_finite: bool = True,
         **base: Any,
     ) -> None:
@@ -98,6 +100,7 @@ class MSAM(Optimizer):
             rng=rng,
             clip_norm=clip_norm,
             shard_weight=shard_weight,
+            reduction=reduction,
             check_finite=check_finite,
         )
         self.model = unwrap(model, parallel=False)
@@ -403,7 +406,8 @@ class MSAM(Optimizer):
         Returns:
             A function and its arguments, as in Python's copy protocol.
         """
-        parts = (self.model, self.base, self.options, self._own, self._steps, self.engines.previous)
+        kept = (self.engines.previous, self.engines.winners)
+        parts = (self.model, self.base, self.options, self._own, self._steps, *kept)
         return _remade, (type(self), *parts)
 
     # -- looking inside ---
@@ -434,8 +438,9 @@ class MSAM(Optimizer):
 
 
 def _remade(
-    kind: type[MSAM], model: nn.Module, base: Optimizer, options: Options, own: list[Own], steps: int, previous: Any
-) -> MSAM:
+    kind: type[MSAM], model: nn.Module, base: Optimizer, options: Options, own: list[Own], steps: int, previous: Any,
+    winners: Any,
+) -> MSAM:  # fmt: skip
     """Put an `MSAM` together from copies of another one's parts, which share their parameters.
 
     Returns:
@@ -444,7 +449,7 @@ def _remade(
     for group, mine in zip(base.param_groups, own, strict=True):
         group |= mine._asdict()
     made = kind(model, base, **vars(options))
-    made._steps, made.engines.previous = steps, previous
+    made._steps, made.engines.previous, made.engines.winners = steps, previous, winners
     return made
 
 

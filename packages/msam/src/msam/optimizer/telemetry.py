@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from msam.engines.sequential import GradientDrawer, shard_shares
+from msam.engines.sequential import shard_shares
 from msam.step.batches import Shards, batch_size, cut, narrow
 from msam.step.checks import check_loss
-from msam.step.passes import Generators, is_sharded, kept_statistics, norm_layers, unsynchronised
+from msam.step.passes import Generators, is_sharded
 from msam.step.perturbation import Tracked, moved, norm_of, perturbation, size_of
 
 if TYPE_CHECKING:
@@ -89,13 +89,8 @@ def undisturbed(optimizer: MSAM) -> Iterator[list[Tensor]]:
     if is_sharded(optimizer.model):
         raise ValueError("model: a sharded model cannot be looked at in weight space; use `record` after a step")
     trainable = optimizer.trainable()
-    generators, drawer = Generators({p.device for p in trainable}), GradientDrawer(trainable)
-    try:
-        with kept_statistics(norm_layers(optimizer.model)), unsynchronised(optimizer.model):
-            yield trainable
-    finally:
-        drawer.close()
-        generators.rewind()
+    with optimizer.engines.rehearsal(trainable):
+        yield trainable
 
 
 def differentiate(
@@ -272,6 +267,5 @@ def _dry_run(
     for p in trainable:
         p.grad = None
     generators.rewind()
-    with optimizer.engines.rehearsal():
-        record = optimizer.engines.perturbed(loss_fn, batch, shards, tracked, optimizer.trainable)
+    record = optimizer.engines.perturbed(loss_fn, batch, shards, tracked, optimizer.trainable)
     return record.mode, [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]

@@ -1,12 +1,10 @@
 """Batches as trees of tensors whose first dimension counts examples, and how they are cut into micro-batches."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msam.step.options import check_micro_batches
@@ -64,11 +62,9 @@ class Shards:
 
     Attributes:
         sizes: Examples of each micro-batch.
-        counts: Micro-batches of each stretch, where stretches are cut finer than the sizes ask.
     """
 
     sizes: tuple[int, ...]
-    counts: tuple[int, ...] | None = None
 
     @cached_property
     def count(self) -> int:
@@ -88,9 +84,6 @@ class Shards:
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Stretches of equal micro-batches, each as (first micro-batch, number of them, size)."""
-        if self.counts is not None:
-            firsts = itertools.accumulate(self.counts[:-1], initial=0)
-            return tuple((first, n, self.sizes[first]) for first, n in zip(firsts, self.counts, strict=True))
         found: list[tuple[int, int, int]] = []
         for j, size in enumerate(self.sizes):
             if found and found[-1][2] == size:
@@ -98,20 +91,6 @@ class Shards:
             else:
                 found.append((j, 1, size))
         return tuple(found)
-
-    def stretches(self, each: int) -> tuple[tuple[int, int, int, int], ...]:
-        """The runs as rows of a dimension that counts examples.
-
-        Args:
-            each: Consecutive rows that an example owns.
-
-        Returns:
-            First and last row (exclusive), first micro-batch and number of micro-batches of each run.
-        """
-        return tuple(
-            (self.starts[first] * each, (self.starts[first] + count * size) * each, first, count)
-            for first, count, size in self.runs
-        )
 
     def parts(self, batch: Any) -> list[Any]:
         """The micro-batches of a batch.
@@ -126,25 +105,24 @@ class Shards:
             return [batch]
         return [narrow(batch, start, size) for start, size in zip(self.starts, self.sizes, strict=True)]
 
-    def halved(self) -> "Shards":
-        """The first half (rounded up) of each micro-batch.
 
-        Returns:
-            The halves, in the same stretches, although 3 and 4 examples have halves of one size.
-        """
-        return Shards(tuple(-(-size // 2) for size in self.sizes), tuple(count for _, count, _ in self.runs))
+def halves(batch: Any, count: int, size: int) -> Any:
+    """The first half (rounded up) of each of several micro-batches of one size.
 
-    def half_index(self, device: torch.device | None = None) -> Tensor:
-        """Indices of the examples that `halved` keeps.
+    Args:
+        batch: Tree of tensors, examples first.
+        count: Micro-batches.
+        size: Examples of each.
 
-        Args:
-            device: Where the indices live.
+    Returns:
+        The same structure.
+    """
+    half = -(-size // 2)
 
-        Returns:
-            Indices, shape (sum of the halves,), int64.
-        """
-        halves = zip(self.starts, self.halved().sizes, strict=True)
-        return torch.cat([torch.arange(start, start + half, device=device) for start, half in halves])
+    def cut_off(t: Tensor) -> Tensor:
+        return t.reshape(count, size, *t.shape[1:])[:, :half].flatten(0, 1) if t.ndim else t
+
+    return tree_map(cut_off, batch)
 
 
 @lru_cache(maxsize=64)
@@ -153,26 +131,19 @@ def cut(size: int, num_micro_batches: int | None = None, micro_batch_size: int |
 
     Args:
         size: Examples B of the batch.
-        num_micro_batches: Number m of micro-batches; the first B mod m of them hold one example more.
+        num_micro_batches: Number m of micro-batches; the first B mod m of them hold one example more. A batch of fewer
+            examples, such as the last one of an epoch, is cut into single ones.
         micro_batch_size: Examples per micro-batch; the last one holds the rest.
 
     Returns:
         The shards.
-
-    Raises:
-        ValueError: If the batch has fewer examples than micro-batches, or than one micro-batch holds.
     """
     check_micro_batches(num_micro_batches, micro_batch_size)
     if num_micro_batches is not None:
-        if num_micro_batches > size:
-            raise ValueError(
-                f"num_micro_batches: expected at most the {size} examples of the batch, got {num_micro_batches}"
-            )
-        base, more = divmod(size, num_micro_batches)
-        return Shards((base + 1,) * more + (base,) * (num_micro_batches - more))
+        count = min(num_micro_batches, size)
+        base, more = divmod(size, count)
+        return Shards((base + 1,) * more + (base,) * (count - more))
     assert micro_batch_size is not None
-    if micro_batch_size > size:
-        raise ValueError(f"micro_batch_size: expected at most the {size} examples of the batch, got {micro_batch_size}")
     whole, rest = divmod(size, micro_batch_size)
     return Shards((micro_batch_size,) * whole + ((rest,) if rest else ()))
 
@@ -189,19 +160,6 @@ def narrow(batch: Any, start: int, length: int) -> Any:
         The same structure.
     """
     return tree_map(lambda t: t.narrow(0, start, length) if t.ndim else t, batch)
-
-
-def pick(batch: Any, index: Tensor) -> Any:
-    """Examples of a batch by index.
-
-    Args:
-        batch: Tree of tensors.
-        index: Indices of examples, shape (n,), int64.
-
-    Returns:
-        The same structure.
-    """
-    return tree_map(lambda t: t.index_select(0, index.to(t.device)) if t.ndim else t, batch)
 
 
 def micro_batches(

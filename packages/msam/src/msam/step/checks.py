@@ -32,6 +32,28 @@ def check_loss(loss: Any, finite: bool) -> Tensor:
     return loss.reshape(()) if loss.ndim else loss
 
 
+def check_losses(losses: Any) -> Tensor:
+    """Refuse losses of micro-batches that cannot be differentiated.
+
+    Args:
+        losses: What the loss function returned, for all micro-batches, shape (m, ...).
+
+    Returns:
+        The losses, shape (m,).
+
+    Raises:
+        TypeError: If they are not a tensor.
+        ValueError: If a loss is not a scalar, or has no graph.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"loss: expected the loss function to return a scalar tensor, got {type(losses).__name__}")
+    if losses.numel() != len(losses):
+        raise ValueError(f"loss: expected a scalar, got shape {tuple(losses.shape[1:])} (take its mean)")
+    if not losses.requires_grad:
+        raise ValueError("loss: expected a tensor with a graph, got one without gradients (no_grad, or detached?)")
+    return losses.reshape(-1)
+
+
 def check_finite_loss(loss: Tensor) -> None:
     """Refuse a NaN or infinite loss.
 

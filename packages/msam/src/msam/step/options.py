@@ -23,7 +23,8 @@ class Options:
         num_micro_batches: Number m of disjoint micro-batches of one process's batch (exactly one of the two is given).
         micro_batch_size: Examples per micro-batch; the last one may be smaller.
         mode: `"ghost"` (exact, weights untouched), `"sequential"` (perturb and restore), `"vmap"` (all micro-batches
-            at once with a copy of the weights each) or `"auto"` (ghost, and sequential where ghost does not apply).
+            at once with a copy of the weights each) or `"auto"`: ghost, or sequential where ghost does not apply or
+            took longer in the first steps.
         ascent: `"full"`; `"half"` takes the ascent direction from half of each micro-batch; `"norm"` perturbs
             normalization layers only (arXiv 2306.04226); `"chained"` takes each slot's gradient of the last step.
         adaptive: False, or the scaling T of ASAM (arXiv 2102.11600): `"element"` (also True), `"filter"`, `"layer"`.
@@ -31,9 +32,12 @@ class Options:
         bn: Running statistics of batch norms move in the `"first"` pass only, in `"both"`, or are `"frozen"`. With
             `"both"` and several micro-batches the order of the updates, and so the running averages, depends on the
             mode: sequential does both passes of a micro-batch before the next one, ghost pass 1 of all, then pass 2.
+            Other buffers move in the first pass only.
         rng: `"same"` repeats the dropout masks of pass 1 in pass 2, `"independent"` draws them anew.
         clip_norm: Largest norm of the averaged gradient in `step(loss_fn, batch)`, or None.
         shard_weight: Weight of a micro-batch, such as its number of valid tokens; None counts its examples.
+        reduction: Whether the loss function returns the `"mean"` or the `"sum"` over its examples; the gradient is that
+            of the same reduction over the batch.
         check_finite: Whether a loss or gradient that is NaN or infinite raises, for which the host reads the losses.
             Norms of gradients it reads in any case, once per step in ghost mode and per micro-batch in sequential.
     """
@@ -49,6 +53,7 @@ class Options:
     rng: Literal["same", "independent"] = "same"
     clip_norm: float | None = None
     shard_weight: Callable[[Any], float] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
     check_finite: bool = True
 
     def __post_init__(self) -> None:
@@ -60,6 +65,9 @@ class Options:
         check_choice("adaptive", self.adaptive, (False, True, "element", "filter", "layer"))
         check_choice("bn", self.bn, ("first", "both", "frozen"))
         check_choice("rng", self.rng, ("same", "independent"))
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        if self.reduction == "sum" and self.shard_weight is not None:
+            raise ValueError("shard_weight: weighs means over micro-batches; with reduction='sum' leave it out")
         check_number("every", self.every, low=1, integer=True)
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm, low=0.0, open_low=True)

@@ -1,5 +1,6 @@
 """What must hold around the two passes: batch norm statistics, dropout masks, gradient synchronisation."""
 
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,14 +48,22 @@ def kept_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    restore = _remembered(norms)
+    restore = remembered(norms)
     try:
         yield
     finally:
         restore()
 
 
-def _remembered(norms: Sequence[_NormBase]) -> Callable[[], None]:
+def remembered(norms: Sequence[_NormBase]) -> Callable[[], None]:
+    """Keep the running statistics as they are now.
+
+    Args:
+        norms: Layers with running statistics.
+
+    Returns:
+        A function that puts them back.
+    """
     buffers = [b for m in norms for b in m.buffers(recurse=False)]
     before = [b.clone() for b in buffers]
 
@@ -64,29 +73,6 @@ def _remembered(norms: Sequence[_NormBase]) -> Callable[[], None]:
             buffer.copy_(value)
 
     return restore
-
-
-@contextmanager
-def _undone(norms: Sequence[_NormBase], errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    restore = _remembered(norms)
-    try:
-        yield
-    except errors:
-        restore()
-        raise
-
-
-def undone(norms: Sequence[_NormBase], *errors: type[Exception]) -> AbstractContextManager[None]:
-    """Put the running statistics back when the block ends by one of some errors, after which the pass runs again.
-
-    Args:
-        norms: Layers with running statistics.
-        errors: The errors.
-
-    Returns:
-        A context.
-    """
-    return _undone(norms, errors) if norms else nullcontext()
 
 
 def statistics(norms: Sequence[_NormBase], policy: str, first: bool) -> AbstractContextManager[None]:
@@ -105,7 +91,7 @@ def statistics(norms: Sequence[_NormBase], policy: str, first: bool) -> Abstract
 
 
 class Generators:
-    """States of the random generators that dropout draws from: the CPU's and those of the model's devices.
+    """States of the random generators that a loss may draw from: torch's, Python's and numpy's global ones.
 
     Args:
         devices: Devices of the model's parameters.
@@ -115,12 +101,18 @@ class Generators:
         self._modules = [(torch.get_device_module(d), d) for d in devices if d.type not in {"cpu", "meta"}]
         self._states: list[Tensor] = [torch.get_rng_state()]
         self._states += [module.get_rng_state(device) for module, device in self._modules]
+        self._python = random.getstate()
+        self._numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
+        self._drawn = None if self._numpy is None else self._numpy.get_state()
 
     def rewind(self) -> None:
         """Set every generator back to the state it had when this was made."""
         torch.set_rng_state(self._states[0])
         for (module, device), state in zip(self._modules, self._states[1:], strict=True):
             module.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            self._numpy.set_state(self._drawn)
 
 
 def unsynchronised(model: nn.Module) -> AbstractContextManager[None]:

@@ -9,9 +9,7 @@ import torch
 from core_tensor import ghost_norms
 from torch import Tensor
 
-from msam.engines.ghost.errors import UnsupportedError
 from msam.engines.ghost.factors import Factors, Kept, LowRank, Tokens, cast, high, joined
-from msam.step.batches import Shards
 from msam.step.perturbation import Tracked, scale_of
 
 KAPPA = 1 / 3
@@ -30,7 +28,7 @@ class Plan:
 
     Attributes:
         tracked: Parameters, radii, scaling.
-        shards: How the batch of pass 1 was cut.
+        count: Micro-batches m.
         norms: ||T g_j|| of every micro-batch, once finished.
         low_rank: Directions in factors, by parameter.
         tokens: Directions of embeddings, by parameter.
@@ -39,7 +37,7 @@ class Plan:
     """
 
     tracked: Tracked
-    shards: Shards
+    count: int
     norms: list[float] = field(init=False)
     kept: dict[int, Kept] = field(default_factory=dict)
     low_rank: dict[int, LowRank] = field(default_factory=dict)
@@ -87,73 +85,13 @@ class Plan:
         self._shapes[index] = shape
         self._tokens.setdefault(index, []).append((keys, rows))
 
-    def gradient(self, index: int, shard: int) -> Tensor:
-        """One micro-batch's gradient of one parameter, put together from what was collected (before `finish`).
-
-        Args:
-            index: Index of the parameter.
-            shard: The micro-batch j.
-
-        Returns:
-            Its share of the whole loss's gradient, in the parameter's shape.
-        """
-        total = torch.zeros_like(self.tracked.parameters[index])
-        run, place = next(
-            (i, shard - first) for i, (first, count, _) in enumerate(self.shards.runs) if shard < first + count
-        )
-        for owner, uses in self._factors.items():
-            for use in uses:
-                left, right = use.left[run][place], use.right[run][place]  # (r, d_0), (r, d_1)
-                if owner == index:
-                    total += (left.mT @ right).view_as(total)
-                if use.bias == index:
-                    total += (right if use.flipped else left).sum(0)
-        for keys, rows in self._tokens.get(index, []):
-            mine = keys // total.shape[0] == shard
-            total.index_add_(0, keys[mine] % total.shape[0], rows[mine].to(total))
-        return total + self._dense[index][shard] if index in self._dense else total
-
-    def indices(self) -> set[int]:
-        """Parameters that something was collected of.
-
-        Returns:
-            Their indices.
-        """
-        biases = {use.bias for uses in self._factors.values() for use in uses if use.bias is not None}
-        return biases | set(self._factors) | set(self._tokens) | set(self._dense)
-
-    def dtypes(self) -> set[torch.dtype]:
-        """Types of what was collected, which under autocast are not those of the parameters.
-
-        Returns:
-            The types.
-        """
-        factors = {t.dtype for uses in self._factors.values() for use in uses for t in (*use.left, *use.right)}
-        rows = {r.dtype for parts in self._tokens.values() for _, r in parts}
-        return factors | rows | {t.dtype for t in self._dense.values()}
-
-    def collected(self) -> Plan:
-        """What was collected, as it stands before `finish` and pass 2 use it up.
-
-        Returns:
-            A plan with the same tensors.
-        """
-        plan = Plan(self.tracked, self.shards)
-        plan._shapes, plan._dense = dict(self._shapes), dict(self._dense)
-        plan._factors = {index: list(uses) for index, uses in self._factors.items()}
-        plan._tokens = {index: list(parts) for index, parts in self._tokens.items()}
-        return plan
-
     # -- deciding and measuring ---
 
-    def finish(self, reach: float = 1.0) -> None:
+    def finish(self) -> None:
         """Choose a form for every direction and compute the norms.
 
         These few numbers come to the host, once per step: their check reads them anyway, and what is made of them takes
         a fraction there of the time of half a dozen calls on tensors of m elements.
-
-        Args:
-            reach: Factor of all radii; at 0 pass 2 runs at the weights themselves, in the same forms.
         """
         users = [bias for uses in self._factors.values() for bias in {use.bias for use in uses}]
         for index, uses in [(i, uses) for i, uses in self._factors.items() if not self._pays(i, uses, users)]:
@@ -163,12 +101,12 @@ class Plan:
         squares = [self._low_rank_squares()] if self._factors else []
         squares += [self._token_squares(index, parts) for index, parts in self._tokens.items()]
         squares += self._dense_squares()  # last: biases of scaled matrices have joined by now
-        total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.shards.count)]).sum(0)
+        total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.count)]).sum(0)
         self.norms = [math.sqrt(max(square, 0.0)) for square in total.tolist()]  # NaN stays NaN
         self._device = total.device
-        self._coefficients = {radius: self._over_norms(radius * reach) for radius in set(self.tracked.radii)}
+        self._coefficients = {radius: self._over_norms(radius) for radius in set(self.tracked.radii)}
         for index, direction in self.low_rank.items():
-            direction.coefficient = self._by_run(self._coefficient(index), direction.left)
+            direction.coefficient = cast(self._coefficient(index), direction.left.dtype)
         for index, found in self.tokens.items():
             found.rows = found.rows * self._coefficient(index)[found.keys // self._shapes[index][0]][:, None]
 
@@ -201,28 +139,26 @@ class Plan:
             True if the direction keeps its factors.
         """
         first, second = self._shapes[index][0], self._shapes[index][1:].numel()
-        rows = sum(max(left.shape[1] for left in use.left) for use in uses)
+        rows = sum(use.left.shape[1] for use in uses)
         work = rows * (first + second)
-        products = work * rows * self.shards.count
+        products = work * rows * self.count
         if (work >= KAPPA * first * second and products > FEW) or index in self._dense:
             return False
         bias = uses[0].bias
-        if any(use.bias != bias for use in uses):
+        if any(use.bias != bias or (bias is not None and use.flipped != uses[0].flipped) for use in uses):
             return False
         alone = users.count(bias) == 1 and bias not in self._dense and index not in self._tokens
         return bias is None or (alone and self.tracked.radii[index] > 0)
 
     def _materialise(self, index: int, uses: list[Factors]) -> None:
         for use in uses:
-            parts = [torch.bmm(left.mT, right) for left, right in zip(use.left, use.right, strict=True)]
-            self.add_dense(index, joined([[part] for part in parts], 0)[0].view(-1, *self._shapes[index]))
+            self.add_dense(index, torch.bmm(use.left.mT, use.right).view(-1, *self._shapes[index]))
             self._bias_sums(use)
         del self._factors[index]
 
     def _bias_sums(self, use: Factors) -> None:
         if use.bias is not None:
-            sums = [[g.sum(1)] for g in (use.right if use.flipped else use.left)]
-            self.add_dense(use.bias, joined(sums, 0)[0])
+            self.add_dense(use.bias, (use.right if use.flipped else use.left).sum(1))
 
     def _tokens_to_rest(self, index: int) -> None:
         """An embedding tied to a linear layer: its rows join the layer's direction."""
@@ -232,17 +168,13 @@ class Plan:
                 flat = self._dense[index].reshape(-1, width).index_add(0, keys, rows)
                 self._dense[index] = flat.view(-1, vocabulary, width)
                 continue
-            uses, slots = self._factors[index], keys // vocabulary
-            left, right = [], []
-            for first, count, _ in self.shards.runs:
-                inside = [(slots == first + j).nonzero()[:, 0] for j in range(count)]
-                longest = max(len(i) for i in inside)
-                pick = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in inside])
-                valid = torch.stack([torch.arange(longest, device=i.device) < len(i) for i in inside])
-                token = keys[pick] % vocabulary
-                left.append(torch.nn.functional.one_hot(token, vocabulary).to(rows) * valid[..., None])
-                right.append(rows[pick])
-            uses.append(Factors(left, right))
+            slots = keys // vocabulary
+            inside = [(slots == j).nonzero()[:, 0] for j in range(self.count)]
+            longest = max(len(i) for i in inside)
+            pick = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in inside])
+            valid = torch.stack([torch.arange(longest, device=i.device) < len(i) for i in inside])
+            left = torch.nn.functional.one_hot(keys[pick] % vocabulary, vocabulary).to(rows) * valid[..., None]
+            self._factors[index].append(Factors(left, rows[pick]))
 
     # -- squared norms, each (m,) ---
 
@@ -257,39 +189,32 @@ class Plan:
         Returns:
             Shape (m,), float64.
         """
-        sides: list[list[tuple[Tensor, Tensor]]] = []  # by matrix and stretch, the result's side and the input's
-        biases = []
+        outer, inner, biases = [], [], []  # by matrix, the result's side and the input's
         for index, uses in self._factors.items():
             left, moved, right, bias = self._factors_of(index, uses)
             biases.append(0.0 if bias is None else 1.0)  # a bias is one more input that is always 1
             ratio = 0.0 if bias is None else self.tracked.radii[bias] / self.tracked.radii[index]
-            self.low_rank[index] = LowRank(moved, right, ratio, bias)
+            self.low_rank[index] = LowRank(moved, right, ratio, bias, uses[0].flipped)
             if bias is not None:
                 self.biases.add(bias)
-            pairs = zip(right, left, strict=True) if uses[0].flipped else zip(left, right, strict=True)
-            sides.append([(high(outer), high(inner)) for outer, inner in pairs])
-        squares = [
-            ghost_norms([outer for outer, _ in stretch], [inner for _, inner in stretch], biases)
-            for stretch in zip(*sides, strict=True)
-        ]
-        return squares[0] if len(squares) == 1 else torch.cat(squares)
+            outer.append(high(right if uses[0].flipped else left))
+            inner.append(high(left if uses[0].flipped else right))
+        return ghost_norms(outer, inner, biases)
 
-    def _factors_of(
-        self, index: int, uses: list[Factors]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], int | None]:
+    def _factors_of(self, index: int, uses: list[Factors]) -> tuple[Tensor, Tensor, Tensor, int | None]:
         """Factors of all uses of a matrix together.
 
         Returns:
             Left factors of T g, left factors of T^2 g, right factors, and the bias that they share with it.
         """
-        left, right = joined([use.left for use in uses], 1), joined([use.right for use in uses], 1)
+        left, right = joined([use.left for use in uses]), joined([use.right for use in uses])
         scale = self._scale(index)
         if scale is None:
             return left, left, right, uses[0].bias
         for use in uses:  # the bias then needs another left factor than the matrix
             self._bias_sums(use)
-        left = [x * scale.flatten().to(x) for x in left]
-        return left, [x * scale.flatten().to(x) for x in left], right, None
+        left = left * scale.flatten().to(left)
+        return left, left * scale.flatten().to(left), right, None
 
     def _token_squares(self, index: int, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         vocabulary, width = self._shapes[index]
@@ -303,7 +228,7 @@ class Plan:
         else:
             squares = rows.square().sum(1)
         self.tokens[index] = Tokens(keys, rows)
-        return squares.new_zeros(self.shards.count).index_add_(0, keys // vocabulary, squares)
+        return squares.new_zeros(self.count).index_add_(0, keys // vocabulary, squares)
 
     def _dense_squares(self) -> list[Tensor]:
         found, small = [], []
@@ -317,12 +242,6 @@ class Plan:
         if small:  # biases, scales and shifts: one reduction for all of them
             found.append(torch.linalg.vector_norm(torch.cat(small, 1), dim=1).square_())
         return found
-
-    def _by_run(self, coefficient: Tensor, like: list[Tensor]) -> list[Tensor]:
-        if len(like) == 1:
-            return [cast(coefficient, like[0].dtype)]
-        counts = [count for _, count, _ in self.shards.runs]
-        return [cast(c, x.dtype) for c, x in zip(coefficient.split(counts), like, strict=True)]
 
     # -- applying ---
 
@@ -346,33 +265,54 @@ class Plan:
 
         Returns:
             w + eps_j, shape (m, *shape); w alone, shape (1, *shape), if it does not move.
-
-        Raises:
-            UnsupportedError: If it moves in another form, which a use without gradient did not ask for.
         """
         if index in self._own:
             return parameter + (self._own[index] - parameter).detach()
-        if index in self.biases or index in self.low_rank or index in self.tokens:
-            raise UnsupportedError("a parameter that is used in a second way, without gradient")
-        if index is None or index not in self._dense:
-            return parameter[None]
-        gradient, scale = self._dense[index], self._scale(index)
-        if scale is not None:
-            gradient = gradient * scale.square()
-        c = self._coefficient(index).view(-1, *[1] * parameter.ndim)
-        return torch.addcmul(parameter, gradient.to(parameter), c.to(parameter))
+        if index in self._dense:
+            gradient, scale = self._dense[index], self._scale(index)
+            if scale is not None:
+                gradient = gradient * scale.square()
+            c = self._coefficient(index).view(-1, *[1] * parameter.ndim)
+            return torch.addcmul(parameter, gradient.to(parameter), c.to(parameter))
+        step = self._spread_out(index, parameter)
+        return parameter[None] if step is None else parameter + step
+
+    def _spread_out(self, index: int | None, parameter: Tensor) -> Tensor | None:
+        """A direction in factors or rows as a tensor, for a use that had no gradient in pass 1 to ask for it."""
+        if index in self.low_rank:
+            found = self.low_rank[index]
+            return (found.coefficient[:, None, None] * (found.left.mT @ found.right)).view(-1, *parameter.shape)
+        if index in self.tokens:
+            rows = self.tokens[index]
+            flat = parameter.new_zeros(self.count * parameter.shape[0], parameter.shape[1])
+            return flat.index_copy_(0, rows.keys, rows.rows.to(flat)).view(self.count, *parameter.shape)
+        for found in self.low_rank.values() if index in self.biases else ():
+            if found.owner == index:
+                return (found.bias * found.coefficient)[:, None] * found.outer.sum(1)
+        return None
+
+    def moves(self, index: int | None) -> bool:
+        """Whether a parameter has a direction, in whatever form.
+
+        Args:
+            index: Index of the parameter, or None.
+
+        Returns:
+            True if so.
+        """
+        return self.is_dense(index) or index in self.low_rank or index in self.tokens or index in self.biases
 
     def shift(self, index: int | None, parameter: Tensor | None) -> Tensor | None:
-        """The materialised direction of a vector.
+        """The direction of a vector.
 
         Args:
             index: Index of the parameter, or None.
             parameter: The parameter, or None.
 
         Returns:
-            eps_j, shape (m, *shape), or None if it does not move in this form.
+            eps_j, shape (m, *shape), or None if it does not move.
         """
-        if parameter is None or not self.is_dense(index):
+        if parameter is None or not self.moves(index):
             return None
         return (self.perturbed(index, parameter) - parameter).detach()
 
@@ -380,7 +320,7 @@ class Plan:
         """Every micro-batch's own copy of a large parameter, without graph; computed once for all uses.
 
         Args:
-            index: Index of a parameter whose direction is materialised.
+            index: Index of a parameter with a direction.
             parameter: The parameter w.
 
         Returns:
@@ -389,21 +329,10 @@ class Plan:
         if index not in self._own:
             with torch.no_grad():
                 self._own[index] = self.perturbed(index, parameter)
-            del self._dense[index]
+            self._dense.pop(index, None)
         return self._own[index]
 
     def release(self) -> None:
         """Drop the directions: what the second backward pass needs of them is in its graph, and goes with it."""
         self.low_rank, self.tokens, self.kept = {}, {}, {}
         self._factors, self._tokens, self._dense, self._own = {}, {}, {}, {}
-
-    def shape_of(self, index: int) -> torch.Size:
-        """Shape of a tracked matrix that was used.
-
-        Args:
-            index: Index of the parameter.
-
-        Returns:
-            Its shape.
-        """
-        return self._shapes[index]

@@ -2,12 +2,8 @@
 
 
 class UnsupportedError(RuntimeError):
-    """The model uses a perturbed parameter in a way that ghost mode has no exact rule for."""
+    """The loss does something that cannot be done for all micro-batches at once, each kept apart from the others."""
 
 
-class NotFiniteError(UnsupportedError):
-    """A loss or a gradient is not finite, so that nothing can be proved with this batch."""
-
-
-class ChangedError(RuntimeError):
-    """The model took another path than the ones that were proved before."""
+class DisagreeError(UnsupportedError):
+    """The loss takes a decision that micro-batches would take differently, which may not happen with the next batch."""

@@ -12,14 +12,14 @@ class Factors:
     r"""Gradient factors of one use of a matrix, $g_j = L_j^\top R_j$.
 
     Attributes:
-        left: Rows on the side of the matrix's first dimension, one tensor (n, r, d_0) per stretch.
-        right: Rows on the side of its second, (n, r, d_1).
+        left: Rows on the side of the matrix's first dimension, (m, r, d_0).
+        right: Rows on the side of its second, (m, r, d_1).
         bias: Index of the bias that the use adds to the result, or None.
         flipped: Whether the result lies on the second dimension's side (`x @ W` instead of `x @ W.T`).
     """
 
-    left: list[Tensor]
-    right: list[Tensor]
+    left: Tensor
+    right: Tensor
     bias: int | None = None
     flipped: bool = False
 
@@ -29,18 +29,30 @@ class LowRank:
     """A direction that is applied through its factors.
 
     Attributes:
-        left: Factors by stretch, (n, r, d_0), with ASAM's T^2 multiplied in.
-        right: Factors by stretch, (n, r, d_1).
-        coefficient: c_j by stretch, (n,); set once the norms are known.
+        left: Factors (m, r, d_0), with ASAM's T^2 multiplied in.
+        right: Factors (m, r, d_1).
         bias: Radius of the bias that moves along over the matrix's own; 0 if there is none.
         owner: Index of that bias, or None.
+        flipped: Whether the result lies on the second dimension's side.
+        coefficient: c_j, (m,); set once the norms are known.
     """
 
-    left: list[Tensor]
-    right: list[Tensor]
+    left: Tensor
+    right: Tensor
     bias: float
     owner: int | None
-    coefficient: list[Tensor] = field(default_factory=list)
+    flipped: bool
+    coefficient: Tensor = field(init=False)
+
+    @property
+    def inner(self) -> Tensor:
+        """Rows on the side of the input."""
+        return self.left if self.flipped else self.right
+
+    @property
+    def outer(self) -> Tensor:
+        """Rows on the side of the result, where the bias is added."""
+        return self.right if self.flipped else self.left
 
 
 @dataclass
@@ -82,17 +94,16 @@ class Kept(NamedTuple):
         return same and x.dtype == self.x.dtype and (x._version, self.y._version) == self.versions
 
 
-def joined(lists: list[list[Tensor]], dim: int) -> list[Tensor]:
-    """Concatenate tensors of equal places in several lists; one list stays as it is, without a copy.
+def joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate the rows of several uses; those of one stay as they are, without a copy.
 
     Args:
-        lists: Lists of equal length.
-        dim: Dimension to join along.
+        parts: Shape (m, r, d) each.
 
     Returns:
-        One tensor per place.
+        Shape (m, sum of r, d).
     """
-    return lists[0] if len(lists) == 1 else [torch.cat(parts, dim) for parts in zip(*lists, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,112 +1,41 @@
-"""Records and perturbs every use of a tracked parameter while a model runs."""
+"""Runs a loss once for all micro-batches, kept apart by `torch.func.vmap`, and perturbs every use of a parameter."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch._C import _functorch
+from torch._functorch.vmap import lazy_load_decompositions
+from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from msam.engines.ghost.errors import ChangedError, UnsupportedError
-from msam.engines.ghost.layout import Examples, Layout
-from msam.engines.ghost.table import Table, harmless
-from msam.step.batches import Shards
+from msam.engines.ghost.errors import DisagreeError, UnsupportedError
+from msam.step.batches import tree_map
+from msam.step.checks import check_losses
 
 if TYPE_CHECKING:
     from msam.engines.ghost.directions import Plan
     from msam.engines.ghost.factors import Kept
 
+Rule = Callable[["Tape", Any, Sequence[Any], Mapping[str, Any]], Any]
+"""Computes a torch function of tracked parameters, or returns `NotImplemented`: then replicas take their place."""
 
 Contribution = Callable[["Plan", Tensor], None]
-"""Adds what a use's gradient says about the direction to a plan."""
+"""Adds what a use's gradient says about the directions to a plan."""
 
+_NOTHING = nullcontext()
+_HOOKS = "activation checkpointing or offloading runs parts of the model again, out of sight"
 
-_FIRST = Layout()
-
-Call = tuple[str, tuple[int | None, ...], tuple[int, ...]]
-"""One use of parameters in a forward pass: the rule's name, the indices of the tracked parameters (None where one is
-absent or not tracked), and the form of the shape, by which a layout may be told."""
-
-
-@lru_cache(maxsize=4096)
-def _form(shape: torch.Size, examples: int, exact: bool) -> tuple[int, ...]:
-    """Which dimensions have the length 1 (1), or that of the batch (2); unless `exact`, only how many there are.
-
-    Returns:
-        One number per dimension.
-    """
-    return tuple((1 if n == 1 else 2 if n == examples else 0) if exact else 0 for n in shape)
-
-
-@dataclass(frozen=True)
-class Path:
-    """A proved way through the model.
-
-    Attributes:
-        calls: Its calls with their layouts.
-        silent: Calls whose gradient was zero in the proof, which then says nothing of them.
-        unsure: Calls whose results fit several layouts, as those of a constant batch do.
-        masked: Whether a loss ignored targets.
-        compiled: Whether any of it is code of `torch.compile`, which would keep its calls out of sight.
-    """
-
-    calls: list[tuple[Call, Layout]]
-    silent: frozenset[int]
-    unsure: frozenset[int]
-    masked: bool
-    compiled: bool
-
-    def passes(self, call: Call, position: int) -> bool:
-        """Whether a call belongs to the path.
-
-        Args:
-            call: The call.
-            position: Its number in the forward pass.
-
-        Returns:
-            True if so.
-        """
-        return position < len(self.calls) and self.calls[position][0] == call
-
-    def follows(self, other: Path) -> bool:
-        """Whether this is the same way, proved for another batch.
-
-        Args:
-            other: A path.
-
-        Returns:
-            True if the calls are the same.
-        """
-        return [call for call, _ in self.calls] == [call for call, _ in other.calls]
-
-    def after(self, earlier: Path) -> Path:
-        """What both proofs of the same way say together.
-
-        Args:
-            earlier: The path as proved before.
-
-        Returns:
-            A path whose silent calls were so in both proofs, and whose unsure ones too.
-
-        Raises:
-            UnsupportedError: If they say different things, so that the calls do not tell one way from the other.
-        """
-        silent, unsure = self.silent & earlier.silent, self.unsure & earlier.unsure
-        both = enumerate(zip(self.calls, earlier.calls, strict=True))
-        calls = [new if i in earlier.open else old for i, (new, old) in both]
-        if any(calls[i] != new for i, new in enumerate(self.calls) if i not in self.open):
-            raise UnsupportedError("the same calls lay out the examples of two batches in two ways")
-        return Path(calls, silent, unsure, self.masked or earlier.masked, self.compiled)
-
-    @property
-    def open(self) -> frozenset[int]:
-        """Calls that the proof has not placed for good."""
-        return self.silent | self.unsure
+_CONTAINERS = frozenset({tuple, list, dict})
+_READS = frozenset({
+    Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.tolist, Tensor.is_nonzero,
+    Tensor.__contains__, Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, torch.is_nonzero,
+})  # fmt: skip
 
 
 class Use(NamedTuple):
@@ -115,172 +44,250 @@ class Use(NamedTuple):
     Attributes:
         target: Edge of the result, or the leaf with one replica of the parameter per micro-batch.
         contribute: Takes the plan and the gradient at the target.
-        call: Position of the call.
     """
 
     target: GradientEdge | Tensor
     contribute: Contribution
-    call: int
 
 
-def _ignore(plan: Plan, gradient: Tensor) -> None:
-    del plan, gradient
-
-
-Phase = Literal["probe", "capture", "apply"]
-
-
-@dataclass
 class Tape(TorchFunctionMode):
-    """A torch function mode for one forward pass.
+    """A torch function mode for one pass over m micro-batches of one size.
 
-    Attributes:
-        table: Finds tracked parameters.
-        shards: How the batch of this pass is cut.
-        phase: `"probe"` only notes the uses, `"capture"` records inputs, `"apply"` perturbs.
-        paths: Proved paths (not used by a probe).
-        rules: Rule of every torch function that has one.
-        plan: Directions to apply.
-        equal: Whether micro-batches weigh by their examples alone, so that ignored targets matter.
-        masked: Whether a loss of this pass ignored targets.
-        calls: The calls of this pass so far.
-        uses: What was recorded.
-        results: What the calls returned, without graph, in a probe.
-        kept: Products of the batch itself, by call.
-        examples: Where the batch lies in the tensors of this pass.
+    Inside, every tensor that depends on the batch is one of `vmap`'s, of which the loss function sees one micro-batch:
+    no operation can reach another one. Rules work on what lies below: all micro-batches, in the first dimension.
+
+    Args:
+        index: Index of every tracked parameter, by identity.
+        count: Micro-batches m.
+        rules: By torch function.
+        plan: Directions to apply; None to record the uses at the weights themselves.
     """
 
-    table: Table
-    shards: Shards
-    phase: Phase
-    rules: Mapping[Any, Callable[..., Any]]
-    paths: Sequence[Path] = ()
-    plan: Plan | None = None
-    equal: bool = True
-    masked: bool = False
-    calls: list[Call] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
-    results: list[Tensor] = field(default_factory=list)
-    kept: dict[int, Kept] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, index: dict[int, int], count: int, rules: Mapping[Any, Rule], plan: Plan | None = None) -> None:
         super().__init__()
-        self.examples = Examples(self.shards)
+        self.count = count
+        self.plan = plan
+        self.uses: list[Use] = []
+        self.kept: dict[int, Kept] = {}
+        self.position = -1
+        self.watching = self.compiled = False  # for code of `torch.compile`, and whether it was seen
+        self.uneven = False  # whether micro-batches have unequal numbers of valid targets
+        self._index = index
+        self._keys = index.keys()
+        self._rules = rules
+        self._replicas: dict[int, Tensor] = {}
+        self._level = 0
+        self._layer: Any = None  # of `vmap`, while hooks of FSDP2 run outside of it
+        self._known: list[Tensor] = []  # so that no other tensor gets the identity of one
+
+    # -- running ---
+
+    def run(
+        self, loss_fn: Callable[[Any], Any], batch: Any, size: int, around: AbstractContextManager[None] = _NOTHING
+    ) -> Tensor:
+        """The loss of every micro-batch.
+
+        Args:
+            loss_fn: Mean loss of a micro-batch.
+            batch: Tree of tensors, examples first.
+            size: Examples of each micro-batch.
+            around: What the loss function runs in.
+
+        Returns:
+            Shape (m,).
+
+        Raises:
+            UnsupportedError: If it does not run so, for whatever reason.
+        """
+        lazy_load_decompositions()
+        self._level = _functorch._vmap_increment_nesting(self.count, "different")
+        try:
+            part = tree_map(
+                lambda t: self.above(t.reshape(self.count, size, *t.shape[1:])) if t.ndim else t, batch
+            )  # fmt: skip
+            with around, self, disable_saved_tensors_hooks(_HOOKS):
+                loss = loss_fn(part)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # whatever it is: run one by one, the loss raises it again if it is its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedError(f"the loss does not run for all micro-batches at once ({reason})") from error
+        finally:
+            _functorch._vmap_decrement_nesting()
+        if self.is_apart(loss):
+            loss = self.below(loss)
+        elif isinstance(loss, Tensor):
+            loss = loss.expand(self.count, *loss.shape)
+        return check_losses(loss)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = self.rules.get(func)
+        if self._layer is not None:
+            return func(*args, **kwargs)
+        if self.watching and not self.compiled:
+            self.compiled = _called_by_compiled_code()
+        rule = self._rules.get(func)
         if rule is not None:
-            return rule(self, func, args, kwargs)
-        if self.table.among((*args, *kwargs.values())) and not harmless(func):
-            raise UnsupportedError(f"no rule for {getattr(func, '__name__', func)} of a perturbed parameter")
+            result = rule(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        elif func in _READS and not self.nested:
+            return self._read(func, args, kwargs)
+        if (self._touched(args) or (kwargs and self._touched(kwargs.values()))) and not harmless(func):
+            args = [self.replaced(a) for a in args]
+            kwargs = {name: self.replaced(a) for name, a in kwargs.items()}
         return func(*args, **kwargs)
 
-    def touches(self, *values: Any) -> bool:
-        """Whether an argument is, or holds, a tracked parameter.
+    def _touched(self, values: Any) -> bool:
+        if not self._keys.isdisjoint(map(id, values)):
+            return True
+        if _CONTAINERS.isdisjoint(map(type, values)):
+            return False
+        return any(self._touched(v.values() if type(v) is dict else v) for v in values if type(v) in _CONTAINERS)
 
-        Args:
-            values: Arguments of a torch function.
+    def replaced(self, value: Any) -> Any:
+        """An argument with every tracked parameter replaced by the replicas of the micro-batches."""
+        index = self._index.get(id(value))
+        if index is not None:
+            return self.replica(index, value)
+        if type(value) in {tuple, list}:
+            return type(value)(self.replaced(v) for v in value)
+        if type(value) is dict:
+            return {name: self.replaced(v) for name, v in value.items()}
+        return value
 
-        Returns:
-            True if so.
-        """
-        return self.table.among(values)
+    def _read(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """An answer that the program takes out of tensors: it may have it where all micro-batches give the same."""
+        args = [self.replaced(a) for a in args]
+        if not any(map(self.is_apart, args)):
+            return func(*args, **kwargs)
+        below = [(self.below(a), True) if self.is_apart(a) else (a, False) for a in args]
+        with self.outside():
+            answers = [func(*(a[j] if apart else a for a, apart in below), **kwargs) for j in range(self.count)]
+        if any(answer != answers[0] for answer in answers):
+            raise DisagreeError(
+                f"the loss reads a number (`{func.__name__}`) that differs between micro-batches, as for a branch or a "
+                "metric"
+            )
+        return answers[0]
 
-    def enter(self, kind: str, owners: tuple[int | None, ...], shape: torch.Size) -> Layout:
-        """Note a use and look up its layout.
+    # -- between the micro-batch and all of them ---
 
-        Args:
-            kind: Name of the rule.
-            owners: Indices of the parameters.
-            shape: Shape of the input.
+    def find(self, value: Any) -> int | None:
+        """Index of a tracked parameter, or None."""
+        return self._index.get(id(value))
 
-        Returns:
-            Its layout; a placeholder in a probe.
+    def know(self, parameter: Tensor, index: int) -> None:
+        """Take note of the whole parameter that stands for a sharded one."""
+        if id(parameter) not in self._index:
+            self._index[id(parameter)] = index
+            self._known.append(parameter)
 
-        Raises:
-            ChangedError: If no proved path goes this way.
-        """
-        call = (kind, owners, _form(shape, self.shards.total, self.table.exact))
-        position = len(self.calls)
-        self.calls.append(call)
-        if self.phase == "probe":
-            return _FIRST
-        if not self.paths[0].passes(call, position):  # go on along one that came the same way, layouts included
-            walked = self.paths[0].calls[:position]
-            self.paths = [p for p in self.paths if p.passes(call, position) and p.calls[:position] == walked]
-        if not self.paths:
-            raise ChangedError(f"call {position} ({kind}) is new")
-        return self.paths[0].calls[position][1]
+    def pause(self) -> None:
+        """Leave `vmap` until `resume`."""
+        self._layer = _functorch.pop_dynamic_layer_stack()
+
+    def resume(self) -> None:
+        """Go back to where `pause` has left, if it has."""
+        if self._layer is not None:
+            _functorch.push_dynamic_layer_stack(self._layer)
+            self._layer = None
 
     @property
-    def position(self) -> int:
-        """Number of the use that was entered last."""
-        return len(self.calls) - 1
+    def nested(self) -> bool:
+        """Whether another transform of `torch.func` runs inside the loss."""
+        return bool(_functorch.maybe_current_level() != self._level)
 
-    def finish(self) -> None:
-        """Check that the forward pass made all calls of a proved path.
+    def is_apart(self, x: Any) -> bool:
+        """Whether a value differs between micro-batches."""
+        return isinstance(x, Tensor) and _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == self._level
 
-        Raises:
-            ChangedError: If it ended early.
-        """
-        if self.phase == "probe":
-            return
-        walked = self.paths[0].calls[: len(self.calls)]
-        if len(self.paths[0].calls) != len(walked):
-            self.paths = [p for p in self.paths if p.calls == walked]
-        if not self.paths:
-            raise ChangedError(f"the forward pass ended after {len(self.calls)} calls")
+    def below(self, x: Tensor) -> Tensor:
+        """All micro-batches' values of a tensor, shape (m, ...); repeated where it is the same for all."""
+        if not self.is_apart(x):
+            return x.expand(self.count, *x.shape)
+        value, dim = _functorch._unwrap_batched(x, self._level)
+        return value.movedim(dim, 0) if dim else value
 
-    def note(self, result: Tensor, constant: bool = False) -> Tensor:
-        """In a probe: read the gradient off at a result.
+    def above(self, x: Tensor) -> Tensor:
+        """The tensor that the loss function sees of one with all micro-batches in its first dimension."""
+        return _functorch._add_batch_dim(x, 0, self._level)
 
-        Args:
-            result: What the use returned.
-            constant: Whether it may lack a graph, as a norm layer without parameters on the batch itself does.
+    def outside(self) -> _Outside:
+        """Leave `vmap` for a block."""
+        return _Outside()
 
-        Returns:
-            The same tensor.
-        """
-        self.results.append(result.detach())
-        if constant and not result.requires_grad:  # has no gradient; the leaf keeps the count
-            self.uses.append(Use(torch.zeros((), requires_grad=True), _ignore, self.position))
-        else:
-            self.record(result, _ignore)
-        return result
+    # -- recording ---
 
     def record(self, result: Tensor, contribute: Contribution) -> None:
-        """Record a use whose gradient is read off at its result.
+        """Record a use whose gradient is read off at its result; its edge, since the result may be overwritten."""
+        self.uses.append(Use(get_gradient_edge(result), contribute))
 
-        The edge is taken now, because an activation function may overwrite the result in place.
-
-        Args:
-            result: What the use returned.
-            contribute: Takes the plan and the gradient.
-
-        Raises:
-            UnsupportedError: If the result has no graph.
-        """
-        if not result.requires_grad:
-            raise UnsupportedError("a perturbed parameter is used without gradients (no_grad inside the loss)")
-        self.uses.append(Use(get_gradient_edge(result), contribute, self.position))
-
-    def replicas(self, index: int, parameter: Tensor) -> Tensor:
-        """One replica of a small parameter per micro-batch: leaves in pass 1, perturbed in pass 2.
+    def replica(self, index: int, parameter: Tensor) -> Tensor:
+        """Every micro-batch's own copy of a parameter: leaves in pass 1, perturbed in pass 2.
 
         Args:
             index: Index of the parameter.
             parameter: The parameter.
 
         Returns:
-            Shape (m, *shape).
+            The tensor that the loss function sees.
         """
-        if self.phase == "apply":
-            assert self.plan is not None
+        found = self._replicas.get(index)
+        if found is None:
+            with self.outside(), torch.enable_grad():
+                own = self._replicas_below(index, parameter)
+            found = self._replicas[index] = self.above(own)
+        return found
+
+    def _replicas_below(self, index: int, parameter: Tensor) -> Tensor:
+        if self.plan is not None:
             own = self.plan.perturbed(index, parameter)
-            return own if len(own) == self.shards.count else own.expand(self.shards.count, *parameter.shape)
-        leaf = parameter.detach().expand(self.shards.count, *parameter.shape).clone().requires_grad_()
-        self.uses.append(Use(leaf, lambda plan, gradient: plan.add_dense(index, gradient), self.position))
-        return leaf
+            return own if len(own) == self.count else own.expand(self.count, *parameter.shape)
+        own = parameter.detach().expand(self.count, *parameter.shape).clone().requires_grad_()
+        self.uses.append(Use(own, lambda plan, gradient: plan.add_dense(index, gradient)))
+        return own
+
+
+class _Outside:
+    """Takes `vmap`'s level off the stack of transforms for a block."""
+
+    def __enter__(self) -> None:
+        self._layer = _functorch.pop_dynamic_layer_stack()
+
+    def __exit__(self, *error: object) -> None:
+        _functorch.push_dynamic_layer_stack(self._layer)
+
+
+def _called_by_compiled_code() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not Tape.run.__code__:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
+
+
+_UNSAFE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+_HARMLESS = {
+    "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "data_ptr",
+    "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "is_same_size", "nelement", "ndimension",
+    "register_hook", "untyped_storage", "is_signed", "__set__",
+}  # fmt: skip
+
+
+def harmless(func: Any) -> bool:
+    """Whether a torch function reads no values of its arguments.
+
+    Args:
+        func: The function.
+
+    Returns:
+        True for shapes, types, devices and their kin.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") not in _UNSAFE_ATTRIBUTES
+    return name in _HARMLESS

@@ -71,12 +71,13 @@ def projections(a: dict[str, Any], linear: Linear) -> tuple[Tensor, Tensor, Tens
     return linear(q, weight, bias)[..., :d], mixed[..., d : 2 * d], values[..., 2 * d :]
 
 
-def attention(a: dict[str, Any], linear: Linear) -> tuple[Tensor, Tensor | None]:
+def attention(a: dict[str, Any], linear: Linear, attend: Callable[..., Tensor]) -> tuple[Tensor, Tensor | None]:
     """Multi-head attention.
 
     Args:
         a: Arguments of `multi_head_attention_forward` by name.
         linear: How to multiply by weights.
+        attend: Scaled dot-product attention.
 
     Returns:
         Result, shape (L, N, d), and attention weights or None.
@@ -103,6 +104,6 @@ def attention(a: dict[str, Any], linear: Linear) -> tuple[Tensor, Tensor | None]
         mixed = weights @ split(v)
         weights = weights.mean(1) if a["average_attn_weights"] else weights
     else:
-        mixed = F.scaled_dot_product_attention(split(q), split(k), split(v), mask, dropout)
+        mixed = attend(split(q), split(k), split(v), mask, dropout)
     result = linear(mixed.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"]).transpose(0, 1)
     return result.contiguous() if a["query"].is_contiguous() else result, weights

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from msam.engines.ghost.directions import KAPPA, Plan
-from msam.engines.ghost.errors import UnsupportedError
 from msam.engines.ghost.factors import Factors, Kept, cast
-from msam.engines.ghost.layout import Layout
-from msam.engines.ghost.tape import Contribution, Tape
-from msam.engines.ghost.uses.affine import add_constant
+from msam.engines.ghost.tape import Tape
 from msam.engines.ghost.uses.conv import Geometry, ShardedConvolution, kernel_gradients
 from msam.engines.ghost.uses.linear import LowRankStep, OwnWeights, PerturbedProduct
 
 _NOTHING = nullcontext()
 
 
-def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, flipped: bool = False) -> Tensor:
+def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, flipped: bool = False) -> Any:
     """`x @ weight.T + bias` (`x @ weight + bias` if flipped).
 
     Args:
@@ -32,57 +30,56 @@ def product(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, *
 
     Returns:
         Shape (..., d_out).
-
-    Raises:
-        UnsupportedError: If it is not a matrix applied to rows.
     """
-    w, b, left = tape.table.owners(weight, bias, x)
-    if w is None and b is None:
-        return _multiply(x, weight, bias, flipped)
-    if x.ndim < 2 or weight.ndim != 2 or left is not None or (bias is not None and bias.ndim != 1):
-        raise UnsupportedError(f"a product of shapes {tuple(x.shape)} and {tuple(weight.shape)}")
-    layout = tape.enter("product", (w, b), x.shape)
-    x = tape.examples.spread(x, layout)
-    if tape.phase == "apply":
-        return _perturbed(tape, x, (weight, bias), (w, b), layout, flipped)
-    y = _multiply(x, weight, bias, flipped)
-    if tape.phase == "probe":
-        return tape.note(y)
+    w = tape.find(weight)
+    if w is None or weight.ndim != 2 or tape.nested or (bias is not None and bias.ndim != 1):
+        return NotImplemented
+    x = tape.replaced(x)
+    b = tape.find(bias)
+    if bias is not None and b is None and tape.is_apart(bias):
+        return NotImplemented
+    rows = tape.below(x)
+    with tape.outside():
+        y = _product(tape, rows, (weight, bias), (w, b), flipped)
+    return tape.above(y)
+
+
+def _product(
+    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None], flipped: bool
+) -> Tensor:
+    """The product of all micro-batches, x of shape (m, ..., d_in)."""
+    weight, bias = parameters
+    tape.position += 1
+    shape = (*x.shape[:-1], weight.shape[1 if flipped else 0])
+    if tape.plan is not None:
+        return _perturbed(tape, x, (weight, bias), owners, flipped).view(shape)
+    recorded = torch.is_grad_enabled()
+    shared = weight.detach().requires_grad_() if recorded else weight
+    y = _multiply(x, shared, None if bias is None else bias.detach() if owners[1] is not None else bias, flipped)
+    if not recorded:
+        return y
     if x.requires_grad:
         x = x.detach()
-    elif not (flipped or layout.shared or tape.table.sharded or torch.is_autocast_enabled(x.device.type)):
+    elif not (flipped or torch.is_autocast_enabled(x.device.type)):
         tape.kept[tape.position] = Kept(x, y.detach(), (x._version, y._version))
-    tape.record(y, _factor_contribution(tape, x, weight.shape, layout, (w, b), flipped))
+    w, b = owners
+    size, count = weight.shape, tape.count
+
+    def contribute(plan: Plan, gradient: Tensor) -> None:
+        inputs = cast(x, gradient.dtype).reshape(count, -1, x.shape[-1])
+        outputs = gradient.reshape(count, -1, gradient.shape[-1])
+        left, right = (inputs, outputs) if flipped else (outputs, inputs)
+        plan.add_factors(w, size, Factors(left, right, b, flipped))
+
+    tape.record(y, contribute)
     return y
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
     if not flipped:
         return F.linear(x, weight, bias)
-    y = x @ weight
+    y: Tensor = x @ weight
     return y if bias is None else y + bias
-
-
-def _factor_contribution(
-    tape: Tape, x: Tensor, shape: torch.Size, layout: Layout, owners: tuple[int | None, int | None], flipped: bool
-) -> Contribution:
-    """What a product adds to the plan, once its gradient is known.
-
-    Returns:
-        Takes the plan and the gradient of the result.
-    """
-    w, b = owners
-
-    def contribute(plan: Plan, gradient: Tensor) -> None:
-        inputs, outputs = tape.examples.blocks(cast(x, gradient.dtype), layout), tape.examples.blocks(gradient, layout)
-        if w is None:
-            if b is not None:
-                plan.add_dense(b, torch.cat([g.sum(1) for g in outputs]))
-            return
-        left, right = (inputs, outputs) if flipped else (outputs, inputs)
-        plan.add_factors(w, shape, Factors(left, right, b, flipped))
-
-    return contribute
 
 
 def precision(x: Tensor) -> tuple[torch.dtype, AbstractContextManager[object]]:
@@ -106,64 +103,49 @@ def _perturbed(
     tape: Tape,
     x: Tensor,
     parameters: tuple[Tensor, Tensor | None],
-    owners: tuple[int | None, int | None],
-    layout: Layout,
+    owners: tuple[int, int | None],
     flipped: bool,
 ) -> Tensor:
-    """The product in pass 2.
-
-    Returns:
-        Shape (..., d_out).
-
-    Raises:
-        UnsupportedError: If the bias moves along with another matrix.
-    """
+    """The product in pass 2, shape (m * rows of each, d_out)."""
     (weight, bias), (w, b), plan = parameters, owners, tape.plan
     assert plan is not None
-    found = None if w is None else plan.low_rank.get(w)
-    if b in plan.biases and (found is None or found.owner != b):
-        raise UnsupportedError("a matrix that is used with the bias of another one")
-    if found is None and not plan.is_dense(w):  # the matrix itself does not move
-        return add_constant(tape, _multiply(x, weight, bias, flipped), plan.shift(b, bias), layout)
+    found = plan.low_rank.get(w)
     dtype, without_autocast = precision(x)
-    dim = layout.dim if tape.shards.count > 1 else 0
-    rows = _rows(cast(x, dtype), dim)
-    stretches = tape.examples.stretches(rows.shape[0])
+    rows = _rows(cast(x, dtype))
     step: LowRankStep | OwnWeights
+    shift = None
     if found is not None:
         kept = plan.kept.pop(tape.position, None)
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
-        known = _rows(kept.y, dim) if kept is not None and kept.serves(x) else None
-        ratio = found.bias if b == found.owner else 0.0  # another use of the matrix may have no bias
-        step = LowRankStep(stretches, inner, outer, found.coefficient, ratio, known)
-    else:
-        assert w is not None
+        known = _rows(kept.y) if kept is not None and kept.serves(x) else None
+        along = b is not None and b == found.owner  # another use of the matrix may have no bias, or another one
+        step = LowRankStep(inner, outer, found.coefficient, found.bias if along else 0.0, known)
+        shift = None if along else plan.shift(b, bias)
+    elif plan.moves(w):
         own = cast(plan.own(w, weight), dtype)
-        shift = None if bias is None else cast(plan.perturbed(b, bias).detach(), dtype)
-        step = OwnWeights(stretches, own.mT if flipped else own, shift)
+        moved = None if bias is None else cast(plan.perturbed(b, bias).detach(), dtype)
+        step = OwnWeights(own.mT if flipped else own, moved)
+    else:  # the matrix itself does not move
+        return _shifted(_multiply(rows, weight, bias, flipped), plan.shift(b, bias))
     with without_autocast:
-        y: Tensor = PerturbedProduct.apply(
+        y = PerturbedProduct.apply(
             rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
         )
-    if found is not None and plan.is_dense(b):  # ASAM scales the bias by other factors than the matrix
-        y = add_constant(tape, y, plan.shift(b, bias), Layout())
-    if x.ndim > 2:
-        y = y.view(x.shape[dim], *(n for d, n in enumerate(x.shape[:-1]) if d != dim), -1)
-    return y.movedim(0, dim).contiguous() if dim else y
+    return _shifted(y, shift)
 
 
-def _rows(x: Tensor, dim: int) -> Tensor:
-    """All vectors of the last dimension, in the order of the examples.
+def _shifted(y: Tensor, step: Tensor | None) -> Tensor:
+    """Add every micro-batch's own constant vector, shape (m, d), to rows; None adds nothing."""
+    if step is None:
+        return y
+    return (y.view(len(step), -1, y.shape[-1]) + step[:, None].to(y.dtype)).flatten(0, 1)
 
-    Returns:
-        Shape (product of the other dimensions, d), contiguous.
-    """
-    if dim:
-        x = x.movedim(dim, 0)
+
+def _rows(x: Tensor) -> Tensor:
     return (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
-def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
+def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> Any:
     """Rows of a table.
 
     Args:
@@ -175,49 +157,39 @@ def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> T
     Returns:
         Shape (*ids.shape, d).
     """
-    index = tape.table.find(weight)
-    assert index is not None
-    layout = tape.enter("embedding", (index,), ids.shape)
-    ids = tape.examples.spread(ids, layout)
-    y = F.embedding(ids, weight, padding)
-    if tape.phase == "probe":
-        return tape.note(y)
+    index = tape.find(weight)
+    if index is None or tape.nested:
+        return NotImplemented
+    below = tape.below(ids)
+    with tape.outside():
+        y = _embedding(tape, index, below, weight, padding)
+    return tape.above(y)
+
+
+def _embedding(tape: Tape, index: int, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
     vocabulary, tokens = weight.shape[0], ids.flatten()
+    slots = torch.arange(tape.count, device=ids.device).repeat_interleave(len(tokens) // tape.count)
+    keys = slots * vocabulary + tokens
     padding = None if padding is None else padding % vocabulary
-    keys = _slots(tape, ids, layout) * vocabulary + tokens
-    if tape.phase == "capture":
-        shape = weight.shape
+    if tape.plan is None:
+        recorded = torch.is_grad_enabled()
+        y = F.embedding(ids, weight.detach().requires_grad_() if recorded else weight, padding)
+        if recorded:
+            size = weight.shape
 
-        def contribute(plan: Plan, gradient: Tensor) -> None:
-            rows = gradient.flatten(0, -2)
-            keep = slice(None) if padding is None else tokens != padding
-            plan.add_tokens(index, shape, keys[keep], rows[keep])
+            def contribute(plan: Plan, gradient: Tensor) -> None:
+                rows = gradient.flatten(0, -2)
+                keep = slice(None) if padding is None else tokens != padding
+                plan.add_tokens(index, size, keys[keep], rows[keep])
 
-        tape.record(y, contribute)
+            tape.record(y, contribute)
         return y
+    y = F.embedding(ids, weight, padding)
     return y + _token_steps(tape, index, weight.detach(), keys, tokens, y).view_as(y)
 
 
-def _slots(tape: Tape, ids: Tensor, layout: Layout) -> Tensor:
-    """Micro-batch of every token.
-
-    Returns:
-        Shape (ids.numel(),), int64.
-    """
-    if tape.shards.count == 1:
-        return torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
-    each = tape.examples.rows_each(ids.shape[layout.dim])
-    sizes = torch.tensor([s * each for s in tape.shards.sizes], device=ids.device)
-    slots = torch.arange(tape.shards.count, device=ids.device).repeat_interleave(sizes)
-    return slots.view(-1, *[1] * (ids.ndim - 1 - layout.dim)).expand(ids.shape).flatten()
-
-
 def _token_steps(tape: Tape, index: int, weight: Tensor, keys: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
-    """Perturbation of every looked-up row.
-
-    Returns:
-        Shape (tokens, d).
-    """
+    """Perturbation of every looked-up row, shape (tokens, d)."""
     plan = tape.plan
     assert plan is not None
     if index in plan.tokens:
@@ -226,23 +198,20 @@ def _token_steps(tape: Tape, index: int, weight: Tensor, keys: Tensor, tokens: T
             return like.new_zeros(len(keys), like.shape[-1])
         place = torch.searchsorted(found.keys, keys).clamp_(max=len(found.keys) - 1)
         hit = found.keys[place] == keys
-        return (found.rows[place] * hit[:, None]).to(like.dtype)
-    if plan.is_dense(index):
-        return (plan.own(index, weight).flatten(0, 1)[keys] - weight[tokens]).to(like.dtype)
+        return torch.mul(found.rows[place], hit[:, None]).to(like.dtype)
     tied = plan.low_rank.get(index)
     if tied is None:
-        return like.new_zeros(len(keys), like.shape[-1])
-    slots, rows = keys // plan.shape_of(index)[0], like.new_zeros(len(keys), like.shape[-1])
-    for (first, count, _), left, right, c in zip(
-        plan.shards.runs, tied.left, tied.right, tied.coefficient, strict=True
-    ):
-        for j in range(count):
-            mine = (slots == first + j).nonzero()[:, 0]
-            rows[mine] = (c[j] * left[j][:, tokens[mine]].mT @ right[j]).to(like.dtype)
-    return rows
+        if not plan.moves(index):
+            return like.new_zeros(len(keys), like.shape[-1])
+        return (plan.own(index, weight).flatten(0, 1)[keys] - weight[tokens]).to(like.dtype)
+    left, right, c = tied.left, tied.right, tied.coefficient  # (m, r, V), (m, r, d), (m,)
+    mine = tokens.view(tape.count, -1)
+    picked = left.gather(2, mine[:, None].expand(-1, left.shape[1], -1))  # (m, r, tokens)
+    steps: Tensor = c[:, None, None] * (picked.mT @ right)
+    return steps.flatten(0, 1).to(like.dtype)
 
 
-def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Any:
     """A convolution of any number of dimensions.
 
     Args:
@@ -254,70 +223,72 @@ def convolution(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, geom
 
     Returns:
         Shape (N, C_out, *positions).
-
-    Raises:
-        UnsupportedError: If N does not count the examples of the batch.
     """
-    w, b = tape.table.find(weight), tape.table.find(bias)
-    layout = tape.enter("convolution", (w, b), x.shape)
-    if tape.phase == "probe":
-        return tape.note(geometry.run(x, weight, bias))
-    if layout.dim or layout.shared:
-        raise UnsupportedError("a convolution whose first dimension does not count examples")
-    bounds = tape.examples.bounds(x.shape[0])
-    if tape.phase == "capture":
-        y = geometry.run(x, weight, bias)
-        tape.record(y, _convolution_contribution(tape, x.detach(), weight.shape, layout, (w, b), bounds, geometry))
+    w, b = tape.find(weight), tape.find(bias)
+    if w is None or tape.nested or (bias is not None and b is None and tape.is_apart(bias)):
+        return NotImplemented
+    x = tape.replaced(x)
+    images = tape.below(x)
+    lone = images.ndim == weight.ndim  # one example without its dimension
+    with tape.outside():
+        y = _convolution(tape, images if lone else images.flatten(0, 1), (weight, bias), (w, b), geometry)
+        y = y if lone else y.unflatten(0, (tape.count, -1))
+    return tape.above(y)
+
+
+def _convolution(
+    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None], geometry: Geometry
+) -> Tensor:
+    (weight, bias), (w, b), plan = parameters, owners, tape.plan
+    each = x.shape[0] // tape.count
+    bounds = [(j * each, (j + 1) * each) for j in range(tape.count)]
+    if plan is None:
+        recorded = torch.is_grad_enabled()
+        shared = weight.detach().requires_grad_() if recorded else weight
+        y = geometry.run(x, shared, None if bias is None else bias.detach() if b is not None else bias)
+        if recorded:
+            tape.record(y, _convolution_contribution(tape, x.detach(), weight.shape, (w, b), bounds, geometry))
         return y
-    plan = tape.plan
-    assert plan is not None
-    if w is not None and w in plan.low_rank:
+    if w in plan.low_rank:
         patches = geometry.unfold(x, tuple(weight.shape[2:]))  # (N, positions, C_in * kernel)
-        rows = _perturbed(tape, patches, (weight.flatten(1), bias), (w, b), layout, flipped=False)
+        rows = _perturbed(tape, patches, (weight.flatten(1), bias), (w, b), flipped=False)
+        rows = rows.view(x.shape[0], -1, weight.shape[0])
         return rows.mT.reshape(x.shape[0], weight.shape[0], *geometry.positions(x.shape[2:], weight.shape[2:]))
-    if w is not None and plan.is_dense(w):
+    moves = plan.moves(b)
+    if plan.moves(w):
         dtype, without_autocast = precision(x)
         with without_autocast:
             y = ShardedConvolution.apply(x.to(dtype), weight.to(dtype), plan.own(w, weight).to(dtype), bounds, geometry)
-        y = y if bias is None or plan.is_dense(b) else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
+        y = y if bias is None or moves else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
     else:
-        y = geometry.run(x, weight, None if plan.is_dense(b) else bias)
-    if bias is None or not plan.is_dense(b):
+        y = geometry.run(x, weight, None if moves else bias)
+    if bias is None or not moves:
         return y
     shift = plan.perturbed(b, bias).to(y.dtype)  # (m, C_out)
-    return y + tape.examples.per_example(shift.view(*shift.shape, *[1] * (x.ndim - 2)), y.ndim, layout, y.shape[0])
+    shifted: Tensor = y.unflatten(0, (tape.count, -1)) + shift.view(tape.count, 1, -1, *[1] * (x.ndim - 2))
+    return shifted.flatten(0, 1)
 
 
 def _convolution_contribution(
-    tape: Tape,
-    x: Tensor,
-    shape: torch.Size,
-    layout: Layout,
-    owners: tuple[int | None, int | None],
-    bounds: list[tuple[int, int]],
+    tape: Tape, x: Tensor, shape: torch.Size, owners: tuple[int, int | None], bounds: list[tuple[int, int]],
     geometry: Geometry,
-) -> Contribution:
-    """What a convolution adds to the plan: factors where low rank pays, else every micro-batch's kernel gradient.
-
-    Returns:
-        Takes the plan and the gradient of the result.
-    """
-    w, b = owners
+) -> Any:  # fmt: skip
+    """What a convolution adds to the plan: factors where low rank pays, else every micro-batch's kernel gradient."""
+    (w, b), count = owners, tape.count
 
     def contribute(plan: Plan, gradient: Tensor) -> None:
         inputs = x.to(gradient.dtype)
-        rows = max(stop - start for start, stop in bounds) * gradient.shape[2:].numel()
+        rows = (bounds[0][1] - bounds[0][0]) * gradient.shape[2:].numel()
         outer, inner = shape[0], shape[1:].numel()
         plain = len(shape) == 4 and geometry.groups == 1 and not geometry.transposed
-        if w is not None and plain and rows * (inner + outer) < KAPPA * inner * outer:
+        if plain and rows * (inner + outer) < KAPPA * inner * outer:
             patches, flat = geometry.unfold(inputs, tuple(shape[2:])), gradient.flatten(2).mT
-            factors = Factors(tape.examples.blocks(flat, layout), tape.examples.blocks(patches, layout), b)
-            plan.add_factors(w, shape, factors)
+            left, right = flat.reshape(count, -1, outer), patches.reshape(count, -1, inner)
+            plan.add_factors(w, shape, Factors(left, right, b))
             return
-        if w is not None:
-            plan.add_dense(w, kernel_gradients(gradient, inputs, shape, bounds, geometry))
+        plan.add_dense(w, kernel_gradients(gradient, inputs, shape, bounds, geometry))
         if b is not None:
             sums = gradient.sum(tuple(range(2, gradient.ndim)))
-            plan.add_dense(b, torch.stack([sums[start:stop].sum(0) for start, stop in bounds]))
+            plan.add_dense(b, sums.view(count, -1, sums.shape[1]).sum(1))
 
     return contribute
