@@ -80,7 +80,7 @@ def plot_quadratic(
     curves = {label: [row[key] for row in rows] for label, key in names.items()}
     rates = np.geomspace(0.3 * min(row["exact"] for row in rows), 4 / lambda1, 30).tolist()
     draw_map(left, stability_map(family, n, rates, batches, scheme, SGD, curves), figure)
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="lower right", frameon=True, framealpha=0.9, facecolor="#cccccc")
     left.set_title(f"n = {n}, $\\sigma$ = {sigma:g}, $\\lambda_1$ = {lambda1:g}, {scheme}")
     _draw_cells(right, n, lambda1, lr, scheme, seed)
     save(figure, path)
@@ -106,7 +106,7 @@ def _draw_cells(axes: Any, n: int, lambda1: float, lr: float, scheme: Scheme, se
     axes.set_xlabel("batch size $B$")
     axes.set_ylabel("coherence $\\sigma$")
     axes.set_title(f"stable (green) and unstable (red) cells at $\\eta$ = {lr:g}")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="upper right", frameon=True, framealpha=0.95)
 
 
 def _crossing(sigmas: list[float], thresholds: list[float], lr: float) -> float:

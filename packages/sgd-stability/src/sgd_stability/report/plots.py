@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 EXTRA = "sgd-stability[plot]"
 STYLES: dict[str, dict[str, Any]] = {
     "exact": {"color": "black", "linewidth": 2.2},
-    "stable below": {"color": "#1b7837", "linestyle": "--"},
-    "unstable above": {"color": "#b2182b", "linestyle": "--"},
+    "stable below": {"color": "white", "linestyle": "--", "linewidth": 1.8},
+    "unstable above": {"color": "#08306b", "linestyle": "--", "linewidth": 1.8},
     "paper's Theorem 1": {"color": "#762a83", "linestyle": ":", "linewidth": 2},
     "paper's Theorem 2": {"color": "#2166ac", "linestyle": "-.", "linewidth": 1.5},
 }
@@ -54,7 +54,7 @@ def plot_map(found: "StabilityMap", path: str | Path, title: str = "", marks: Se
                 zorder=5,
                 label=f"SGD {outcome}",
             )
-    axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, facecolor="#cccccc")
     axes.set_title(title)
     save(figure, path)
     return Path(path)
@@ -243,7 +243,8 @@ def plot_history(
         for panel in panels:
             panel.axvline(step, color="#b2182b", alpha=0.12, linewidth=2)
     for panel in (curvature, rates):
-        panel.legend(fontsize=8, loc="best")
-    panels[0].set_title("checks that say unstable are marked red", fontsize=9)
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the panel: it covers no line
+    if any(check.state == "unstable" for check in checks):
+        panels[0].set_title("checks that say unstable are marked red", fontsize=9)
     save(figure, path)
     return Path(path)
