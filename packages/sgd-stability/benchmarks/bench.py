@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -277,6 +277,43 @@ def monitor(quick: bool) -> Mapping[str, Any]:
     }
 
 
+def mlp670k(build: Any) -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimizer]:
+    """784-512-512-10, 669,706 parameters, on generated inputs."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    model = nn.Sequential(*layers)
+    return model, torch.randn(2048, 784), torch.randint(0, 10, (2048,)), build(model.parameters())
+
+
+def overhead(key: str, build: Any) -> Callable[[bool], Mapping[str, Any]]:
+    """The monitor's two hooks over 200 steps, in turn with the steps themselves: batch 32, probe 256."""
+
+    def measure(quick: bool) -> Mapping[str, Any]:
+        model, x, y, optimizer = mlp670k(build)
+        watcher = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=32, every=200, on_unstable=None)
+
+        def train() -> None:
+            for i in range(200):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[i : i + 32]), y[i : i + 32]).backward()
+                optimizer.step()
+
+        def watch() -> None:
+            watcher.attach(optimizer)
+            for _ in range(200):
+                watcher._before_step()
+                watcher._after_step()
+            watcher.detach()
+
+        train()
+        first = seconds(lambda: watcher.attach(optimizer).check())
+        watcher.detach()
+        timing = compare(watch, train, pairs=3 if quick else 9)
+        return {key: timing.ratio, f"{key}_detail": {**timing.spread(), "first_check_s": first}}
+
+    return measure
+
+
 if __name__ == "__main__":
     run_bars(
         "sgd-stability",
@@ -289,5 +326,12 @@ if __name__ == "__main__":
             "top_eig_vs_curvlinops": curvlinops,
             "truncated40_rel_error": truncated,
             "monitor_overhead": monitor,
+            **{
+                key: overhead(key, build)
+                for key, build in (
+                    ("monitor_overhead_mlp670k_sgd", functools.partial(torch.optim.SGD, lr=0.01)),
+                    ("monitor_overhead_mlp670k_adam", functools.partial(torch.optim.Adam, lr=1e-4)),
+                )
+            },
         },
     )
