@@ -65,7 +65,7 @@ def test_a_page_without_a_map_is_reported(repository):
 def test_functions_are_found_with_and_without_the_package():
     assert has_function("core_tensor.pack_bits", "quantease")
     assert has_function("pack_bits", "core-tensor")
-    assert has_function("bit_packing.reference.pack_bits", "core-tensor")
+    assert has_function("ops.bit_packing.reference.pack_bits", "core-tensor")
     assert not has_function("pack_bits", "quantease")
 
 
