@@ -98,11 +98,9 @@ def quantize(
         if not skip:
             check_coverage(lm, model_matrices(lm, config))
         tokens, evaluation = _tokens(lm, model, options, stage)
-        if ranks.first:
-            stage("rehearsal", 0, 1)
-            rehearse(lm, config, format_, out)
-            stage("rehearsal", 1, 1)
-        ranks.barrier()
+        stage("rehearsal", 0, 1)
+        rehearse(lm, config, format_, out)
+        stage("rehearsal", 1, 1)
 
         # 2. the work
         def progress(done: int, total: int, _: str) -> None:

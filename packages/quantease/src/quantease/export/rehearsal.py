@@ -2,11 +2,13 @@
 
 import copy
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from core_tensor.app.ranks import current
 from torch import nn
 
 from quantease.export.save import export_model
@@ -31,23 +33,41 @@ def rehearse(lm: CausalLM, config: ModelConfig, format: str, folder: Path) -> No
     Raises:
         ValueError: If the saved model does not load, or computes something else.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    layer = replace(config.layer, algorithm="rtn", shrinkage="none")
+    ranks = current()
     if config.layer.outliers:
         layer = replace(config.layer, algorithm="quantease-paper", sweeps=1, relax=0, shrinkage="none")
-    tokens = torch.zeros(1, 8, dtype=torch.int64) + torch.arange(8)
-    with tempfile.TemporaryDirectory(prefix=f".rehearsal-{folder.name}-", dir=folder.parent) as place:
+    else:
+        layer = replace(config.layer, algorithm="rtn", shrinkage="none")
+    changed = replace(config, layer=layer, outlier_budget="layer")
+    tokens = torch.arange(8).repeat(ranks.size, 1)
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        place = ""
         try:
-            small = open_causal_lm(_few_blocks(lm), device=lm.device)
-            run = quantize_model(
-                small, tokens, Path(place) / "run", replace(config, layer=layer, outlier_budget="layer")
-            )
-            export_model(run, Path(place) / "model", format)
-        except Exception as error:  # whatever transformers or a reader stumbles over would stop the run at its end
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            why = " ".join(f"{error}".split()) or type(error).__name__
-            raise ValueError(f"format: {lm.name} cannot be saved as {format} and loaded again ({why})") from error
+            if ranks.first:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                place = stack.enter_context(_beside(folder))
+        except OSError as error:
+            failure = error
+        place, failure = ranks.share((place, failure))
+        if failure is None:
+            try:
+                small = open_causal_lm(_few_blocks(lm), device=lm.device)
+                run = quantize_model(small, tokens, Path(place) / "run", changed)
+                if ranks.first:
+                    export_model(run, Path(place) / "model", format)
+            except Exception as error:  # whatever transformers or a reader stumbles over would stop the run at its end
+                failure = error
+            failure = ranks.share(failure)
+    if isinstance(failure, OSError) and failure.errno is not None:
+        raise failure
+    if failure is not None:
+        why = " ".join(f"{failure}".split()) or type(failure).__name__
+        raise ValueError(f"format: {lm.name} cannot be saved as {format} and loaded again ({why})") from failure
+
+
+def _beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix=f".rehearsal-{folder.name}-", dir=folder.parent)
 
 
 def _few_blocks(lm: CausalLM) -> Any:
