@@ -352,9 +352,7 @@ def read_prices(out: str | Path) -> pa.Table:
     file = Path(out) / "prices.parquet"
     prices = read_table(file)
     for name, kind in (("budget", "float"), ("load", "float"), ("price", "float"), ("destination", None)):
-        if name not in prices.column_names:
-            raise ValueError(f"{file}: expected a column {name!r}, got {', '.join(prices.column_names)}")
-        column = prices.column(name)
+        column = require(prices.schema, prices, str(file), name)
         if kind and (not pa.types.is_floating(column.type) or column.null_count):
             raise ValueError(f"{file}: expected numbers without nulls in column {name!r}")
     return prices

@@ -67,9 +67,10 @@ def spent_by_row(table: pa.Table, plan: pa.Table) -> NDArray[np.float64]:
         ValueError: If a column is missing, or a destination or resource unknown.
     """
     by = [name for name in ("destination", "resource") if name in plan.column_names]
-    missing = [name for name in (*by, "spent") if name not in table.column_names]
-    if missing:
-        raise ValueError(f"spent: expected a column {missing[0]!r}, got {', '.join(table.column_names)}")
+    for title, names, one in (("plan", by, plan), ("spent", [*by, "spent"], table)):
+        wrong = [name for name in names if one.column_names.count(name) != 1]
+        if wrong:
+            raise ValueError(f"{title}: expected one column {wrong[0]!r}, got {', '.join(one.column_names)}")
     place, size = np.zeros(table.num_rows, dtype=np.int64), 1
     row = np.zeros(plan.num_rows, dtype=np.int64)
     for name in by:  # a row of the plan is named by one key of each kind
