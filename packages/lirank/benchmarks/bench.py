@@ -143,7 +143,9 @@ def fuxictr_step(rows: int) -> Step:
 
     class Model(BaseModel):  # type: ignore[misc,valid-type]
         def __init__(self) -> None:
-            super().__init__(features, model_id="bench", gpu=-1, verbose=0, model_root=tempfile.mkdtemp())
+            super().__init__(
+                features, model_id="bench", gpu=-1, verbose=0, metrics=["AUC"], model_root=tempfile.mkdtemp()
+            )
             self.embedding_layer = FeatureEmbedding(features, DIM)
             self.cross = CrossNetV2(WIDTH, 3)
             self.mlp = MLP_Block(WIDTH, hidden_units=[512, 256], hidden_activations="ReLU", output_activation=None)
