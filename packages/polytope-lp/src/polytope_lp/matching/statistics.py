@@ -177,7 +177,7 @@ def measure(problem: MatchingProblem, group: Any = None) -> Statistics:
     largest, unit, free, lowered = most.split([m, 1, 1, 1])
     for begin, end in problem.pieces():
         part = problem.slice(begin, end)
-        rows = part.index.reshape(part.variables, -1).long()
+        rows = part.index.reshape(part.variables, -1)
         a = None if part.coefficient is None else part.coefficient.double().reshape(rows.shape)
         u, c = problem.limits(begin, end), part.cost.double()
         c = (-c).clamp_min(0) if repairable else c.abs()
@@ -192,7 +192,7 @@ def measure(problem: MatchingProblem, group: Any = None) -> Statistics:
             spent.index_add_(0, at, c * u)
         if not repairable:
             tighter = t[:, None].expand(rows.shape) if a is None else a.abs() * t[:, None]
-            largest.scatter_reduce_(0, at, tighter.ravel(), "amax")
+            largest.scatter_reduce_(0, at.long(), tighter.ravel(), "amax")
         if lower is not None:
             lowered.fill_(1.0)
         totals += torch.stack([(c * u).sum(), (c * t).sum(), u.square().sum(), c.sum(), u.sum(), *_sizes(part)])
