@@ -1,7 +1,7 @@
 // Little-endian bit stream per row: code j occupies bits [j*bits, (j+1)*bits) and may straddle two 32-bit words.
 //
 // Eight codes of `bits` bits are exactly `bits` bytes, so a row is taken eight codes at a time in one 64-bit register:
-// neighbours are pushed together in three steps (bytes, pairs, quadruples). Little-endian machines only, as torch's own.
+// neighbors are pushed together in three steps (bytes, pairs, quadruples). Little-endian machines only, as torch's own.
 #include <cstring>
 
 #include "core.h"

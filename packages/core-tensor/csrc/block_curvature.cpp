@@ -1,4 +1,4 @@
-// Generalised Hessian of the smoothed dual: the sum over the blocks of A_i P_i A_i', P_i the derivative of the
+// Generalized Hessian of the smoothed dual: the sum over the blocks of A_i P_i A_i', P_i the derivative of the
 // projection. Entries are added as 64-bit fixed-point numbers, so threads and ranks cannot change a result.
 #include <cmath>
 #include <vector>

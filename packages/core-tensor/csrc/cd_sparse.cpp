@@ -22,7 +22,7 @@ struct Problem {
   int64_t max_sweeps;
 };
 
-// The code that minimises the objective in coordinate j, or the present one where that is no worse (ties stay).
+// The code that minimizes the objective in coordinate j, or the present one where that is no worse (ties stay).
 template <typename T>
 CT_INLINE T wanted(T code, T step, T max_code) {
   const T target = code + step;

@@ -6,7 +6,7 @@
 #define CT_INLINE __attribute__((always_inline)) inline
 #define CT_INLINE_LAMBDA __attribute__((always_inline))
 
-// 1. Loops that the compiler vectorises by itself: put CT_CLONES on the function that holds the hot loop and keep the
+// 1. Loops that the compiler vectorizes by itself: put CT_CLONES on the function that holds the hot loop and keep the
 //    OpenMP pragma in its caller (the bodies that the compiler outlines for OpenMP are not cloned).
 // 2. Kernels written in vectors of a fixed width: instantiate the template at 64, 32 and 16 bytes behind CT_V4, CT_V3
 //    and no mark, and choose by ct_level(). Cloning would not do: a 64-byte vector is emulated in memory below AVX-512.

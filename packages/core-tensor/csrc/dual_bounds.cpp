@@ -1,4 +1,4 @@
-// What an optimiser reads off the sums of a dual pass, in one loop over the rows (see core_tensor/dual_bounds).
+// What an optimizer reads off the sums of a dual pass, in one loop over the rows (see core_tensor/dual_bounds).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -16,7 +16,7 @@ struct Pass {
   const T* cost;
   const T* coefficient;  // same shape as index, or null for ones
   const double* lam;
-  const T* anchor;       // proximal centre, or null
+  const T* anchor;       // proximal center, or null
   const double* shrink;  // factor per row applied to x, or null
   double* x_out;         // dense projection, or null
   double gamma;

@@ -1,4 +1,4 @@
-r"""Generalised Hessian of the ridge-smoothed dual of a block-separable LP, for second-order steps.
+r"""Generalized Hessian of the ridge-smoothed dual of a block-separable LP, for second-order steps.
 
 $$ -\gamma \nabla^2 g_\gamma(\lambda) \ni \sum_i A_i P_i A_i', \qquad
 P_i = I_F - \frac{w_F w_F'}{w_F'w_F} \text{ where the cut is tight, else } I_F, \qquad F = \{0 < x_i < u_i\}, $$

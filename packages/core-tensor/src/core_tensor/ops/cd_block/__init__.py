@@ -68,7 +68,7 @@ def cd_block(
         correction: Rows of the block of `sigma_tilde @ residual`, shape (B, q), float32 or float64.
         weight: Weights to approximate, feature-major, shape (B, q).
         residual: `weight - quantized` before the pass, shape (B, q).
-        sigma: The block of the row-normalised Gram matrix, shape (B, B); only its strictly lower part is used.
+        sigma: The block of the row-normalized Gram matrix, shape (B, B); only its strictly lower part is used.
         scale: Grid steps, shape (G, q), positive.
         zero: Zero points, whole numbers, shape (G, q).
         group: Row of `scale` and `zero` for every feature, shape (B,), int64.

@@ -2,7 +2,7 @@ r"""Mean and centred second moments of the rows of a matrix, in float64 from any
 
 $$ \mu = \frac1n \sum_i x_i, \qquad S = \sum_i (x_i - \mu)(x_i - \mu)^\top . $$
 
-The kernel widens and centres rows as it packs them, so that no float64 copy of the matrix exists, forms only half of
+The kernel widens and centers rows as it packs them, so that no float64 copy of the matrix exists, forms only half of
 the symmetric S, and sums every entry in one order whatever the number of threads.
 Source: the shifted form of Chan, Golub and LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115.
 """

@@ -1,4 +1,4 @@
-"""Plain torch: centre twice in float64, because one mean of rows around 1e8 leaves 1e-8 behind."""
+"""Plain torch: center twice in float64, because one mean of rows around 1e8 leaves 1e-8 behind."""
 
 from torch import Tensor
 

@@ -159,7 +159,7 @@ def dual_pass(
         gamma: Weight of the ridge, above 0.
         scale: Fixed-point factor of every sum, shape (2 rows + 5,), float64; `2**62` over a bound of the sum's size.
         bounds: Blocks at which the chunks begin and end, shape (chunks + 1,), int64.
-        anchor: Proximal centre $p$, shape (variables,), dtype of the costs; None for the origin.
+        anchor: Proximal center $p$, shape (variables,), dtype of the costs; None for the origin.
         shrink: Factor by which x is multiplied where a variable stands in the row (least over its rows),
             shape (rows,), float64; None for ones.
         primal: Whether x itself is wanted.

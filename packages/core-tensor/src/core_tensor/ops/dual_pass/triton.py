@@ -108,10 +108,10 @@ def _pass_kernel(
         if UPPER:
             u = tl.minimum(u, tl.load(upper + at * upper_stride, mask=inside, other=0.0).to(tl.float64))
         r = _reduced_cost(index, cost, coefficient, lam, at, inside, COEFFICIENT, K)
-        centre = tl.full((WIDTH,), 0.0, tl.float64)
+        center = tl.full((WIDTH,), 0.0, tl.float64)
         if ANCHOR:
-            centre = tl.load(anchor + at, mask=inside, other=0.0).to(tl.float64)
-        v = centre - r / ridge
+            center = tl.load(anchor + at, mask=inside, other=0.0).to(tl.float64)
+        v = center - r / ridge
         theta = _cut_multiplier(v, u, w, cap, inside, EQUALITY, HALVINGS)
         x = tl.where(inside, tl.minimum(tl.maximum(v - theta * w, 0.0), u), 0.0)
         between = tl.sum(((x > 0.0) & (x < u * (1.0 - 1e-12))).to(tl.int32), axis=0)
@@ -140,7 +140,7 @@ def _pass_kernel(
                 tl.atomic_add(sums + 2 * row + 1, fixed_point(spent, factor), mask=used)
         last = scale + 2 * rows
         tl.atomic_add(sums + 2 * rows, fixed_point(tl.sum(spent, axis=0), tl.load(last)))
-        moved = tl.where(inside, (x - centre) * (x - centre), 0.0)
+        moved = tl.where(inside, (x - center) * (x - center), 0.0)
         tl.atomic_add(sums + 2 * rows + 1, fixed_point(tl.sum(moved, axis=0), tl.load(last + 1)))
         tl.atomic_add(sums + 2 * rows + 2, fixed_point(least, tl.load(last + 2)))
         tl.atomic_add(sums + 2 * rows + 3, fixed_point(fractional, tl.load(last + 3)))

@@ -10,7 +10,7 @@ from core_tensor.ops._compile import CompileRow
 
 CHUNK = 128
 HALVINGS = 100
-"""Bisections: from any bracket of float64 numbers down to neighbours, or to a piece without a kink inside."""
+"""Bisections: from any bracket of float64 numbers down to neighbors, or to a piece without a kink inside."""
 
 
 @triton.jit
