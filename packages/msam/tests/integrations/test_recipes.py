@@ -252,7 +252,8 @@ def test_two_ranks_equal_one_process_with_twice_the_micro_batches(ranks, recipe,
     like = run_like_the_trainer if recipe == "trainer" else run_like_accelerate
     like(model, x.double(), y, batch_size=24, num_micro_batches=6, rho="auto")
     for weights, used, rho in (found[recipe, mode] for found in ranks):
-        assert used == mode
+        # the Trainer asks DDP to find unused parameters, by an autograd.Function that vmap cannot run
+        assert used == ("sequential" if recipe == "trainer" else mode)
         assert rho == pytest.approx(0.05 / 6**0.5)
         torch.testing.assert_close(weights, [p.detach() for p in model.parameters()], rtol=1e-9, atol=1e-12)
 
