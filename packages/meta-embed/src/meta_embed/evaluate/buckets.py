@@ -128,19 +128,18 @@ def by_activity(
     split = last_events(events, query, support)
     activity = events.counts[split.members] - split.query
     rows = []
+    scored = {name: predict(split) for name, predict in predictors.items()}
+    y = next(iter(scored.values())).y
     for low, high in BUCKETS:
-        pick = np.flatnonzero((activity >= low) & (activity <= high))
-        if not len(pick):
-            continue
-        part = Split(*(getattr(split, f)[pick] for f in Split.__dataclass_fields__))
+        inside = (activity >= low) & (activity <= high)
+        pick, own = np.flatnonzero(inside), np.repeat(inside, split.query)
+        if not len(pick) or y[own].min() == y[own].max():
+            continue  # nobody, or no AUC
         name = str(low) if low == high else f"{low}-{high}" if high < 1 << 60 else f">{low - 1}"
-        row: dict[str, Any] = {"activity": name, "members": len(pick), "rows": int(part.query.sum())}
-        scored = {name: predict(part) for name, predict in predictors.items()}
-        y = next(iter(scored.values())).y
-        if y.min() == y.max():
-            continue  # no AUC
+        row: dict[str, Any] = {"activity": name, "members": len(pick), "rows": int(own.sum())}
         for predictor, scores in scored.items():
-            row |= {f"{predictor}_{figure}": value for figure, value in scores.figures().items()}
+            part = Scores(scores.logit[own], scores.y[own], scores.owner[own])
+            row |= {f"{predictor}_{figure}": value for figure, value in part.figures().items()}
         rows.append(row)
     return rows
 

@@ -50,7 +50,9 @@ class GlobalBlock(nn.Module):
         self.linear = nn.Linear(own, 1, bias=False) if own and not given_base else None
         self.deep = perceptron([item, hidden, 1]) if hidden and learned and not given_base else None
         for table in self.tables:
-            nn.init.normal_(table.weight, std=0.1)  # type: ignore[arg-type]
+            assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=0.1)
+            nn.init.zeros_(table.weight[0].detach())  # values that training never saw
         for table in self.biases:
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
         for layer in (self.project, self.linear):

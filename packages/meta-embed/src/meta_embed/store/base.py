@@ -29,19 +29,42 @@ class Store(ABC):
 
     @abstractmethod
     def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The record of every key, None where there is none."""
+        """The record of every key, None where there is none.
+
+        Args:
+            keys: Keys as `encode_key` makes them.
+
+        Returns:
+            One entry per key, in order.
+        """
 
     @abstractmethod
     def fetch_history(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The history of every key, None where there is none."""
+        """The history of every key, None where there is none.
+
+        Args:
+            keys: Keys as `encode_key` makes them.
+
+        Returns:
+            One entry per key, in order.
+        """
 
     @abstractmethod
     def upsert(self, items: Iterable[Item], info: StoreInfo) -> None:
-        """Write records in one transaction: all of them or none."""
+        """Write records in one transaction: all of them or none.
+
+        Args:
+            items: Key, record and history of each member.
+            info: What the store says about itself from then on.
+        """
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """Every member, in the order of the keys."""
+        """Every member, in the order of the keys.
+
+        Returns:
+            Key, record and history of each.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -108,7 +131,11 @@ class Store(ABC):
         self.upsert(zip(self.keys_of(keys), encode_records(records, self.info), kept, strict=True), self.info)
 
     def members(self) -> Iterator[tuple[Key, bytes]]:
-        """Every member's key and record, in order."""
+        """Every member's key and record.
+
+        Returns:
+            Pairs, in the order of the keys.
+        """
         for key, value, _ in self.items():
             yield decode_key(key, self.info.key), value
 
@@ -135,7 +162,7 @@ def unpack_info(raw: bytes | None, where: str) -> StoreInfo:
         raise ValueError(f"{where}: expected a store of meta-embed, found no description in it")
     try:
         return msgspec.json.decode(raw, type=StoreInfo)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: expected a store of meta-embed ({error})") from error
 
 

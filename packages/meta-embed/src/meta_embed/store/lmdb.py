@@ -1,5 +1,6 @@
 """The default store: one LMDB file, memory-mapped, read by any number of processes without a server."""
 
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,15 +14,53 @@ from meta_embed.store.codec import StoreInfo
 T = TypeVar("T")
 _ABOUT = b"about"
 _START = 1 << 26  # bytes of the first map; it doubles when it is full
+_META = struct.Struct("<16xI20xI92xQQ")  # magic, page size, last page, transaction of a meta page
+_MAGIC = 0xBEEFC0DE
 _READERS = 1024  # LMDB's own default is 126, and the 127th reader fails
 
 
+def _check_length(path: Path) -> None:
+    """Refuse a truncated file: reading a page behind its end would end the process with SIGBUS.
+
+    Both of LMDB's meta pages name the last page in use and their transaction; the later one counts.
+
+    Raises:
+        ValueError: If it is, or has no header.
+    """
+    with path.open("rb") as file:
+        head = file.read(_META.size)
+        size = path.stat().st_size
+        if len(head) < _META.size:
+            raise ValueError(f"a file of {size} bytes")
+        magic, page, last, transaction = _META.unpack(head)
+        if magic != _MAGIC or not (page >= 512 and page & (page - 1) == 0):
+            raise ValueError("no LMDB header")
+        file.seek(page)
+        second = file.read(_META.size)
+        if len(second) < _META.size or _META.unpack(second)[0] != _MAGIC:
+            raise ValueError("no second LMDB header")
+        _, _, other_last, other_transaction = _META.unpack(second)
+        used = (last if transaction >= other_transaction else other_last) + 1
+        if used * page > size:
+            raise ValueError(f"truncated: {size} bytes of {used * page}")
+
+
 def _open(path: Path, size: int, *, writable: bool) -> Any:
+    """Map a file into memory."""
     with reading(path, "an LMDB store of meta-embed"):
-        return lmdb.open(
-            str(path), subdir=False, max_dbs=3, max_readers=_READERS, map_size=size, readonly=not writable,
-            readahead=False, create=writable, metasync=writable,
-        )  # fmt: skip
+        if path.exists():
+            _check_length(path)
+        try:
+            return lmdb.open(
+                str(path), subdir=False, max_dbs=3, max_readers=_READERS, map_size=size, readonly=not writable,
+                readahead=False, create=writable, metasync=writable,
+            )  # fmt: skip
+        except lmdb.Error as error:
+            if "already open in this process" not in str(error):
+                raise
+            raise ValueError(
+                f"{path}: already open in this process, which LMDB allows once: close that first"
+            ) from error
 
 
 class LmdbStore(Store):

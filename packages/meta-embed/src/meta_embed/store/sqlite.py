@@ -70,10 +70,12 @@ class SqliteStore(Store):
 
     def items(self) -> Iterator[Item]:
         """See `Store`."""
-        yield from self.connection.execute("SELECT key, value, history FROM members ORDER BY key")
+        with reading(self.path, "an intact SQLite store"):
+            yield from self.connection.execute("SELECT key, value, history FROM members ORDER BY key")
 
     def __len__(self) -> int:
-        return int(self.connection.execute("SELECT count(*) FROM members").fetchone()[0])
+        with reading(self.path, "an intact SQLite store"):
+            return int(self.connection.execute("SELECT count(*) FROM members").fetchone()[0])
 
     def close(self) -> None:
         """See `Store`."""

@@ -46,7 +46,7 @@ def encode_ids(table: pa.Table, features: Sequence[Feature], vocabulary: Vocabul
         encoded = table[feature.name].combine_chunks().dictionary_encode()
         values = encoded.dictionary.to_pylist()
         if feature.buckets:
-            rows = [_hash(value) % feature.buckets for value in values]
+            rows = [_hash(str(value)) % feature.buckets for value in values]  # 7 and "7" are one category
         else:
             index = {value: i + 1 for i, value in enumerate(vocabulary[feature.name])}
             rows = [index.get(value, 0) for value in values]

@@ -1,0 +1,120 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meta_embed.tasks.encode import build_vocabulary, encode_ids
+from meta_embed.tasks.events import build_events, parquet_files, read_table
+from meta_embed.tasks.schema import Feature, Schema
+
+SCHEMA = Schema(
+    entity="user", time="at", label="clicked", row=(Feature("item"), Feature("price", "dense")),
+    member=(Feature("age", "dense"),),
+)  # fmt: skip
+
+
+def _events(table, schema=SCHEMA):
+    return build_events(table, schema, build_vocabulary(table, schema))
+
+
+def test_rows_are_sorted_by_member_and_time(small_table):
+    log = _events(small_table)
+    assert log.keys.tolist() == ["a", "b", "c"]
+    assert log.offsets.tolist() == [0, 3, 6, 7]
+    assert log.time.tolist() == [1, 2, 3, 1, 2, 3, 5]
+    assert log.y.tolist() == [1, 0, 1, 1, 0, 1, 0]
+    assert log.ids[:, 0].tolist() == [3, 2, 1, 1, 3, 1, 1]  # x, y, z are rows 1 to 3
+    assert log.member_dense[:, 0].tolist() == pytest.approx([0.1, 0.5, 0.9])
+
+
+def test_an_event_delivered_twice_counts_once(small_table):
+    once, twice = _events(small_table), _events(pa.concat_tables([small_table, small_table.slice(2, 3)]))
+    for name in ("offsets", "time", "event", "y", "ids", "dense"):
+        assert np.array_equal(getattr(once, name), getattr(twice, name))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(7)))
+def test_the_order_of_the_file_does_not_matter(order):
+    table = pa.table(
+        {"user": [1, 2, 1, 2, 3, 1, 1], "at": [1.0, 1, 1, 2, 3, 2, 1], "clicked": [0.0, 1, 1, 0, 1, 0, 0],
+         "item": [5, 6, 7, 5, 6, 7, 6], "price": [0.1] * 7, "age": [1.0] * 7}
+    )  # fmt: skip
+    log, other = _events(table), _events(table.take(list(order)))
+    for name in ("keys", "offsets", "time", "event", "y", "ids", "dense"):
+        assert np.array_equal(getattr(log, name), getattr(other, name))
+
+
+def test_an_unknown_category_has_row_zero_and_hashing_takes_text_and_numbers_alike():
+    table = pa.table({"item": ["p", "q"]})
+    assert encode_ids(table, [Feature("item")], {"item": ["q"]}).tolist() == [[0], [1]]
+    hashed = Feature("item", buckets=64)
+    numbers, text = pa.table({"item": [7, 8]}), pa.table({"item": ["7", "8"]})
+    assert np.array_equal(encode_ids(numbers, [hashed], {}), encode_ids(text, [hashed], {}))
+
+
+def test_timestamps_are_seconds():
+    import datetime as dt
+
+    when = [dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2026, 1, 2, tzinfo=dt.UTC)]
+    table = pa.table({"user": [1, 1], "at": when, "clicked": [True, False], "item": [1, 2]})
+    log = _events(table, Schema(entity="user", time="at", label="clicked", row=(Feature("item"),)))
+    assert np.diff(log.time).tolist() == [86400.0]
+    assert log.y.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "kind", "message"),
+    [
+        ("clicked", [0.0, 2.0], ValueError, r"clicked: expected labels in \[0, 1\], got 2"),
+        ("clicked", [0.0, None], ValueError, "clicked: expected a number in every row"),
+        ("user", [1.5, 2.5], TypeError, "user: expected integer or string keys, got double"),
+        ("user", [1, None], ValueError, "user: expected a key in every row"),
+        ("at", [1.0, float("nan")], ValueError, "at: expected finite numbers"),
+        ("price", [1.0, float("inf")], ValueError, "price: expected finite numbers"),
+        ("price", ["a", "b"], ValueError, "price: expected numbers, got string"),
+    ],
+)
+def test_bad_columns(column, values, kind, message):
+    table = pa.table(
+        {"user": [1, 2], "at": [1.0, 2], "clicked": [0.0, 1], "item": [1, 2], "price": [0.1, 0.2], "age": [1.0, 2]}
+    )
+    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    with pytest.raises(kind, match=message):
+        _events(table)
+
+
+def test_a_schema_that_names_a_missing_column_or_one_twice(small_table):
+    with pytest.raises(ValueError, match="the schema names the missing column age"):
+        build_events(small_table.drop_columns(["age"]), SCHEMA, {"item": []})
+    with pytest.raises(ValueError, match="column item has two roles"):
+        Schema(entity="user", time="at", label="y", row=(Feature("item"),), member=(Feature("item"),))
+    with pytest.raises(ValueError, match="vector and vector_width go together"):
+        Schema(entity="user", time="at", label="y", vector="v")
+
+
+def test_files_with_keys_of_two_kinds_are_refused(tmp_path, small_table):
+    pq.write_table(small_table, tmp_path / "a.parquet")
+    numbers = small_table.set_column(0, "user", pa.array(range(7)))
+    pq.write_table(numbers, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet: user: expected string keys as in the other files, got int64"):
+        read_table(tmp_path, SCHEMA)
+
+
+def test_broken_and_absent_files(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"a\.parquet: expected a Parquet file of events"):
+        read_table(tmp_path, SCHEMA)
+    with pytest.raises(FileNotFoundError):
+        parquet_files(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected Parquet files"):
+        parquet_files(tmp_path / "empty")
+
+
+def test_features_of_a_member_that_change_are_those_of_its_first_event(small_table):
+    changed = small_table.set_column(5, "age", pa.array([9.0, 0.1, 0.5, 0.1, 0.9, 0.1, 0.5]))
+    with pytest.warns(UserWarning, match="change between its events"):
+        log = _events(changed)
+    assert log.member_dense[1, 0] == pytest.approx(0.5)
