@@ -10,7 +10,7 @@ from core_tensor.app.cli import progress
 from core_tensor.app.extras import require
 
 from lirank.data.batch import Batch
-from lirank.data.ordering import in_time_order
+from lirank.data.ordering import closed_early, in_time_order
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import Split
 from lirank.evaluate import baseline
@@ -169,18 +169,20 @@ def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str)
         log = ParquetLog.open(logs)
         log.require([*schema.columns(), *([by] if by else [])])
     found: dict[str, list[np.ndarray]] = {"p": [], "labels": [], "group": [], "weight": [], "by": []}
-    for piece in _in_order(log, schema, by) if logs is not None else log.read():
-        table = trained.causal.extend(piece) if logs is not None else piece
-        batch = trained.encoder.encode(table)
-        found["p"].append(trained.model.predict(batch).numpy())
-        for name in ("labels", "group", "weight"):
-            value = getattr(batch, name)
-            if value is not None:
-                found[name].append(value.numpy())
-        if by:
-            log.require([by])
-            found["by"].append(np.array(decoded(column_of(table, by)).to_pylist(), dtype=object).astype(str))
-    return {name: np.concatenate(pieces) if pieces else None for name, pieces in found.items()}
+    pieces = _in_order(log, schema, by) if logs is not None else log.read()
+    with closed_early(pieces):  # a row that is refused leaves no sorted copy behind
+        for piece in pieces:
+            table = trained.causal.extend(piece) if logs is not None else piece
+            batch = trained.encoder.encode(table)
+            found["p"].append(trained.model.predict(batch).numpy())
+            for name in ("labels", "group", "weight"):
+                value = getattr(batch, name)
+                if value is not None:
+                    found[name].append(value.numpy())
+            if by:
+                log.require([by])
+                found["by"].append(np.array(decoded(column_of(table, by)).to_pylist(), dtype=object).astype(str))
+    return {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
 
 
 def _in_order(log: ParquetLog, schema: Schema, by: str) -> Any:
@@ -253,17 +255,20 @@ def calibrate_run(folder: Path, logs: Path | None, out: Path, method: Any = "aut
     found: dict[str, list[np.ndarray]] = {"logits": [], "labels": []}
     if logs is None:
         log = part_rows(folder, "valid")
-        pieces = log.read() if log else iter(())
+        source = log.read() if log else iter(())
+        pieces = source
     else:
         opened = ParquetLog.open(logs)
         opened.require(encoder.schema.columns())
-        pieces = (trained.causal.extend(piece) for piece in _in_order(opened, encoder.schema, ""))
-    for table in pieces:
-        batch = encoder.encode(table)
-        with torch.no_grad():
-            logits = trained.model.network(trained.model.vectors(batch), None, calibrate=False)
-        found["logits"].append(logits.numpy())
-        found["labels"].append(batch.labels.numpy())  # type: ignore[union-attr]
+        source = _in_order(opened, encoder.schema, "")
+        pieces = (trained.causal.extend(piece) for piece in source)
+    with closed_early(source):
+        for table in pieces:
+            batch = encoder.encode(table)
+            with torch.no_grad():
+                logits = trained.model.network(trained.model.vectors(batch), None, calibrate=False)
+            found["logits"].append(logits.numpy())
+            found["labels"].append(batch.labels.numpy())  # type: ignore[union-attr]
     if not found["logits"]:
         raise ValueError(f"{folder}: the run has no validation rows; name LOGS")
     result = deploy.recalibrate(trained, {name: np.concatenate(parts) for name, parts in found.items()}, method)

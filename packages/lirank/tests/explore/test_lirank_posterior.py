@@ -36,8 +36,10 @@ def test_batches_equal_all_events_at_once(d, n, seed, scale):
     at_once = prior.updated(phi, phi @ w * 2, u)
     cuts = torch.tensor_split(torch.randperm(n, generator=torch.Generator().manual_seed(seed)), 3)
     batches = rebuilt(prior, [(phi[i], (phi @ w * 2)[i], u[i]) for i in cuts])
+    # both solve with a rounded matrix: their distance is a few roundings times its condition number
     size = at_once.mean.norm() + 1
-    assert float((batches.mean - at_once.mean).norm() / size) <= 1e-8
+    allowed = 1e-14 * float(torch.linalg.cond(at_once.precision))
+    assert float((batches.mean - at_once.mean).norm() / size) <= max(allowed, 1e-13)
     torch.testing.assert_close(batches.precision, at_once.precision, rtol=1e-8, atol=1e-8 * scale**2)
 
 

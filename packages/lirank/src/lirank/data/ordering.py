@@ -1,5 +1,6 @@
 """A log in the order of event time, in bounded memory: runs sorted one by one on disk, then merged."""
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +98,21 @@ def _merge(runs: list[_Run]) -> Iterator[pa.Table]:
             for run in runs:
                 if run.more and int(run.times[-1]) == limit + 1:
                     run.fill()
+
+
+@contextlib.contextmanager
+def closed_early(pieces: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """Read pieces, and clean up behind them also where the reader stops early.
+
+    Args:
+        pieces: What `in_time_order` or a log gives.
+
+    Yields:
+        The same.
+    """
+    try:
+        yield pieces
+    finally:
+        close = getattr(pieces, "close", None)
+        if close is not None:
+            close()

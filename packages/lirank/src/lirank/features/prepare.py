@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lirank.data.batch import Encoder
-from lirank.data.ordering import in_time_order
+from lirank.data.ordering import closed_early, in_time_order
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import PARTS, TRAIN, Split, Splitter
 from lirank.features.causal import CausalFeatures
@@ -87,17 +87,18 @@ def prepare(
     writers = {part: _Writer(folder / part) for part in PARTS}
     columns = schema.columns()
     pieces = in_time_order(log, columns, schema.time.column, folder) if schema.time else log.read(columns)
-    for piece in pieces:
-        part = splitter.assign(piece)
-        table = causal.extend(piece)
-        encoder.encode(table)  # what is refused is refused before anything is learned from it
-        for number, name in enumerate(PARTS):
-            rows = table.filter(pa.array(part == number))
-            if number == TRAIN and rows.num_rows:
-                encoder.observe(rows)
-            writers[name].write(rows)
-        if report is not None:
-            report(piece.num_rows)
+    with closed_early(pieces):  # a row that is refused leaves no sorted copy behind
+        for piece in pieces:
+            part = splitter.assign(piece)
+            table = causal.extend(piece)
+            encoder.encode(table)  # what is refused is refused before anything is learned from it
+            for number, name in enumerate(PARTS):
+                rows = table.filter(pa.array(part == number))
+                if number == TRAIN and rows.num_rows:
+                    encoder.observe(rows)
+                writers[name].write(rows)
+            if report is not None:
+                report(piece.num_rows)
     rows = {name: writer.close() for name, writer in writers.items()}
     if rows["train"] == 0:
         raise ValueError("split: expected training rows, got none")

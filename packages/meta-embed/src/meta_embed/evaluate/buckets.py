@@ -12,7 +12,7 @@ from meta_embed.model.personalizer import Personalizer, no_grad_vectors
 from meta_embed.tasks.encode import Array
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.ragged import task_batch
-from meta_embed.tasks.split import Split, split_at
+from meta_embed.tasks.split import Split, known_before, split_at
 
 SIZES = (0, 4, 8, 16, 32)
 """Support sizes at which a member is asked: the same query each time."""
@@ -101,8 +101,6 @@ def last_events(events: Events, query: int, support: int) -> Split:
     Returns:
         The tasks.
     """
-    from meta_embed.tasks.split import known_before
-
     members = np.flatnonzero(events.counts > 0)
     counts = events.counts[members]
     asked = np.minimum(counts, query)

@@ -5,6 +5,10 @@ from pathlib import Path
 
 from meta_embed.store.base import Item, Store
 from meta_embed.store.codec import StoreInfo
+from meta_embed.store.lmdb import LmdbStore, create_lmdb
+from meta_embed.store.parquet import ParquetStore, create_parquet
+from meta_embed.store.redis import RedisStore, create_redis
+from meta_embed.store.sqlite import SqliteStore, create_sqlite
 
 KINDS = ("lmdb", "sqlite", "parquet")
 
@@ -48,12 +52,7 @@ def open_store(uri: str | Path, *, writer: bool = False) -> Store:
     """
     kind, folder = parse(uri)
     if kind == "redis":
-        from meta_embed.store.redis import RedisStore
-
         return RedisStore(str(uri), writer=writer)
-    from meta_embed.store.lmdb import LmdbStore
-    from meta_embed.store.parquet import ParquetStore
-    from meta_embed.store.sqlite import SqliteStore
 
     classes: dict[str, type[Store]] = {"lmdb": LmdbStore, "sqlite": SqliteStore, "parquet": ParquetStore}
     open_file: Callable[..., Store] = classes[kind]
@@ -73,13 +72,8 @@ def create_store(uri: str | Path, info: StoreInfo, items: Iterable[Item]) -> Non
     """
     kind, folder = parse(uri)
     if kind == "redis":
-        from meta_embed.store.redis import create_redis
-
         create_redis(str(uri), info, items)
         return
-    from meta_embed.store.lmdb import create_lmdb
-    from meta_embed.store.parquet import create_parquet
-    from meta_embed.store.sqlite import create_sqlite
 
     create = {"lmdb": create_lmdb, "sqlite": create_sqlite, "parquet": create_parquet}[kind]
     create(folder / f"store.{kind}", info, items)

@@ -20,7 +20,7 @@ from meta_embed.tasks.encode import Array
 from meta_embed.tasks.episodes import EpisodeOptions, epoch
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.ragged import TaskBatch, task_batch
-from meta_embed.tasks.split import split_at
+from meta_embed.tasks.split import by_key, split_at
 from meta_embed.train import checkpoint
 from meta_embed.train.checkpoint import Progress
 from meta_embed.train.warm import TableOptions, train_table
@@ -171,7 +171,5 @@ def split_members(events: Events, config: Config, seed: int) -> tuple[Array, Arr
     Returns:
         Positions of each part.
     """
-    from meta_embed.tasks.split import by_key
-
     held_back, tested, train = by_key(events.keys, (config.train.held_back, config.train.tested), seed)
     return train, held_back, tested
