@@ -45,6 +45,7 @@ def test_an_absent_idx_file_is_named(tmp_path):
 
 
 def test_digits():
+    pytest.importorskip("sklearn")
     images, labels = digits("core-tensor[test]")
     assert images.shape == (1797, 8, 8)
     assert labels.shape == (1797,)

@@ -7,6 +7,7 @@ from core_tensor.app.extras import MissingExtraError
 
 @pytest.mark.parametrize("suffix", figures.SUFFIXES)
 def test_every_format_is_written_and_the_same_figure_is_the_same_file(tmp_path, suffix):
+    pytest.importorskip("matplotlib")
     contents = []
     for name in ("a", "b"):
         plt = figures.pyplot("core-tensor[plot]")

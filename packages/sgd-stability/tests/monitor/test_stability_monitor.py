@@ -331,9 +331,7 @@ def test_every_optimizer_people_use_is_watched(name):
     model.extra = nn.Parameter(torch.ones(3))  # without a gradient: it never moves, and Adam has no state for it
     optimizer = OPTIMIZERS[name](model.parameters())
     monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=10).attach(optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _train(model, x, y, optimizer, 40)
+    _train(model, x, y, optimizer, 40)  # pytest makes an error of any warning but torch's own
     assert [c.step for c in monitor.history] == [10, 20, 30, 40]
     assert all(0 < c.lower <= c.upper < math.inf for c in monitor.history)
 
