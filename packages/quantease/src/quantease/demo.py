@@ -38,7 +38,7 @@ class DemoConfig:
 
     @classmethod
     def quick(cls) -> "DemoConfig":
-        """What two cores do in two minutes.
+        """What two cores do in a few minutes.
 
         Returns:
             Fewer tokens and two blocks.
