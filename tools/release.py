@@ -1,26 +1,25 @@
 """Release every package that has something to release: version, change log, commit, annotated tag, wheel.
 
-Packages go in topological order, one commit and one tag `<name>-vX.Y.Z` each. git-cliff reads the conventional commits
-under a package's folder since its last tag; their types decide the version. When a release leaves a dependant's window,
-such as `core-tensor>=0.1,<0.2`, the window is rewritten and the dependant released too, as a patch at least.
+Packages go in topological order, one commit and one tag `<name>-vX.Y.Z` each. The conventional commits under its folder
+since its last tag (`tools/changes.py`) decide a package's version. When a release leaves a dependant's window, such as
+`core-tensor>=0.1,<0.2`, the window is rewritten and the dependant released too, as a patch at least.
 """
 
 import argparse
-import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from changes import Change, as_markdown, changes_of, run
 from packaging.requirements import Requirement
 from packaging.version import Version
 from version_windows import window
 from workspace import ROOT, Package, packages, requirement_name
+
+UNRELEASED = "## Unreleased"
 
 
 @dataclass(frozen=True)
@@ -47,25 +46,6 @@ class Release:
         return f"{self.name}-v{self.version}"
 
 
-def run(root: Path, *command: str) -> str:
-    """Output of a command at the root.
-
-    Raises:
-        ValueError: If it fails, with what it said.
-    """
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return done.stdout.strip()
-
-
-def cliff(root: Path, name: str, *arguments: str) -> str:
-    """Ask git-cliff about one package."""
-    program = shutil.which("git-cliff", path=f"{Path(sys.executable).parent}:") or "git-cliff"
-    selection = ("--include-path", f"packages/{name}/**", "--tag-pattern", f"^{re.escape(name)}-v[0-9]")
-    return run(root, program, "--config", "pyproject.toml", *selection, *arguments)
-
-
 def last_version(root: Path, name: str) -> str | None:
     """Version of a package's last tag that HEAD descends from, or None before its first release."""
     tags = run(root, "git", "tag", "--merged", "HEAD", "--list", f"{name}-v[0-9]*").split()
@@ -73,23 +53,21 @@ def last_version(root: Path, name: str) -> str | None:
     return max(versions, key=Version, default=None)
 
 
-def bumped(previous: str, commits: Sequence[Mapping[str, Any]], *, patch: bool = False) -> str:
-    """The version after some commits: semantic versioning, where before 1.0 what breaks bumps the minor version.
-
-    git-cliff's own bump overlooks the tag of a release that only rewrote a window.
+def bumped(previous: str, changes: Sequence[Change], *, patch: bool = False) -> str:
+    """The version after some changes: semantic versioning, where before 1.0 what breaks bumps the minor version.
 
     Args:
         previous: Version of the last release.
-        commits: git-cliff's commits, with `group` and `breaking`; the uninteresting ones are not among them.
-        patch: Whether there is a reason for a release besides the commits.
+        changes: What users notice.
+        patch: Whether there is a reason for a release besides the changes.
     """
     major, minor, micro = Version(previous).release
-    breaking = any(commit["breaking"] for commit in commits)
+    breaking = any(change.breaking for change in changes)
     if breaking and major:
         return f"{major + 1}.0.0"
-    if breaking or any(commit["group"].endswith("Added") for commit in commits):
+    if breaking or any(change.group == "Added" for change in changes):
         return f"{major}.{minor + 1}.0"
-    return f"{major}.{minor}.{micro + 1}" if commits or patch else previous
+    return f"{major}.{minor}.{micro + 1}" if changes or patch else previous
 
 
 def new_windows(package: Package, versions: Mapping[str, str]) -> dict[str, str]:
@@ -118,18 +96,30 @@ def plan(root: Path = ROOT) -> list[Release]:
     for name, package in packages(root).items():
         previous = last_version(root, name)
         windows = new_windows(package, versions)
-        since = () if previous is None else (f"{name}-v{previous}..HEAD",)
-        commits = [commit for part in json.loads(cliff(root, name, "--context", *since)) for commit in part["commits"]]
-        version = package.version if previous is None else bumped(previous, commits, patch=bool(windows))
+        changes = changes_of(root, name, None if previous is None else f"{name}-v{previous}", versions)
+        version = package.version if previous is None else bumped(previous, changes, patch=bool(windows))
         if version == previous:
             continue
         versions[name] = version
-        sections = [f"## {version} ({datetime.now(tz=UTC):%Y-%m-%d})", cliff(root, name, *since)]
+        sections = [
+            f"## {version} ({datetime.now(tz=UTC):%Y-%m-%d})",
+            written(root / "packages" / name / "CHANGELOG.md"),
+        ]
+        if (
+            previous is not None or not sections[1]
+        ):  # all that a first release holds is new; what it is, its author says
+            sections.append(as_markdown(changes))
         if windows:
             sections.append("Requires:\n\n" + "\n".join(f"- {new}" for new in windows.values()))
         notes = "\n\n".join(filter(None, sections))
         releases.append(Release(name, previous, version, notes, windows))
     return releases
+
+
+def written(log: Path) -> str:
+    """What the authors of a change log have written for the next release, under `## Unreleased`."""
+    _, _, after = log.read_text(encoding="utf-8").partition(f"{UNRELEASED}\n")
+    return re.split(r"(?m)^## ", after)[0].strip()
 
 
 def apply(release: Release, root: Path = ROOT) -> None:
@@ -151,6 +141,8 @@ def apply(release: Release, root: Path = ROOT) -> None:
     for old, new in release.windows.items():
         text = text.replace(f'"{old}"', f'"{new}"')
     heading, _, rest = log.read_text(encoding="utf-8").partition("\n")
+    if UNRELEASED in rest:  # its text is part of the notes
+        rest = "".join(re.split(r"(?m)^(?=## )", rest.partition(f"{UNRELEASED}\n")[2])[1:])
     older = f"\n{rest.strip()}\n" if rest.strip() else ""
     project.write_text(text, encoding="utf-8")
     log.write_text(f"{heading}\n\n{release.notes.strip()}\n{older}", encoding="utf-8")

@@ -1,5 +1,6 @@
 import pytest
 import release
+from changes import Change, as_markdown, parse
 from release import apply, last_version, main, plan
 from version_windows import problems
 from workspace import packages
@@ -40,14 +41,14 @@ def test_the_first_release_takes_the_version_that_stands_there(repository):
 @pytest.mark.parametrize(
     ("previous", "group", "breaking", "version"),
     [
-        ("0.3.1", "<!-- 3 -->Changed", True, "0.4.0"),
-        ("1.3.1", "<!-- 3 -->Changed", True, "2.0.0"),
-        ("1.3.1", "<!-- 0 -->Added", False, "1.4.0"),
-        ("1.3.1", "<!-- 1 -->Fixed", False, "1.3.2"),
+        ("0.3.1", "Changed", True, "0.4.0"),
+        ("1.3.1", "Changed", True, "2.0.0"),
+        ("1.3.1", "Added", False, "1.4.0"),
+        ("1.3.1", "Fixed", False, "1.3.2"),
     ],
 )
 def test_semantic_versions(previous, group, breaking, version):
-    assert release.bumped(previous, [{"group": group, "breaking": breaking}]) == version
+    assert release.bumped(previous, [Change(group, "x", breaking)]) == version
 
 
 def test_nothing_is_released_twice(released, change):
@@ -74,6 +75,56 @@ def test_the_type_of_a_commit_decides_the_version(released, change, message, ver
 def test_a_fix_stays_in_the_windows_of_dependants(released, change):
     change("core", "fix(core): mend")
     assert summary(released) == [("core", "0.1.0", "0.1.1")]
+
+
+@pytest.mark.parametrize(
+    ("message", "core", "alpha"),
+    [
+        ("feat(core): a kernel; fix(alpha): a leak", ["Added: A kernel"], ["Fixed: A leak"]),
+        ("feat(core,alpha): one thing.", ["Added: One thing"], ["Added: One thing"]),
+        ("fix(core): a; perf: b; docs: c; feat(alpha): d", ["Fixed: A", "Faster: B"], ["Added: D"]),
+        ("fix: everywhere", ["Fixed: Everywhere"], ["Fixed: Everywhere"]),
+        ("feat(reader): a room", ["Added: A room"], ["Added: A room"]),
+        ("feat(core): what; and then: a colon", ["Added: What; and then: a colon"], []),
+        ("refactor(core)!: names; fix(alpha): x", ["Changed: Names"], ["Fixed: X"]),
+        ("no type at all", [], []),
+        ("docs(core): words", [], []),
+    ],
+)
+def test_an_entry_belongs_to_the_packages_that_its_scope_names(message, core, alpha):
+    def entries(name):
+        return [f"{change.group}: {change.text}" for change in parse(message, name, ["core", "alpha"])]
+
+    assert entries("core") == core
+    assert entries("alpha") == alpha
+
+
+def test_what_breaks_comes_first_and_says_how_to_upgrade(released, change):
+    change("lonely", "fix(lonely): mend")
+    change("lonely", "feat(lonely): calm")
+    change("lonely", "feat(lonely): new names\n\nWhy.\n\nBREAKING CHANGE: write `b`\nfor `a`.\n\nSigned-off-by: X")
+    (planned,) = plan(released.root)
+    assert planned.version == "0.2.0"
+    body = planned.notes.partition("\n\n")[2]
+    assert body == ("Added:\n\n- **breaking:** New names. To upgrade: write `b` for `a`.\n- Calm\n\nFixed:\n\n- Mend")
+    assert as_markdown([]) == ""
+
+
+def test_what_the_authors_wrote_heads_the_notes_and_stands_alone_in_a_first_release(repository):
+    log = "packages/lonely/CHANGELOG.md"
+    repository.write(log, "# Changelog of lonely\n\n## Unreleased\n\nThe first one.\n")
+    repository.commit("feat(lonely): a thing")
+    first = {r.name: r for r in plan(repository.root)}["lonely"]
+    assert first.notes.partition("\n\n")[2] == "The first one."
+    apply(first, repository.root)
+    repository.write(log, repository.read(log).replace("\n\n## 0.1.0", "\n\n## Unreleased\n\nRead this.\n\n## 0.1.0"))
+    repository.commit("fix(lonely): a leak")
+    second = {r.name: r for r in plan(repository.root)}["lonely"]
+    assert second.notes.partition("\n\n")[2] == "Read this.\n\nFixed:\n\n- A leak"
+    apply(second, repository.root)
+    text = repository.read(log)
+    assert "Unreleased" not in text
+    assert text.index("## 0.1.1") < text.index("Read this.") < text.index("## 0.1.0") < text.index("The first one.")
 
 
 def test_leaving_a_window_releases_the_dependants_with_new_windows(released, change):
