@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from core_tensor.app.files import (
     atomic_path,
     digest,
+    naming,
     read_json,
     read_npz,
     reading,
+    reserve,
     sha256,
     sweep,
     write_json,
@@ -153,3 +156,22 @@ def test_a_full_disk_says_which_file_it_was(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: .*big\.npz"):
         fill()
     assert not list(tmp_path.iterdir())
+
+
+def test_room_is_taken_before_a_file_is_mapped(tmp_path):
+    reserve(tmp_path / "new", 10_000)
+    assert (tmp_path / "new").stat().st_size == 10_000
+    assert (tmp_path / "new").stat().st_blocks * 512 >= 10_000  # no hole that a full disk could not fill later
+    np.save(tmp_path / "a.npy", np.arange(5))
+    size = (tmp_path / "a.npy").stat().st_size
+    reserve(tmp_path / "a.npy", size)
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_naming_keeps_the_name_that_an_error_has(tmp_path):
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: 'here'"), naming("here"):
+        raise OSError(28, "whatever")
+    with pytest.raises(FileNotFoundError, match="there"), naming("here"):
+        Path("there").read_text()
+    with pytest.raises(OSError, match="no number"), naming("here"):
+        raise OSError("no number")

@@ -48,16 +48,50 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{_owner(os.getpid())}-", dir=final.parent))
     temporary = folder / final.name
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(final)
+        with naming(final):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let what the operating system refuses inside name a file, where it does not itself: a full disk never does.
+
+    Args:
+        path: What is being written.
+
+    Raises:
+        OSError: The same error, with a file name.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(final)) from error  # a full disk does not say where
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def reserve(path: str | os.PathLike[str], size: int) -> None:
+    """Take room on the disk for a file that will be written through a memory map.
+
+    A map of a file with holes ends the process (SIGBUS) when the disk is full; this fails in time instead.
+
+    Args:
+        path: A file, which is created or lengthened.
+        size: Its size, in bytes.
+
+    Raises:
+        OSError: If there is no room, naming the file.
+    """
+    with naming(path), Path(path).open("ab") as file:
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def _owner(process: int) -> str:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core_tensor.app.files import is_partial, read_json, sweep, write_json
+from core_tensor.app.files import is_partial, naming, read_json, sweep, write_json
 from core_tensor.app.ranks import ALONE, Ranks
 
 RECORD = "run.json"
@@ -79,9 +79,10 @@ class RunFolder:
         lock, found = _claim_for_all(folder, command, wanted, overwrite, ranks)
         try:
             run = cls(folder, command, wanted, found is not None, (found or {}).get("result"), ranks)
-            if found is None:
-                run._record()
-            yield run
+            with naming(folder):
+                if found is None:
+                    run._record()
+                yield run
         finally:
             if lock is not None:
                 os.close(lock)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from core_tensor.app.files import reserve
 from core_tensor.app.runs import RunFolder
 from numpy.typing import NDArray
 
@@ -41,6 +42,7 @@ def pack(
             def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
                 file = root / f"{name}.npy"
                 array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+                reserve(file, file.stat().st_size)
                 mapped[array.ctypes.data] = file, array
                 return array
 
