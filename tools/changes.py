@@ -1,10 +1,10 @@
 """What users of one package notice: the entries of its change log, from conventional commits.
 
 A title may hold several entries, `feat(core-tensor): a kernel; fix(msam): a leak; docs: words`; an entry without a
-scope has the scope of the one before it. A commit belongs to every package whose files it touches, and an entry to those
-that its scope names, so a commit over several packages appears in each with that package's own words. A scope that names
-no package, or no scope at all, means every package that the commit touches. The text of a `BREAKING CHANGE:` paragraph
-says how to upgrade.
+scope has the scope of the one before it. A commit belongs to every package whose files it touches, and an entry to
+those that its scope names, so a commit over several packages appears in each with that package's own words. A scope
+that names no package, or no scope at all, means every package that the commit touches. The text of a `BREAKING
+CHANGE:` paragraph says how to upgrade.
 """
 
 import re
