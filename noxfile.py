@@ -412,3 +412,9 @@ def hostile(session: nox.Session) -> None:
     commands = workspace(session)
     tools = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "CMAKE_GENERATOR": "Ninja"}  # both from the lock
     run(session, commands / "python", "tools/hostile.py", *(session.posargs or ["all"]), env=tools)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Every long command killed, out of disk, without permission, twice at once; see `tools/faults.py --help`."""
+    run(session, workspace(session) / "python", "tools/faults.py", *session.posargs)

@@ -1,0 +1,21 @@
+"""Long commands of quantease for `tools/faults.py`."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SMALL = "--text text.txt --windows 6 --length 32 --threads 1"
+JOBS = {"quantize": {"command": f"quantease quantize model OUT {SMALL}", "varies": ["report.json", "run.json"]}}
+
+
+def prepare(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).save_pretrained(folder / "model")
+    vocabulary = {chr(32 + i): i for i in range(95)} | {"[UNK]": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n\n".join(f"line {i} of a text that says little" for i in range(200)))
