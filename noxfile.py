@@ -231,6 +231,14 @@ def docs(session: nox.Session) -> None:
     run(session, commands / "mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
+@nox.session
+def site(session: nox.Session) -> None:
+    """Versions of the site on the branch `gh-pages`: `-- deploy [--push] VERSION [ALIAS]`, `-- list` (mike's commands)."""
+    commands = workspace(session)
+    paths = f"{commands}{os.pathsep}{os.environ['PATH']}"  # mike calls mkdocs by name
+    run(session, commands / "mike", *(session.posargs or ["list"]), env={"NO_MKDOCS_2_WARNING": "1", "PATH": paths})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Distributions
 
