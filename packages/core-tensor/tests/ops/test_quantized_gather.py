@@ -5,7 +5,7 @@ from core_tensor.ops.quantized_gather import dequantize_rows, quantize_rows, qua
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-DIMS = [1, 3, 4, 8, 15, 16, 17, 33, 64, 100, 130]
+DIMS = [1, 3, 8, 15, 16, 17, 32, 33, 64, 100, 130]
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,6 +74,24 @@ def test_constant_rows_are_exact():
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call(quantize_rows(torch.randn(5, 4)))
+
+
+@pytest.mark.parametrize("dim", [4, 16, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bad", [-1, 50, 2**62, -(2**63)])
+@pytest.mark.parametrize("at", [0, 31, 32, 700, 1199])  # around the rows that the kernel asks for ahead of time
+def test_the_operator_itself_refuses_ids_wherever_they_stand(dim, threads, bad, at):
+    table = quantize_rows(torch.randn(50, dim))
+    ids = torch.arange(1200) % 50
+    ids[at] = bad
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for arguments in ((ids[:, None], None), (ids, torch.arange(0, 1201, 2))):
+            with pytest.raises(ValueError, match=r"ids: expected indices in \[0, 50\)"):
+                torch.ops.core_tensor.quantized_gather(table, *arguments)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_opcheck():

@@ -14,7 +14,7 @@ Source: LiRank, arXiv 2402.06859, section 4.2 (row-wise middle-max quantization)
 import torch
 from torch import Tensor
 
-from core_tensor.checks import check_indices, check_offsets, check_tensor, has_values
+from core_tensor.checks import check_tensor, has_values
 from core_tensor.ops._operator import operator
 from core_tensor.ops.quantized_gather import cpu, reference
 from core_tensor.ops.quantized_gather.reference import METADATA
@@ -96,7 +96,5 @@ def quantized_gather(table: Tensor, ids: Tensor, offsets: Tensor | None = None) 
     check_tensor("ids", ids, ndim=2 if offsets is None else 1, dtype=torch.int64, device=table.device)
     if offsets is not None:
         check_tensor("offsets", offsets, ndim=1, dtype=torch.int64, device=table.device, nonempty=True)
-        check_offsets("offsets", offsets, len(ids))
-    check_indices("ids", ids, len(table))
     values: Tensor = _quantized_gather(table, ids, offsets)
     return values

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from core_tensor.checks import check_indices, check_offsets
+
 METADATA = 6
 """Bytes behind the codes of a row: the scale in float16, the bias in float32."""
 
@@ -26,8 +28,16 @@ def dequantize_rows(table: Tensor) -> Tensor:
     return table[:, :d].float() * scale + bias
 
 
+def check(table: Tensor, ids: Tensor, offsets: Tensor | None) -> None:
+    """Refuse ids that name no row, and offsets that do not cover the ids."""
+    if offsets is not None:
+        check_offsets("offsets", offsets, len(ids))
+    check_indices("ids", ids, len(table))
+
+
 def quantized_gather(table: Tensor, ids: Tensor, offsets: Tensor | None) -> Tensor:
     """See `core_tensor.quantized_gather`."""
+    check(table, ids, offsets)
     rows = dequantize_rows(table[ids.flatten()])  # (n, D)
     if offsets is None:
         return rows.reshape(ids.shape[0], ids.shape[1] * rows.shape[1])
