@@ -233,7 +233,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def site(session: nox.Session) -> None:
-    """Versions of the site on the branch `gh-pages`: `-- deploy [--push] VERSION [ALIAS]`, `-- list` (mike's commands)."""
+    """Versions of the site on the branch `gh-pages`: mike's commands, `-- deploy VERSION`, `-- list`."""
     commands = workspace(session)
     paths = f"{commands}{os.pathsep}{os.environ['PATH']}"  # mike calls mkdocs by name
     run(session, commands / "mike", *(session.posargs or ["list"]), env={"NO_MKDOCS_2_WARNING": "1", "PATH": paths})
@@ -390,12 +390,20 @@ def install_peers(session: nox.Session, python: Path, peers: Path) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """The paper's claims from fixed seeds into reproduce/results, then the docs' tables: `-- PACKAGE [arguments]`."""
-    options = parse(session, package=True)
+    """The papers' claims from fixed seeds, then the docs' tables and one report: `-- PACKAGE [...]`, or `-- --quick`.
+
+    `-- --quick` runs every script of every package with little data and reports on that alone, in `out/`; a second call
+    continues where the first was stopped.
+    """
     python = workspace(session) / "python"
+    if session.posargs == ["--quick"]:
+        run(session, python, "tools/claims.py", "--quick")
+        return
+    options = parse(session, package=True)
     for script in sorted((ROOT / "packages" / options.package / "reproduce").glob("[!_]*.py")):
         run(session, python, str(script), *options.rest)
     run(session, python, "tools/report.py")
+    run(session, python, "tools/claims.py")
 
 
 @nox.session

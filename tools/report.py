@@ -10,10 +10,10 @@ A page marks the place; what stands between the marks is replaced, `--check` onl
     <!-- code packages/core-tensor/src/core_tensor/ops/bit_packing/reference.py#pack_bits -->
     <!-- end -->
 
-After the `#` of code stands the name of a definition (Python or C++), else a path of keys and indices into the JSON. A
-table is a list of objects, or an object of objects whose keys become the first column, `name`. `columns` chooses and
-orders keys (dots go deeper), with a format after a colon and a heading after `as`; without it every key of the first
-row is a column.
+After the `#` of code stands the name of a definition (Python or C++), else a path of keys and indices into the JSON;
+`rows.method=sam.accuracy` chooses the row of a list whose `method` is `sam`. A table is a list of objects, or an
+object of objects whose keys become the first column, `name`. `columns` chooses and orders keys (dots go deeper), with
+a format after a colon and a heading after `as`; without it every key of the first row is a column.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def look_up(value: Any, path: str, where: str) -> Any:
 
     Args:
         value: Parsed JSON.
-        path: Such as `runs.0.accuracy`; empty for the whole.
+        path: Such as `runs.0.accuracy` or `runs.method=sam.accuracy`; empty for the whole.
         where: What to name in an error.
 
     Raises:
@@ -56,8 +56,12 @@ def look_up(value: Any, path: str, where: str) -> Any:
     """
     for key in filter(None, path.split(".")):
         try:
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if isinstance(value, list) and "=" in key:
+                name, _, wanted = key.partition("=")
+                value = next(row for row in value if str(row[name]) == wanted)
+            else:
+                value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
             raise ValueError(f"{where}: no {key!r} on the path {path!r}") from error
     return value
 

@@ -32,10 +32,12 @@ def test_values_with_and_without_format(root):
     marks = (
         "<!-- value results.json#best.accuracy:.1% --><!-- end -->",
         "<!-- value results.json#runs.0.accuracy -->x<!-- end -->",
+        "<!-- value results.json#runs.method=msam.time.cpu_s:.2f -->x<!-- end -->",
     )
     fresh = rendered(", ".join(marks), root, "page.md")
     assert "-->90.0%<!-- end -->" in fresh
     assert "-->0.9123<!-- end -->" in fresh
+    assert "-->9.25<!-- end -->" in fresh
 
 
 def test_all_columns_of_an_object_of_objects():
