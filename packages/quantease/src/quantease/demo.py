@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from core_tensor.app.cli import table
 from core_tensor.app.figures import check
 from core_tensor.app.files import write_json, write_text
+from torch import Tensor
 
 from quantease.evaluation.compare import Compared, Stage, best, compare_methods, default_methods, silent
 from quantease.evaluation.smollm2 import open_smollm2
@@ -24,26 +28,30 @@ class DemoConfig:
 
     Attributes:
         bits: Bits per weight, one scale per output channel.
-        length: Tokens per window.
+        length: Tokens per calibration window.
         calibration: Windows that calibrate.
-        evaluation: Windows on which the methods are measured.
+        texts: Disjoint texts on which the methods are measured, none of which calibration saw.
+        evaluation: Windows of each of them.
+        evaluation_length: Tokens per such window.
         blocks: Decoder blocks that are quantized, from the first on; None is all 30.
     """
 
     bits: int = 3
     length: int = 512
     calibration: int = 16
-    evaluation: int = 40
+    texts: int = 5
+    evaluation: int = 8
+    evaluation_length: int = 512
     blocks: int | None = None
 
     @classmethod
     def quick(cls) -> "DemoConfig":
-        """What two cores do in a few minutes.
+        """What two cores do in a minute or so.
 
         Returns:
             Fewer tokens and two blocks.
         """
-        return cls(calibration=4, evaluation=4, blocks=2)
+        return cls(calibration=4, evaluation=1, evaluation_length=192, blocks=2)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class DemoResult:
             "kl": column("kl"),
             "kl_standard_error": column("kl error"),
             "best_by_kl": best(self.compared.rows),
+            "kl_by_text": self.kl_by_text(),
             "perplexity": column("perplexity"),
             "bits_per_weight": column("bits/weight"),
             "layer_error_unseen": column("layer error (unseen)"),
@@ -94,6 +103,18 @@ class DemoResult:
             "checkpoint_logit_difference": self.export.logit_difference,
         }
 
+    def kl_by_text(self) -> dict[str, list[float]]:
+        """Mean KL divergence from full precision on each of the texts.
+
+        Returns:
+            One figure per text, by method.
+        """
+        size = self.config.evaluation
+        return {
+            name: [fmean(values[i : i + size]) for i in range(0, len(values), size)]
+            for name, values in self.compared.divergences.items()
+        }
+
     def render(self) -> str:
         """The result for people.
 
@@ -102,19 +123,43 @@ class DemoResult:
         """
         config, text = self.config, self.text
         scope = "all blocks" if config.blocks is None else f"the first {config.blocks} blocks"
-        tokens, others = config.calibration * config.length, config.evaluation * config.length
+        tokens = config.calibration * config.length
+        others = config.texts * config.evaluation * config.evaluation_length
+        by_text = self.kl_by_text()
+        winners = [min(by_text, key=lambda name: by_text[name][i]) for i in range(config.texts)]
         lines = (
             f"SmolLM2-135M-Instruct, {config.bits} bits per weight, one scale per channel, {scope} quantized;",
-            f"{tokens} tokens of {text.source} ({text.digest}) calibrate, {others} others evaluate",
+            f"{tokens} tokens of {text.source} ({text.digest}) calibrate,",
+            f"{others} tokens of {config.texts} other parts of it evaluate",
             "",
             table(self.compared.rows),
-            "kl: mean divergence of the predictions from full precision's, in nats",
+            "kl: mean divergence of the predictions from full precision's, in nats; least on the texts one by one: "
+            + ", ".join(f"{name} ({winners.count(name)} of {len(winners)})" for name in dict.fromkeys(winners)),
             "",
             f"layer errors: {self.picture}",
             f"checkpoint:   {self.checkpoint} (for AutoModelForCausalLM.from_pretrained)",
             f"reloaded, its logits differ by {self.export.logit_difference:.1e} of the greatest",
         )
         return "\n".join(lines)
+
+
+def evaluation_windows(tokenizer: Any, text: str, config: DemoConfig) -> Tensor:
+    """Windows from the beginnings of as many equal parts of a text as there are texts to evaluate on.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        text: The text, none of which calibrates.
+        config: Numbers and length of the windows.
+
+    Returns:
+        Token ids, shape (texts * evaluation, evaluation_length), int64, text after text.
+
+    Raises:
+        ValueError: If the text is too short.
+    """
+    edges = [len(text) * i // config.texts for i in range(config.texts + 1)]
+    parts = [text[a:b] for a, b in pairwise(edges)]
+    return torch.cat([windows(tokenizer, part, config.evaluation_length, config.evaluation) for part in parts])
 
 
 def run_demo(
@@ -144,7 +189,7 @@ def run_demo(
     lm = open_smollm2()
     report("loading SmolLM2", 1, 1)
     calibration = windows(lm.tokenizer, source.calibration, config.length, config.calibration)
-    evaluation = windows(lm.tokenizer, source.evaluation, config.length, config.evaluation)
+    evaluation = evaluation_windows(lm.tokenizer, source.evaluation, config)
     methods = default_methods(LayerConfig(bits=config.bits))
     compared = compare_methods(
         lm,

@@ -119,7 +119,7 @@ def test_stories_model_is_the_trained_one(stories):
 
 
 def test_divergence_by_hand(tiny_llama, tokens, build):
-    from quantease.evaluation.perplexity import divergence, streamed, window_scores
+    from quantease.evaluation.perplexity import Predictions, divergence, streamed, window_scores
 
     other = build("llama", seed=1)
     with torch.no_grad():
@@ -127,8 +127,8 @@ def test_divergence_by_hand(tiny_llama, tokens, build):
             torch.stack([m(w[None]).logits[0].double().log_softmax(-1) for w in tokens]) for m in (tiny_llama, other)
         )
     by_window = (p.exp() * (p - q)).sum(-1).mean(-1)
-    exact, stream = (streamed(open_causal_lm(m), tokens) for m in (tiny_llama, other))
-    torch.testing.assert_close(window_scores(stream, exact).divergences, by_window, rtol=1e-4, atol=1e-6)
+    exact, found = (Predictions(streamed(open_causal_lm(m), tokens)) for m in (tiny_llama, other))
+    torch.testing.assert_close(window_scores(found, exact).divergences, by_window, rtol=1e-4, atol=1e-6)
     mean, error = divergence(other, tiny_llama, tokens.flatten(), length=tokens.shape[1])
     assert mean == pytest.approx(float(by_window.mean()), rel=1e-4)
     assert error == pytest.approx(float(by_window.std() / len(tokens) ** 0.5), rel=1e-3)

@@ -68,7 +68,8 @@ def progress(done, total, name):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 tokens = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(1))
-config = ModelConfig(LayerConfig(algorithm=sys.argv[4], bits=3))
+tune = "model" if sys.argv[4] == "quantease" else "none"
+config = ModelConfig(LayerConfig(algorithm=sys.argv[4], bits=3), tune=tune, tune_steps=4)
 quantize_model(open_causal_lm(build("llama")), tokens, sys.argv[2], config, progress=progress)
 """
 
@@ -76,7 +77,9 @@ quantize_model(open_causal_lm(build("llama")), tokens, sys.argv[2], config, prog
         command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path / "killed")]
         command += [str(kill_at), algorithm]
         assert subprocess.run(command, check=False, timeout=900).returncode == -signal.SIGKILL
-    lm, config = open_causal_lm(tiny_llama), ModelConfig(LayerConfig(algorithm=algorithm, bits=3))
+    tune = "model" if algorithm == "quantease" else "none"
+    config = ModelConfig(LayerConfig(algorithm=algorithm, bits=3), tune=tune, tune_steps=4)
+    lm = open_causal_lm(tiny_llama)
     quantize_model(lm, tokens, tmp_path / "whole", config)
     interrupted = contents(tmp_path / "killed")
     assert 0 < len(interrupted) < len(contents(tmp_path / "whole"))
@@ -161,7 +164,8 @@ def rank_quantizes(rank: int, world_size: int, folder: str, tests: str, algorith
     build = runpy.run_path(str(Path(tests) / "conftest.py"))["build"]
 
     tokens = torch.randint(97, (4, 256), generator=torch.Generator().manual_seed(1)) % 64
-    config = ModelConfig(LayerConfig(algorithm=algorithm, bits=3), segment=32)
+    tune = "model" if algorithm == "quantease" else "none"
+    config = ModelConfig(LayerConfig(algorithm=algorithm, bits=3), segment=32, tune=tune, tune_steps=4)
     run = quantize_model(open_causal_lm(build("opt")), tokens[:, :64], folder, config)
     return streamed_perplexity(run.lm, tokens[:, :64])
 

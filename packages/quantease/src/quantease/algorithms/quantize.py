@@ -19,7 +19,7 @@ from quantease.problem.config import LayerConfig
 from quantease.problem.gram import GramFolds, Shrinkage
 from quantease.problem.layer import LayerReport, Outliers, QuantizedLayer, bits_per_weight
 from quantease.problem.objective import relative_error
-from quantease.problem.problem import Problem, Solution, Trace
+from quantease.problem.problem import Candidate, Problem, Solution, Trace
 
 
 def quantize_layer(
@@ -90,8 +90,27 @@ def quantize_layer(
         outliers=outliers,
         report=report,
     )
-    error = relative_error(W, layer.dequantize(), sigma)
+    error = _calibration_error(problem, solved.candidate, heldout.shrinkage)
+    if error is None or outliers is not None:
+        error = relative_error(W, layer.dequantize(), sigma)
     return replace(layer, report=replace(report, calibration_error=error, seconds=time.perf_counter() - start))
+
+
+def _calibration_error(problem: Problem, found: Candidate, shrinkage: Shrinkage) -> float | None:
+    """The relative error without shrinkage, from the objectives with it; None where those do not say."""
+    # tr(D Sigma D') = (tr(D Sigma_t D') - t tr(D T D')) / (1 - t), and T is known: its diagonal is that of Sigma_t
+    t = shrinkage.strength
+    if t > 0.95:
+        return None
+    energy = problem.energy.double()
+    target = energy if shrinkage.target == "diagonal" else energy.mean().expand_as(energy)
+
+    def without(total: float, values: Tensor) -> float:
+        return total - t * float(values.double().square().sum(0) @ target)
+
+    size = without(problem.scale, problem.weight)
+    error = without(found.total, problem.weight - found.grid.dequantize(found.codes))
+    return max(error, 0.0) / size if size > 0 else None
 
 
 def choose(

@@ -42,6 +42,13 @@ from quantease.cli.options import (
     help="Outputs that layers are to match: the full-precision model's, or those of their own weights.",
 )
 @click.option(
+    "--tune",
+    type=click.Choice(["auto", "none", "block", "model"]),
+    default="auto",
+    help="Tune scales and norms once codes are fixed: block by block, and for `model` then all together against the "
+    "whole model's predictions, which holds it in memory.  [auto: block at 1 and 2 bits]",
+)
+@click.option(
     "--skip",
     multiple=True,
     help="Regular expression: matrices whose names it finds stay as they are.  [default: routers]",
@@ -90,6 +97,7 @@ def quantize(
             layer_config(lm, options, options["algorithm"]),
             order=options["order"],
             target=options["target"],
+            tune=options["tune"],
             skip=skip or DEFAULT_SKIP,
             folds=options["folds"],
             outlier_budget=options["outlier_budget"],

@@ -10,9 +10,8 @@ from typing import Any
 from core_tensor.app.files import digest, read_json, reading, write_json
 from torch import Tensor
 
-from quantease.evaluation.perplexity import streamed, window_scores
+from quantease.evaluation.perplexity import Predictions, Scores, streamed, window_scores
 from quantease.evaluation.report import Row, draw_errors, layer_rows, summary, unseen_errors
-from quantease.model.block_stream import BlockStream
 from quantease.model.causal_lm import CausalLM
 from quantease.model.plan import ModelConfig
 from quantease.model.quantize_model import quantize_model
@@ -54,10 +53,12 @@ class Compared:
         rows: One row per method, full precision first: mean KL divergence from it and its standard error, perplexity,
             bits per weight, layer errors, seconds.
         errors: Layer errors on unseen tokens by method.
+        divergences: Mean KL divergence from full precision on each window, by method.
     """
 
     rows: list[Row]
     errors: dict[str, list[Row]]
+    divergences: dict[str, list[float]]
 
     def draw(self, path: Path, title: str) -> None:
         """Draw the layer errors.
@@ -116,14 +117,17 @@ def compare_methods(
         return row
 
     @cache
-    def exact() -> BlockStream:
-        return streamed(lm, evaluation, lambda done, total: report("fp32: predictions", done, total))
+    def exact() -> Predictions:
+        return Predictions(streamed(lm, evaluation, lambda done, total: report("fp32: predictions", done, total)))
 
     def scores(model: CausalLM, name: str) -> Row:
         stream = streamed(model, evaluation, lambda done, total: report(f"{name}: predictions", done, total))
-        return dict(window_scores(stream, exact()).to_dict())
+        found: Scores = window_scores(Predictions(stream, room=0), exact())
+        divergences = [] if found.divergences is None else found.divergences.tolist()
+        return {**found.to_dict(), "kl by window": divergences}
 
     full = measure("fp32", lambda: dict(window_scores(exact()).to_dict()))
+    divergences: dict[str, list[float]] = {}
     rows: list[Row] = [{"method": "fp32", "perplexity": full["perplexity"], "kl": 0.0}]
     errors: dict[str, list[Row]] = {}
     for name, layer in methods.items():
@@ -148,7 +152,7 @@ def compare_methods(
             return layers | scores(run.lm, name) | {"errors": unseen_rows}
 
         result = measure(f"{name}/result", evaluate)
-        errors[name] = result["errors"]
+        errors[name], divergences[name] = result["errors"], result["kl by window"]
         rows.append(
             {
                 "method": name,
@@ -161,7 +165,7 @@ def compare_methods(
                 "seconds": result["seconds"],
             }
         )
-    return Compared([_in_order(row) for row in rows], errors)
+    return Compared([_in_order(row) for row in rows], errors, divergences)
 
 
 _COLUMNS = (

@@ -16,6 +16,7 @@ from quantease.model.block_stream import BlockStream
 from quantease.model.causal_lm import CausalLM
 
 Step = Callable[[int, int], None]
+_ROWS = 64
 
 
 def streamed_perplexity(lm: CausalLM, tokens: Tensor, progress: Step | None = None) -> float:
@@ -43,7 +44,7 @@ def window_losses(lm: CausalLM, tokens: Tensor, progress: Step | None = None) ->
     Returns:
         Nats per predicted token, shape (windows,), float64; the exponential of their mean is the perplexity.
     """
-    return window_scores(streamed(lm, tokens, progress)).losses
+    return window_scores(Predictions(streamed(lm, tokens, progress), room=0)).losses
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def streamed(lm: CausalLM, tokens: Tensor, progress: Step | None = None) -> Bloc
         progress: Called with blocks done and their number.
 
     Returns:
-        Hidden states of which `BlockStream.logits` makes predictions.
+        Hidden states, of which `Predictions` makes predictions.
     """
     check_tensor("tokens", tokens, ndim=2, dtype=torch.int64, nonempty=True)
     stream = BlockStream(lm, tokens)
@@ -105,28 +106,59 @@ def streamed(lm: CausalLM, tokens: Tensor, progress: Step | None = None) -> Bloc
     return stream
 
 
-def window_scores(stream: BlockStream, exact: BlockStream | None = None) -> Scores:
+class Predictions:
+    """Log-probabilities of a model on windows, kept where they fit.
+
+    Args:
+        stream: The windows behind the model's last block.
+        room: Bytes that may be kept.
+    """
+
+    def __init__(self, stream: BlockStream, room: int = 1 << 30) -> None:
+        self.stream, self.room = stream, room
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, window: int) -> Tensor:
+        """Log-probabilities of every next token.
+
+        Args:
+            window: Number of the window.
+
+        Returns:
+            Shape (length, vocabulary), float32, on the model's device.
+        """
+        if window in self._kept:
+            return self._kept[window]
+        found = self.stream.logits(window).float().log_softmax(-1)
+        if found.nbytes * len(self.stream.tokens) <= self.room:
+            self._kept[window] = found
+        return found
+
+
+def window_scores(predictions: Predictions, exact: Predictions | None = None) -> Scores:
     """Judge a model's predictions on windows.
 
     Args:
-        stream: The windows behind its last block.
-        exact: The same windows behind the full-precision model's.
+        predictions: The predictions.
+        exact: The full-precision model's predictions on the same windows.
 
     Returns:
         The scores.
     """
     losses, divergences = [], []
-    for number, window in enumerate(stream.tokens):
-        logits = stream.logits(number).float()
-        losses.append(_negative_log_likelihood(logits[:-1], window[1:]).mean())
+    for number, window in enumerate(predictions.stream.tokens):
+        found = predictions(number)
+        taken = found[:-1].gather(1, window[1:, None].to(found.device))
+        losses.append(-taken.double().mean())
         if exact is not None:
-            divergences.append(_divergence(exact.logits(number).float(), logits))
+            divergences.append(_divergence(exact(number), found))
     return Scores(torch.stack(losses).cpu(), torch.stack(divergences).cpu() if divergences else None)
 
 
-def _divergence(exact: Tensor, logits: Tensor) -> Tensor:
-    p, q = exact.log_softmax(-1), logits.log_softmax(-1)
-    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().mean()
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Mean over the positions of KL(p || q) for log-probabilities, by pieces that stay in the cache."""
+    rows = zip(p.split(_ROWS), q.split(_ROWS), strict=True)
+    return torch.cat([torch.linalg.vecdot(a.exp(), a - b).double() for a, b in rows]).mean()
 
 
 def divergence(
@@ -165,7 +197,7 @@ def divergence(
         window = torch.cat([lead, part])[None]
         with torch.no_grad():
             expected, got = (m(input_ids=window.to(m.device), use_cache=False).logits[0] for m in (exact, model))
-        found.append(_divergence(expected.float(), got.to(expected.device).float()))
+        found.append(_divergence(*(x.to(expected.device).float().log_softmax(-1) for x in (expected, got))))
         if progress is not None:
             progress(number + 1, len(parts))
     values = torch.stack(found).cpu()

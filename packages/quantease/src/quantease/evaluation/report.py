@@ -7,17 +7,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from core_tensor.app.cli import table
 from core_tensor.app.figures import pyplot, save
 from core_tensor.app.files import read_json, reading, write_json, write_text
 from torch import Tensor
 
-from quantease.evaluation.perplexity import streamed, window_scores
+from quantease.evaluation.perplexity import Predictions, streamed, window_scores
 from quantease.model.block_stream import BlockStream
-from quantease.model.calibration import block_shape, collect_grams
+from quantease.model.observe import observe
 from quantease.model.plan import coverage
 from quantease.model.quantize_model import QuantizedCausalLM
-from quantease.problem.objective import relative_error
 
 Row = dict[str, Any]
 
@@ -89,17 +89,31 @@ def unseen_errors(run: QuantizedCausalLM, tokens: Tensor) -> list[Row]:
     stream = BlockStream(run.lm, tokens)
     for index, matrices in enumerate(run.matrices):
         with run.original.loaded(index) as block:
-            weights = {m.name: m.weight(block).clone() for m in matrices}
+            weights = {m.name: m.weight(block).float().clone() for m in matrices}
         with run.lm.loaded(index) as block:
-            for group in block_shape(stream, index, block, matrices, merged=True).groups:
-                grams = collect_grams(stream, index, block, matrices, group, folds=1)
-                for matrix in matrices:
-                    gram = grams[matrix.name]
-                    if gram.tokens:
-                        error = relative_error(weights[matrix.name], matrix.weight(block), gram.total)
-                        rows.append({"block": index, "matrix": matrix.name, "error": error})
-            stream.advance(index, block)
+            found = _OutputErrors(weights, {m.name: m.weight(block).float() for m in matrices})
+            with observe(block, matrices, found.add):
+                stream.advance(index, block)
+        rows += [{"block": index, "matrix": name, "error": error} for name, error in found.relative()]
     return rows
+
+
+class _OutputErrors:
+    """Energies of the errors and outputs of a block's matrices."""
+
+    def __init__(self, weights: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+        self.differences = {name: weights[name] - quantized[name] for name in weights}
+        self.energies = {name: [0.0, 0.0] for name in weights}  # ||(W - What) x||^2 and ||W x||^2
+
+    def add(self, name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        for place, values in enumerate((self.differences[name], self.weights[name])):
+            self.energies[name][place] += float(torch.sum((rows @ values.T).square_(), dtype=torch.float64))
+
+    def relative(self) -> list[tuple[str, float]]:
+        """The error of every matrix that saw tokens with an effect."""
+        return [(name, error / size) for name, (error, size) in self.energies.items() if size > 0]
 
 
 READING = (
@@ -132,6 +146,7 @@ def write_report(
     rows = layer_rows(run)
     covered = coverage(run.lm, run.matrices)
     total = summary(rows) | {"quantized_fraction": covered.fraction, "left_alone": list(covered.left_alone)}
+    total |= _tuning(run)
     total["weights_of_the_model"] = sum(p.numel() for p in run.lm.skeleton.parameters())
     if evaluation is not None:
         total |= _scores(run, evaluation, stage)
@@ -156,14 +171,26 @@ def write_report(
     return total
 
 
+def _tuning(run: QuantizedCausalLM) -> Row:
+    """Losses before and after tuning; nothing where nothing was tuned."""
+    found: Row = {}
+    blocks = [run.store.tuning_losses(i) for i in range(len(run.matrices)) if run.store.has_tuned(i)]
+    for key in ("before", "after"):
+        if blocks:
+            found[f"block_error_{key}_tuning"] = median(losses[key] for losses in blocks)
+        if run.store.has_tuned():
+            found[f"calibration_kl_{key}_tuning"] = run.store.tuning_losses()[key]
+    return found
+
+
 def _scores(run: QuantizedCausalLM, evaluation: Tensor, stage: Callable[[str, int, int], None] | None) -> Row:
     """Divergence and perplexity of the quantized model, and the original's perplexity."""
 
     def follow(what: str) -> Callable[[int, int], None]:
         return lambda done, total: None if stage is None else stage(what, done, total)
 
-    exact = streamed(run.original, evaluation, follow("evaluating the original"))
-    found = window_scores(streamed(run.lm, evaluation, follow("evaluating")), exact).to_dict()
+    exact = Predictions(streamed(run.original, evaluation, follow("evaluating the original")))
+    found = window_scores(Predictions(streamed(run.lm, evaluation, follow("evaluating")), room=0), exact).to_dict()
     full = window_scores(exact).to_dict()
     return found | {"perplexity_at_full_precision": full["perplexity"], "evaluation_tokens": evaluation.numel()}
 

@@ -100,8 +100,7 @@ def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
     """
     prefix = quantized.lm.blocks[index]
     matrices = quantized.matrices[index] if index < len(quantized.matrices) else ()
-    with quantized.original.loaded(index) as module:
-        tensors = dict(module.state_dict())
+    tensors = quantized.beside(index)
     for matrix in matrices:
         layer = quantized.store.load(index, matrix.name)
         del tensors[f"{matrix.name}.weight"]

@@ -109,8 +109,7 @@ def block(quantized: QuantizedCausalLM, index: int, version: int) -> dict[str, T
         ValueError: If a zero point is 0 in version 1, whose field for z - 1 would borrow from its neighbour.
     """
     matrices = quantized.matrices[index] if index < len(quantized.matrices) else ()
-    with quantized.original.loaded(index) as module:
-        tensors = dict(module.state_dict())
+    tensors = quantized.beside(index)
     for matrix in matrices:
         layer = quantized.store.load(index, matrix.name)
         if version == 1 and bool((layer.zeros == 0).any()):

@@ -1,7 +1,7 @@
 """Runs token windows through a model block by block, with one block in memory at a time."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +90,24 @@ class BlockStream:
         Returns:
             The block's output, shape (1, length, d), on the model's device.
         """
+        return self.apply(block, self.hidden[window].to(self.lm.device), index, window)
+
+    def apply(self, block: Callable[..., Any], hidden: Tensor, index: int, window: int) -> Tensor:
+        """Output of a block for given hidden states, with gradients where they are enabled.
+
+        Args:
+            block: The block, or a function that stands for it.
+            hidden: Its input, shape (1, length, d), on the model's device.
+            index: Number of the block, whose masks, position embeddings and the like it gets.
+            window: Number of the window.
+
+        Returns:
+            Shape (1, length, d).
+        """
         call = self._calls[window][index]
-        out = block(self.hidden[window].to(self.lm.device), *call.args, **call.kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        out = block(hidden, *call.args, **call.kwargs)
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states
 
     def fork(self) -> "BlockStream":
         """A second stream that goes on from here on its own.
@@ -125,13 +139,24 @@ class BlockStream:
         Returns:
             Logits, shape (length, vocabulary), on the model's device.
         """
-        last = len(self.lm.blocks) - 1
-        final = self.hidden[window].to(self.lm.device)
+        return self.head(self.hidden[window].to(self.lm.device), window)
+
+    def head(self, final: Tensor, window: int) -> Tensor:
+        """Logits of given hidden states behind the last block, with gradients where they are enabled.
+
+        Args:
+            final: Hidden states, shape (1, length, d), on the model's device.
+            window: Number of the window.
+
+        Returns:
+            Logits, shape (length, vocabulary), on the model's device.
+        """
+        last, gradients = len(self.lm.blocks) - 1, torch.is_grad_enabled()
 
         def inject(index: int, hidden: Tensor, _: BlockCall) -> Tensor:
             return final if index == last else hidden
 
-        with _blocks_replaced(self.lm, inject, self._tuple_size):
+        with _blocks_replaced(self.lm, inject, self._tuple_size), torch.set_grad_enabled(gradients):
             tokens = self.tokens[window][None].to(self.lm.device)
             logits: Tensor = self.lm.skeleton(input_ids=tokens, use_cache=False).logits
         return logits[0]

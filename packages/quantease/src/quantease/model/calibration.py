@@ -196,6 +196,22 @@ def _until_enough() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Say in the errors of what is done inside what it was done for.
+
+    Args:
+        what: A matrix or a block.
+
+    Raises:
+        ValueError: With `what` before the message; also for matrices that linear algebra cannot factorize.
+    """
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
 def collect_grams(
     stream: BlockStream,
     index: int,
@@ -259,7 +275,8 @@ def _accumulate_inputs(
     last = leaders[-1].name if all(m.expert is None for m in leaders) else None
 
     def accumulate(name: str, x: Tensor) -> None:
-        grams[name].update(x)
+        with named(name):
+            grams[name].update(x)
         if name == last:
             raise EnoughSeen
 
@@ -290,4 +307,5 @@ def _accumulate_with_drift(
             beside = {n: there["sum", n].to(x) - here.values["sum", n].float() for n in readers if n in summed}
             if any(name not in summed for name in readers):
                 beside[INPUT] = there["input", leader].to(x) - x
-            gram.update(x, beside)
+            with named(leader):
+                gram.update(x, beside)

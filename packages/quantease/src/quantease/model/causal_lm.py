@@ -232,14 +232,26 @@ def _quiet_conversion() -> Iterator[None]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Transformers parses a GGUF file three times and builds its name map per module: half the time of loading."""
-    module = require("gguf", "quantease[demo]")
-    reader, name_map = module.GGUFReader, module.get_tensor_name_map
-    module.GGUFReader, module.get_tensor_name_map = cache(reader), cache(name_map)
+    """Transformers parses a GGUF file three times, value by value through numpy: most of the time of loading."""
+    module, numpy = require("gguf", "quantease[demo]"), require("numpy", "quantease[demo]")
+    loading = require("transformers.modeling_gguf_pytorch_utils", "quantease[hf]")
+    before = module.GGUFReader, module.get_tensor_name_map, loading._gguf_parse_value
+
+    class Reader(module.GGUFReader):  # type: ignore[name-defined,misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> Any:
+            if (override_order or self.byte_order) == "S":
+                return super()._get(offset, dtype, count, override_order)
+            return numpy.frombuffer(self.data, dtype, int(count), offset)  # a view of the file, as the original's
+
+    def parse(value: Any, kind: Any) -> Any:
+        return bytes(value).decode() if list(kind)[-1:] == [8] else before[2](value, kind)
+
+    module.GGUFReader, module.get_tensor_name_map = cache(Reader), cache(before[1])
+    loading._gguf_parse_value = parse
     try:
         yield
     finally:
-        module.GGUFReader, module.get_tensor_name_map = reader, name_map
+        module.GGUFReader, module.get_tensor_name_map, loading._gguf_parse_value = before
 
 
 def check_place(path: Path) -> None:

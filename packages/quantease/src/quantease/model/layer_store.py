@@ -1,7 +1,8 @@
 """Quantized layers on disk, one file per matrix: the checkpoint of a running job and the record of a finished one."""
 
 import json
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from core_tensor import pack_bits, unpack_bits
 from core_tensor.app.files import atomic_path, digest, reading, write_text
 from core_tensor.checks import check_number, check_tensor
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,8 +20,29 @@ from quantease.problem.gram import Shrinkage
 from quantease.problem.layer import LayerReport, Outliers, QuantizedLayer
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning changed in a block; see `model.tune`.
+
+    Attributes:
+        scales: Scales by matrix, which replace those of the layers' files, each of shape (q, G).
+        norms: Weights of the norms by parameter name in the block.
+    """
+
+    scales: Mapping[str, Tensor]
+    norms: Mapping[str, Tensor]
+
+
+TUNED = "tuned.safetensors"
+"""File of a folder (a block's, or the store's for what was tuned end to end) that holds scales and norms."""
+
+
 class LayerStore:
     """A folder of quantized layers: `<block>/<matrix>.safetensors` with packed codes, and `.seconds` beside.
+
+    Tuned scales and norms lie apart, in a file per block and one for the whole model, each of which appears as a whole;
+    the latter counts where both are. The layers' files keep the scales from before the tuning, for which the reports
+    and certificates in them hold.
 
     The files hold nothing that differs between two runs of the same job, so an interrupted and resumed run leaves the
     same bytes as one that was not; times are kept apart.
@@ -87,7 +110,7 @@ class LayerStore:
             weight: If given, the weights that it must have come from.
 
         Returns:
-            The layer.
+            The layer, with tuned scales where there are some.
 
         Raises:
             ValueError: If the file is absent, truncated or foreign, or came from other weights.
@@ -97,7 +120,78 @@ class LayerStore:
         with reading(path, "a layer that quantease wrote"):
             if weight is not None and header["weight_digest"] != digest(weight):
                 raise ValueError(f"{path}: came from other weights than the model's; use a new folder")
-            return _layer(header, load_file(path), self._seconds(block, name))
+            layer = _layer(header, load_file(path), self._seconds(block, name))
+        tuned = self.tuned(block)
+        if tuned is None or name not in tuned.scales:
+            return layer
+        check_tensor(f"tuned scales of {name}", tuned.scales[name], shape=tuple(layer.scales.shape), finite=True)
+        return replace(layer, scales=tuned.scales[name])
+
+    def has_tuned(self, block: int | None = None) -> bool:
+        """Whether a block was tuned.
+
+        Args:
+            block: Its number; None for the whole model, end to end.
+
+        Returns:
+            True or false.
+        """
+        return self._tuned_path(block).exists()
+
+    def save_tuned(self, tuned: Mapping[int, Tuned], losses: Mapping[str, float], block: int | None = None) -> None:
+        """Store what tuning found; a kill leaves either the whole file or none.
+
+        Args:
+            tuned: By number of the block.
+            losses: Before and after.
+            block: The only block; None for the whole model.
+        """
+        tensors = {
+            f"{index}/{kind}/{name}": value.detach().cpu().contiguous()
+            for index, found in tuned.items()
+            for kind, values in (("scales", found.scales), ("norms", found.norms))
+            for name, value in values.items()
+        }
+        with atomic_path(self._tuned_path(block)) as temporary:
+            save_file(tensors, temporary, metadata={"quantease": json.dumps(dict(losses), sort_keys=True)})
+
+    def tuned(self, block: int) -> Tuned | None:
+        """What tuning changed in a block.
+
+        Args:
+            block: Its number.
+
+        Returns:
+            Scales and norms; None where nothing was tuned.
+
+        Raises:
+            ValueError: If the file is truncated or foreign.
+        """
+        path = next((p for p in (self._tuned_path(None), self._tuned_path(block)) if p.exists()), None)
+        if path is None:
+            return None
+        metadata(path)
+        found: dict[str, dict[str, Tensor]] = {"scales": {}, "norms": {}}
+        with reading(path, "scales and norms that quantease tuned"), safe_open(str(path), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # no mapping
+                number, kind, name = key.split("/", 2)
+                if int(number) == block:
+                    found[kind][name] = file.get_tensor(key).clone()
+        return Tuned(**found)
+
+    def tuning_losses(self, block: int | None = None) -> dict[str, float]:
+        """The loss before and after tuning.
+
+        Args:
+            block: Number of the block; None for the whole model.
+
+        Returns:
+            `before` and `after`.
+        """
+        return metadata(self._tuned_path(block))
+
+    def _tuned_path(self, block: int | None) -> Path:
+        return self.folder / TUNED if block is None else self.folder / f"{block:04d}" / TUNED
 
     def report(self, block: int, name: str) -> LayerReport:
         """The report of a layer, without its codes.

@@ -40,7 +40,17 @@ class Matrix:
         Returns:
             W, shape (q, p) = (out, in).
         """
-        values = block.get_parameter(self.parameter).detach()
+        return self.part(block.get_parameter(self.parameter).detach())
+
+    def part(self, values: Tensor) -> Tensor:
+        """The matrix within a tensor of the parameter's shape.
+
+        Args:
+            values: The parameter, or another tensor in its layout.
+
+        Returns:
+            A view of it, shape (q, p).
+        """
         if self.experts is not None:
             values = values.view(self.experts, -1, values.shape[-1])
         values = values if self.expert is None else values[self.expert]

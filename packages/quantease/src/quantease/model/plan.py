@@ -34,6 +34,10 @@ class ModelConfig:
         target: What a layer's outputs are to match: those of the `full-precision` model (its weights are moved there
             first as far as held-out tokens confirm, see `problem.target`), or those of its `own` weights for the
             inputs it sees (as in the paper); `auto` is the former for `quantease` and `gptq-descent`.
+        tune: What is tuned once codes are fixed (`model.tune`): nothing (`none`), every block (`block`), or every block
+            and then all of them together on the whole model's predictions (`model`, which holds all blocks in memory);
+            `auto` is `block` at 1 and 2 bits where layers aim at full precision, else `none`.
+        tune_steps: Steps of each tuning, one window a step.
         skip: Regular expressions over matrix names within a block; what one finds stays as it is.
         folds: Token folds of the Gram matrices; held-out choices need 2 or more.
         segment: Consecutive tokens that stay in one fold; None is a whole window (less where there are fewer windows
@@ -48,6 +52,8 @@ class ModelConfig:
     layer: LayerConfig = field(default_factory=LayerConfig)
     order: Literal["layer", "block"] = "layer"
     target: Literal["auto", "full-precision", "own"] = "auto"
+    tune: Literal["auto", "none", "block", "model"] = "auto"
+    tune_steps: int = 48
     skip: Sequence[str] = DEFAULT_SKIP
     folds: int = 2
     segment: int | None = None
@@ -59,10 +65,11 @@ class ModelConfig:
         object.__setattr__(self, "skip", tuple(self.skip))  # lists, as JSON has them, compare and hash like tuples
         check_choice("order", self.order, ("layer", "block"))
         check_choice("target", self.target, ("auto", "full-precision", "own"))
+        check_choice("tune", self.tune, ("auto", "none", "block", "model"))
         check_choice("outlier_budget", self.outlier_budget, ("layer", "model"))
         if self.outlier_budget == "model" and self.layer.structure == "structured":
             raise ValueError("outlier_budget: expected 'layer' with structured outliers, got 'model'")
-        for name in ("folds", "min_tokens", "gram_bytes"):
+        for name in ("tune_steps", "folds", "min_tokens", "gram_bytes"):
             check_number(name, getattr(self, name), low=1, integer=True)
         if self.segment is not None:
             check_number("segment", self.segment, low=1, integer=True)
@@ -77,6 +84,24 @@ class ModelConfig:
         """Whether layers are quantized towards the full-precision model's outputs."""
         return self.target == "full-precision" or (self.target == "auto" and self.layer.shrinks)
 
+    def tunes(self, what: Literal["block", "model"]) -> bool:
+        """Whether blocks are tuned one by one, or the whole model is.
+
+        Args:
+            what: Which of the two.
+
+        Returns:
+            True or false.
+        """
+        if self.tune == "auto":
+            return what == "block" and self.layer.bits <= 2 and self.aims_at_full_precision
+        return self.tune == "model" or self.tune == what
+
+    @property
+    def follows_full_precision(self) -> bool:
+        """Whether a stream of hidden states at full precision is needed beside the quantized one."""
+        return self.aims_at_full_precision or self.tunes("block") or self.tunes("model")
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The configuration that `dataclasses.asdict` made plain values of.
@@ -90,7 +115,7 @@ class ModelConfig:
         Raises:
             ValueError: If they are no configuration.
         """
-        values = dict(values)
+        values = {"tune": "none"} | dict(values)  # runs from before there was tuning
         layer = dict(values.pop("layer"))
         for kind, given in ((cls, values), (LayerConfig, layer)):
             unknown = sorted(set(given) - {f.name for f in fields(kind)})

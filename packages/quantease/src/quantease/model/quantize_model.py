@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from core_tensor.app.files import reading
 from core_tensor.app.ranks import Ranks, current
 from core_tensor.app.runs import RunFolder, read_record
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from quantease.algorithms.heldout import HeldOut
 from quantease.algorithms.quantize import choose, quantize_layer
 from quantease.model.block_stream import BlockStream
-from quantease.model.calibration import INPUT, BlockShape, FullPrecision, block_shape, collect_grams
+from quantease.model.calibration import INPUT, BlockShape, FullPrecision, block_shape, collect_grams, named
 from quantease.model.causal_lm import CausalLM
 from quantease.model.layer_store import LayerStore
 from quantease.model.matrices import Group, Matrix
@@ -28,6 +30,7 @@ from quantease.model.plan import (
     outlier_budget,
     own_windows,
 )
+from quantease.model.tune import BlockParameters, Windows, put_norms, tune_block, tune_model
 from quantease.problem.config import SCALE_DTYPES, LayerConfig
 from quantease.problem.gram import GramFolds, Shrinkage
 from quantease.problem.layer import QuantizedLayer
@@ -68,6 +71,20 @@ class QuantizedCausalLM:
         for index, matrices in enumerate(self.matrices):
             for matrix in matrices:
                 yield index, matrix, self.store.load(index, matrix.name)
+
+    def beside(self, index: int) -> dict[str, Tensor]:
+        """Tensors of a block that are not quantized.
+
+        Args:
+            index: Number of the block.
+
+        Returns:
+            By their names in the block, with tuned norms where there are some; the quantized ones as they were.
+        """
+        with self.original.loaded(index) as block:
+            if index < len(self.matrices):
+                put_norms(block, self.store.tuned(index))
+            return dict(block.state_dict())
 
 
 def quantize_model(
@@ -137,6 +154,8 @@ def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
         raise ValueError(f"{folder}: expected the run of {lm.name}, but it is one of another model")
     matrices, store = model_matrices(lm, config, blocks), LayerStore(folder / "layers")
     missing = [f"{i}:{m.name}" for i, ms in enumerate(matrices) for m in ms if not store.has(i, m.name)]
+    missing += [f"{i}:tuning" for i in range(blocks) if config.tunes("block") and not store.has_tuned(i)]
+    missing += ["tuning"] if config.tunes("model") and not store.has_tuned() else []
     if missing:
         raise ValueError(f"{folder}: the run is not finished, {len(missing)} layers are missing from {missing[0]} on")
     return _quantized(lm, config, matrices, store, folder)
@@ -164,8 +183,10 @@ def _quantized(
     lm: CausalLM, config: ModelConfig, matrices: Blocks, store: LayerStore, folder: Path
 ) -> QuantizedCausalLM:
     def overlay(index: int, block: nn.Module) -> None:
-        for matrix in matrices[index] if index < len(matrices) else ():
-            matrix.assign(block, store.load(index, matrix.name, matrix.weight(block)).dequantize())
+        if index < len(matrices):
+            for matrix in matrices[index]:
+                matrix.assign(block, store.load(index, matrix.name, matrix.weight(block)).dequantize())
+            put_norms(block, store.tuned(index))
 
     return QuantizedCausalLM(replace(lm, overlay=overlay), lm, config, matrices, store, folder)
 
@@ -178,18 +199,58 @@ def _execute(
     lm: CausalLM, plan: Plan, store: LayerStore, outliers: Mapping[str, float], ranks: Ranks, progress: Progress
 ) -> None:
     """Quantize all blocks in order; two streams of the same windows run beside each other, one at full precision."""
-    windows, first = own_windows(plan, ranks)
-    stream = BlockStream(lm, windows)
-    exact = stream.fork() if plan.config.aims_at_full_precision else None
+    tokens, first = own_windows(plan, ranks)
+    stream = BlockStream(lm, tokens)
+    beginning = stream.fork()
+    exact = stream.fork() if plan.config.follows_full_precision else None
+    windows = Windows(ranks, len(plan.tokens), first // plan.tokens.shape[1], len(tokens))
     done = 0
     for index, matrices in enumerate(plan.matrices):
         with lm.loaded(index) as block:
-            job = _BlockJob(plan, store, outliers, ranks, progress, stream, exact, first, index, block, matrices, done)
-            job.run()
+            job = _BlockJob(
+                plan, store, outliers, ranks, progress, stream, exact, windows, first, index, block, matrices, done
+            )
+            with named(f"block {index}"), _with_remedy(lm.dtype):
+                job.run()
             if index + 1 < len(plan.matrices):
                 stream.advance(index, block)
         done += len(matrices)
+    if plan.config.tunes("model") and exact is not None and not store.has_tuned():
+        progress(plan.total, plan.total, "tuning")
+        _tune_end_to_end(lm, plan, store, beginning, exact, windows)
     progress(plan.total, plan.total, "")
+
+
+@contextmanager
+def _with_remedy(dtype: torch.dtype) -> Iterator[None]:
+    """Activations and Gram matrices that are not finite are nearly always overflow of half precision."""
+    try:
+        yield
+    except ValueError as error:
+        if dtype == torch.float32 or "finite" not in str(error):
+            raise
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{error}; the model ran in {name}: --dtype float32 helps against overflow") from error
+
+
+def _tune_end_to_end(
+    lm: CausalLM, plan: Plan, store: LayerStore, stream: BlockStream, exact: BlockStream, windows: Windows
+) -> None:
+    for index in range(len(plan.matrices), len(lm.blocks)):
+        with lm.loaded(index) as block:
+            exact.advance(index, block)
+    quantized = _quantized(lm, plan.config, plan.matrices, store, store.folder)
+    with ExitStack() as stack:
+        blocks = [stack.enter_context(quantized.lm.loaded(index)) for index in range(len(lm.blocks))]
+        parameters = {
+            index: BlockParameters(blocks[index], matrices, {m.name: store.load(index, m.name) for m in matrices})
+            for index, matrices in enumerate(plan.matrices)
+            if matrices
+        }
+        tuned, losses = tune_model(parameters, blocks, stream, exact, windows, plan.config.tune_steps)
+    if windows.ranks.first:
+        store.save_tuned(tuned, losses)
+    windows.ranks.barrier()
 
 
 @dataclass
@@ -204,6 +265,7 @@ class _BlockJob:
         progress: Told before each matrix.
         stream: Hidden states behind quantized blocks.
         exact: Hidden states behind full-precision blocks; None where they are not needed.
+        windows: The windows of both streams.
         first: Tokens of other ranks before this one's.
         index: Number of the block.
         block: The block, at full precision; its matrices are replaced as they are quantized.
@@ -218,6 +280,7 @@ class _BlockJob:
     progress: Progress
     stream: BlockStream
     exact: BlockStream | None
+    windows: Windows
     first: int
     index: int
     block: nn.Module
@@ -228,23 +291,46 @@ class _BlockJob:
         self.by_name = {m.name: m for m in self.matrices}
 
     def run(self) -> None:
+        tunes = self.plan.config.tunes("block") and bool(self.matrices)
         finished = all(self.store.has(self.index, m.name) for m in self.matrices)
+        finished = finished and (not tunes or self.store.has_tuned(self.index))
         self.ranks.barrier()  # every rank has looked before any of them writes
         if finished:
             if self.exact is not None:
                 self.exact.advance(self.index, self.block)
             self._assign([m.name for m in self.matrices])
-            return
+            put_norms(self.block, self.store.tuned(self.index))
+        else:
+            self._quantize()
+            if tunes:
+                self._tune()
+
+    def _quantize(self) -> None:
         merged = self.plan.config.order == "block"
         shape = block_shape(self.stream, self.index, self.block, self.matrices, merged=merged)
         reference = None
-        if self.exact is not None:
+        if self.exact is not None and self.plan.config.aims_at_full_precision:
             room = self.plan.config.gram_bytes
             reference = FullPrecision.before(self.exact, shape, self.index, self.block, self.matrices, room)
+        elif self.exact is not None:
+            self.exact.advance(self.index, self.block)
         for group in shape.groups:
             self._quantize_group(group, shape, reference)
             self._assign(group.names)
             self.done += len(group.names)
+
+    def _tune(self) -> None:
+        if self.exact is None:
+            return
+        layers = {m.name: self.store.load(self.index, m.name) for m in self.matrices}
+        parameters = BlockParameters(self.block, self.matrices, layers)
+        steps = self.plan.config.tune_steps
+        tuned, losses = tune_block(self.index, parameters, self.stream, self.exact, self.windows, steps)
+        self.ranks.barrier()  # nobody reads tuned scales while others still start from the old ones
+        if self.ranks.first:
+            self.store.save_tuned({self.index: tuned}, losses, self.index)
+        parameters.put(tuned)
+        self.ranks.barrier()
 
     def _assign(self, names: Sequence[str]) -> None:
         for name in names:
@@ -280,15 +366,17 @@ class _BlockJob:
 
     def _quantize_readers(self, readers: Sequence[str], missing: set[str], gram: GramFolds, shape: BlockShape) -> None:
         start = time.perf_counter()
-        targets = self._targets(readers, gram, shape)
-        config, choice = self._choice(readers, gram, targets)
+        with named(readers[0]):
+            targets = self._targets(readers, gram, shape)
+            config, choice = self._choice(readers, gram, targets)
         shared = (time.perf_counter() - start) / len(readers)
         factor = targets.factor if gram.cross else None
         share = [name for name in readers if name in missing][self.ranks.rank :: self.ranks.size]
         for name in share:
             self.progress(self.done + readers.index(name), self.plan.total, f"{self.index}.{name}")
             outliers = self.outliers.get(f"{self.index}.{name}", config.outliers) if config.outliers else 0.0
-            layer = quantize_layer(targets.weights[name], gram, replace(config, outliers=outliers), choice=choice)
+            with named(name):
+                layer = quantize_layer(targets.weights[name], gram, replace(config, outliers=outliers), choice=choice)
             report = replace(layer.report, target_factor=factor, seconds=layer.report.seconds + shared)
             layer = replace(layer, report=report)
             self.store.save(self.index, name, layer, self.by_name[name].weight(self.block))

@@ -1,0 +1,323 @@
+r"""Tuning with the codes fixed: one multiplier per row of every quantized matrix, and the weights of the norms.
+
+Quantizing layers one by one leaves errors that the layers could still make up for between them. Row i of a matrix
+becomes $(1 + u_i)\,s_i (c_i - z_i) + H_i$, a norm's weight $w + v \operatorname{rms}(w)$; u and v start at 0 and are
+found by Adam, one calibration window a step, to lower
+
+$$ \frac{\|h - h_\text{fp}\|_F^2}{\|h_\text{fp}\|_F^2} \;\text{(hidden states behind the block)} \quad\text{or}\quad
+\mathrm{KL}(p_\text{fp} \,\|\, p) \;\text{(the whole model's predictions)}. $$
+
+Scales and norms are rounded to their storage and kept only if they then lower the mean loss over all windows.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from core_tensor.app.ranks import Ranks
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from quantease.model.block_stream import BlockStream
+from quantease.model.layer_store import Tuned
+from quantease.model.matrices import Matrix
+from quantease.problem.grid import store_scale
+from quantease.problem.layer import QuantizedLayer
+
+RATE, BETAS, WARM_UP = 1e-3, (0.9, 0.95), 4
+"""Step size at its greatest, Adam's decays, and steps until then."""
+
+Losses = dict[str, float]
+
+
+class BlockParameters:
+    """What is tuned in a block.
+
+    Args:
+        block: The block, with quantized weights in place.
+        matrices: Its quantized matrices.
+        layers: Their codes and scales.
+    """
+
+    def __init__(self, block: nn.Module, matrices: Sequence[Matrix], layers: Mapping[str, QuantizedLayer]) -> None:
+        self.block, self.layers = block, layers
+        self.members: dict[str, list[Matrix]] = {}  # by parameter
+        for matrix in matrices:
+            self.members.setdefault(matrix.parameter, []).append(matrix)
+        device = next(block.parameters()).device
+        sizes = {m.name: m.weight(block).shape[0] for m in matrices}
+        self.rows = {name: torch.zeros(q, device=device, requires_grad=True) for name, q in sizes.items()}  # u
+        norms = norm_weights(block)
+        self.norms = {name: torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for name, w in norms.items()}
+        self.outliers = {
+            name: layer.outliers.to_dense(layer.codes.shape[1]).to(device)
+            for name, layer in layers.items()
+            if layer.outliers is not None
+        }
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Every u and v."""
+        return [*self.rows.values(), *self.norms.values()]
+
+    def overrides(self) -> dict[str, Tensor]:
+        """Parameters of the block as they are now, by name; gradients flow to the leaves."""
+        found: dict[str, Tensor] = {}
+        for name, members in self.members.items():
+            values = self.block.get_parameter(name).detach()
+            new = values.float() if values.dtype != torch.float32 else values.clone()
+            for matrix in members:
+                on_grid = matrix.part(values).float()
+                if matrix.name in self.outliers:
+                    on_grid = on_grid - self.outliers[matrix.name]
+                matrix.part(new).addcmul_(on_grid, self.rows[matrix.name][:, None])
+            found[name] = new.to(values.dtype)
+        for name in self.norms:
+            found[name] = self._norm(name).to(self.block.get_parameter(name).dtype)
+        return found
+
+    def _norm(self, name: str) -> Tensor:
+        weight = self.block.get_parameter(name).detach().float()
+        size = weight.square().mean().sqrt()
+        return weight + self.norms[name] * torch.where(size > 0, size, 1.0)
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        """Run the block with these parameters."""
+        out: Tensor = functional_call(self.block, self.overrides(), args, kwargs)
+        return out
+
+    @torch.no_grad()
+    def round(self) -> Tuned:
+        """Scales and norms as they are stored; the leaves are left alone."""
+        scales = {}
+        for name, layer in self.layers.items():
+            scale = layer.scales.float() * (1 + self.rows[name].cpu())[:, None]
+            most = torch.finfo(layer.scales.dtype).max
+            scales[name] = store_scale(scale.clamp_max(most), layer.scales.dtype).to(layer.scales.dtype)
+        norms = {name: self._norm(name).to(self.block.get_parameter(name).dtype) for name in self.norms}
+        return Tuned(scales, norms)
+
+    def untouched(self) -> Tuned:
+        """Scales and norms from before."""
+        norms = {name: self.block.get_parameter(name).detach().clone() for name in self.norms}
+        return Tuned({name: layer.scales for name, layer in self.layers.items()}, norms)
+
+    def put(self, tuned: Tuned) -> None:
+        """Write rounded values into the block."""
+        for members in self.members.values():
+            for matrix in members:
+                layer = replace(self.layers[matrix.name], scales=tuned.scales[matrix.name])
+                matrix.assign(self.block, layer.dequantize())
+        put_norms(self.block, tuned)
+
+
+def put_norms(block: nn.Module, tuned: Tuned | None) -> None:
+    """Write tuned norms into a block.
+
+    Args:
+        block: The block, in memory.
+        tuned: What was tuned; None leaves the block as it is.
+
+    Raises:
+        ValueError: If a norm does not fit the block.
+    """
+    for name, value in ({} if tuned is None else tuned.norms).items():
+        own = dict(block.named_parameters()).get(name)
+        if own is None or own.shape != value.shape:
+            raise ValueError(f"tuned norms: expected weights of the block's norms, got {name} {tuple(value.shape)}")
+        own.detach().copy_(value)
+
+
+def norm_weights(block: nn.Module) -> dict[str, Tensor]:
+    """Weights of the norms of a block.
+
+    Args:
+        block: The block.
+
+    Returns:
+        Parameters of one dimension named `weight` of modules whose class is called a norm, by name.
+    """
+    found = {}
+    for name, module in block.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim == 1 and "norm" in type(module).__name__.lower():
+            found[f"{name}.weight" if name else "weight"] = weight.detach()
+    return found
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The calibration windows of a run and who holds them.
+
+    Attributes:
+        ranks: The processes that share the run.
+        count: Windows of all ranks.
+        first: Windows of the ranks before this one.
+        own: Windows of this rank.
+    """
+
+    ranks: Ranks
+    count: int
+    first: int
+    own: int
+
+    def local(self, window: int) -> int | None:
+        """This rank's number of a window; None where another rank holds it."""
+        return window - self.first if self.first <= window < self.first + self.own else None
+
+    def mean(self, loss: Callable[[int], float], device: torch.device) -> float:
+        """Mean of a loss over the windows of all ranks, the same for any number of ranks."""
+        losses = torch.zeros(self.count, dtype=torch.float64, device=device)
+        for window in range(self.own):
+            losses[self.first + window] = loss(window)
+        return float(self.ranks.sum(losses).mean())
+
+    def order(self, steps: int) -> list[int]:
+        """A window for every step: all of them in turn, shuffled anew each time."""
+        generator = torch.Generator().manual_seed(0)
+        rounds = -(-steps // self.count)
+        return torch.cat([torch.randperm(self.count, generator=generator) for _ in range(rounds)]).tolist()[:steps]
+
+
+def tune_block(
+    index: int,
+    parameters: BlockParameters,
+    stream: BlockStream,
+    exact: BlockStream,
+    windows: Windows,
+    steps: int,
+) -> tuple[Tuned, Losses]:
+    """Tune a block whose codes are fixed; its weights end as they were.
+
+    Args:
+        index: Number of the block.
+        parameters: The block's.
+        stream: Hidden states before the block, behind quantized blocks.
+        exact: Hidden states behind the block at full precision.
+        windows: The windows of both streams.
+        steps: Windows to learn from, one after the other.
+
+    Returns:
+        Scales and norms, and the mean loss before and after.
+    """
+    device = stream.lm.device
+
+    def loss(window: int, block: Callable[..., object]) -> Tensor:
+        out = stream.apply(block, stream.hidden[window].to(device), index, window).float()
+        wanted = exact.hidden[window].to(out)
+        return (out - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(out.dtype).tiny)
+
+    def learn(window: int) -> None:
+        loss(window, parameters).backward()
+
+    def judge(window: int) -> float:
+        with torch.no_grad():
+            return float(loss(window, parameters.block))
+
+    found, losses = _tune({index: parameters}, learn, judge, windows, steps, device)
+    return found[index], losses
+
+
+def tune_model(
+    parameters: Mapping[int, BlockParameters],
+    blocks: Sequence[nn.Module],
+    stream: BlockStream,
+    exact: BlockStream,
+    windows: Windows,
+    steps: int,
+) -> tuple[dict[int, Tuned], Losses]:
+    """Tune all quantized blocks together on the divergence of the model's predictions; gradients go block by block.
+
+    Args:
+        parameters: Of the quantized blocks, by number.
+        blocks: All blocks, in memory.
+        stream: Hidden states before the first block.
+        exact: Hidden states behind the last block at full precision.
+        windows: The windows of both streams.
+        steps: Windows to learn from, one after the other.
+
+    Returns:
+        Scales and norms by block, and the mean divergence before and after.
+    """
+    device = stream.lm.device
+    tunable: list[Callable[..., object]] = [parameters.get(i, block) for i, block in enumerate(blocks)]
+
+    @torch.no_grad()
+    def forward(window: int, parts: Sequence[Callable[..., object]]) -> list[Tensor]:
+        states = [stream.hidden[window].to(device)]
+        for index, part in enumerate(parts):
+            states.append(stream.apply(part, states[-1], index, window))
+        return states
+
+    def divergence(window: int, final: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = exact.logits(window).float().log_softmax(-1)
+        q = stream.head(final, window).float().log_softmax(-1)
+        return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+
+    def learn(window: int) -> None:
+        *states, final = forward(window, tunable)
+        final.requires_grad_()
+        divergence(window, final).backward()
+        gradient = final.grad
+        for index in range(min(parameters), len(blocks))[::-1]:
+            entering = states[index].requires_grad_()
+            stream.apply(tunable[index], entering, index, window).backward(gradient)
+            gradient = entering.grad
+
+    def judge(window: int) -> float:
+        with torch.no_grad():
+            return float(divergence(window, forward(window, blocks)[-1]))
+
+    return _tune(parameters, learn, judge, windows, steps, device)
+
+
+def _tune(
+    parameters: Mapping[int, BlockParameters],
+    learn: Callable[[int], None],
+    judge: Callable[[int], float],
+    windows: Windows,
+    steps: int,
+    device: torch.device,
+) -> tuple[dict[int, Tuned], Losses]:
+    """Adam on the leaves of some blocks; what it found, rounded, or what was there, whichever has the lower loss."""
+    leaves = [leaf for found in parameters.values() for leaf in found.leaves]
+    optimizer = torch.optim.Adam(leaves, lr=RATE, betas=BETAS)
+    untouched = {index: found.untouched() for index, found in parameters.items()}
+    before = windows.mean(judge, device)
+    with torch.enable_grad():
+        for step, window in enumerate(windows.order(steps)):
+            optimizer.zero_grad(set_to_none=False)
+            here = windows.local(window)
+            if here is not None:
+                learn(here)
+            _same_everywhere(leaves, windows.ranks)
+            optimizer.param_groups[0]["lr"] = _rate(step, steps)
+            optimizer.step()
+    rounded = {index: found.round() for index, found in parameters.items()}
+    for index, found in parameters.items():
+        found.put(rounded[index])
+    after = windows.mean(judge, device)
+    for index, found in parameters.items():
+        found.put(untouched[index])
+    kept = rounded if after < before else untouched  # a loss that is no number is not below another
+    return kept, {"before": before, "after": min(after, before)}
+
+
+def _rate(step: int, steps: int) -> float:
+    """A short warm-up, then half a cosine to zero."""
+    return RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _same_everywhere(leaves: Sequence[Tensor], ranks: Ranks) -> None:
+    """Give every rank the gradients of the one that held the window: the others add zeros."""
+    for leaf in leaves:
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf)
+    if ranks.size == 1:
+        return
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    flat = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
