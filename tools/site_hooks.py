@@ -24,12 +24,13 @@ _SHIM, _OUR_SHIM = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add what `reproduce/` wrote, under the paths it has in the repository, and a page of reference per package."""
+    """Add what `reproduce/` wrote, under its path in the repository, a page of reference per package, and a gallery."""
     for path in sorted(ROOT.glob("packages/*/reproduce/results/**/*")):
         if path.is_file():
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for name, places in public_names().items():
         files.append(File.generated(config, f"reference/{name}.md", content=reference_page(name, places)))
+    files.append(File.generated(config, "gallery.md", content=gallery_page()))
     return files
 
 
@@ -82,7 +83,7 @@ def on_post_build(config: MkDocsConfig, **_: Any) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
-    """Turn the repository's paths into the site's, and put the README's table at the mark `<!-- packages -->`.
+    """Turn the repository's paths into the site's, and put cards of the packages at the mark `<!-- packages -->`.
 
     Raises:
         ValueError: If a link leads to nothing.
@@ -103,19 +104,49 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
         return words
 
     pages = {file.src_uri for file in files}
-    return _LINK.sub(link, markdown).replace("<!-- packages -->", "\n".join(package_table(pages)))
+    return _LINK.sub(link, markdown).replace("<!-- packages -->", "\n".join(package_cards(pages)))
 
 
-def package_table(pages: set[str]) -> Iterator[str]:
-    """The README's table of packages, with links to the site's pages instead of the repository's folders."""
+def package_cards(pages: set[str]) -> Iterator[str]:
+    """A card per row of the README's table: name, paper, what it does, picture, result, command."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    yield '<div class="grid cards" markdown>\n'
     for row in re.findall(r"^\|.*\|$", readme, re.MULTILINE):
         name = re.search(r"\]\(packages/([a-z-]+)\)", row)
         if name is None:
-            yield row
             continue
+        _, paper, does, result = (cell.strip() for cell in row.strip("|").split(" | "))
         page = f"packages/{name[1]}.md" if f"packages/{name[1]}.md" in pages else f"reference/{name[1]}.md"
-        yield row.replace(f"(packages/{name[1]})", f"({page})")
+        parts = [f"**[{name[1]}]({page})**" + (f" · {paper}" if paper != "–" else ""), does[0].upper() + does[1:] + "."]
+        if picture := first_picture(name[1]):
+            parts.append(f"![{picture[0]}]({picture[1]}){{ loading=lazy }}")
+        if result != "–":
+            parts.append(result[0].upper() + result[1:] + ".")
+        if (ROOT / "packages" / name[1] / "src" / name[1].replace("-", "_") / "demo.py").exists() or paper != "–":
+            parts.append(f"```sh\nuv run {name[1]} demo --quick\n```")
+        yield "-   " + "\n\n    ".join(part.replace("\n", "\n    ") for part in parts) + "\n"
+    yield "</div>"
+
+
+def first_picture(package: str) -> tuple[str, str] | None:
+    """Caption and path of the first picture on a package's page, or None."""
+    page = ROOT / "docs" / "packages" / f"{package}.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.search(r"!\[([^\]]*)\]\(\.\./\.\./(packages/[^)]+)\)", text)
+    return (found[1], found[2]) if found else None
+
+
+def gallery_page() -> str:
+    """Every package's example, the whole file, with a picture of what the package shows."""
+    parts = ["# Gallery\n\nOne file per package, which runs in under a minute on a CPU. The tests run them all."]
+    for path in sorted(ROOT.glob("packages/*/examples/*.py")):
+        package, code = path.parts[-3], path.read_text(encoding="utf-8")
+        words = (ast.get_docstring(ast.parse(code)) or "").split("\n\n")[0]
+        parts.append(f"## {package}\n\n{words}")
+        if picture := first_picture(package):
+            parts.append(f"![{picture[0]}]({picture[1]}){{ loading=lazy }}")
+        parts.append(f"`packages/{package}/examples/{path.name}`\n\n```python\n{code.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_post_page(output: str, *, page: Page, **_: Any) -> str:
