@@ -155,6 +155,34 @@ def matrix(session: nox.Session) -> None:
     run_all(session, [version for version, path in found.items() if path is not None], step)
 
 
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Fast tests with the oldest dependencies that the packages allow, on the oldest Python: `-- [PACKAGE ...]`."""
+    python = interpreter(PYTHONS[0])
+    if python is None:
+        session.skip(f"no working Python {PYTHONS[0]} on this machine")
+    folder = ROOT / ".nox" / "lowest"
+    session.run(UV, "venv", "--quiet", "--allow-existing", "--python", str(python), str(folder), external=True)
+    editable = "".join(f"--editable ./packages/{package}[all]\n" for package in PACKAGES)
+    asked, pinned = folder / "asked.txt", folder / "pins.txt"
+    asked.write_text(editable)
+    compiled = (UV, "pip", "compile", "--quiet", "--resolution", "lowest-direct", "--no-header", "--no-annotate")
+    session.run(*compiled, "--python", str(python), str(asked), "--output-file", str(pinned), external=True)
+    install = (UV, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"))
+    session.run(*install, "--requirement", str(pinned), external=True)
+    # what only the tests need may be new, as long as it lets the rest be old
+    held = "".join(line for line in pinned.read_text().splitlines(keepends=True) if "==" in line)
+    (folder / "held.txt").write_text(held)
+    tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
+    session.run(*install, "--constraint", str(folder / "held.txt"), *tests, external=True)
+
+    def step(package: str) -> None:
+        folder_of_tests, old = f"packages/{package}/tests", ("-W", "default")  # old libraries warn of themselves
+        run(session, folder / "bin" / "python", *PYTEST, "-m", "not slow", *old, folder_of_tests, env=ONE_THREAD)
+
+    run_all(session, session.posargs or PACKAGES, step)
+
+
 def interpreter(version: str) -> str | None:
     """A Python of this version that runs; a name on the PATH proves nothing, since pyenv's shims exist without one."""
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"

@@ -39,7 +39,12 @@ def is_image(name: str) -> bool:
 def is_grey(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds a grey image, by its header."""
     with reading(path, "a readable image"), Image.open(path) as image:
-        return image.mode in _GREY
+        return _mode(image) in _GREY
+
+
+def _mode(image: Image.Image) -> str:
+    """Mode of an opened image; Pillow before 11 calls 16-bit grey of PNG files `I`, 32 bits, which PNG does not have."""
+    return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
 
 
 def pixels_of(image: Image.Image, name: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
@@ -55,10 +60,11 @@ def pixels_of(image: Image.Image, name: str) -> "np.ndarray[tuple[int, ...], np.
     Raises:
         ValueError: If the mode has no fixed range.
     """
+    opened = _mode(image)  # a transposed image forgets its format
     if image.getexif().get(_ORIENTATION, 1) != 1:  # transposing would copy every image
         image = ImageOps.exif_transpose(image)
-    grey = image.mode in _GREY
-    if image.mode in _DEEP:
+    grey = opened in _GREY
+    if opened in _DEEP:
         deep = np.asarray(image).astype(np.float32)
         return (deep / 257).round().astype(np.uint8)[:, :, None]
     if image.mode in {"I", "F"} or image.mode.startswith(("I;", "F;")):
