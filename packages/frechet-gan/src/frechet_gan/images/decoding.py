@@ -43,7 +43,7 @@ def is_grey(path: str | os.PathLike[str]) -> bool:
 
 
 def _mode(image: Image.Image) -> str:
-    """Mode of an opened image; Pillow before 11 calls 16-bit grey of PNG files `I`, 32 bits, which PNG does not have."""
+    """Mode of an opened image; Pillow before 11 calls 16-bit grey PNG files `I`, 32 bits, which PNG does not have."""
     return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
 
 
