@@ -1,7 +1,7 @@
 """Every gate of the repository: `uvx nox --list` names them, `uvx nox -s test` is the one to know.
 
 The gates share one environment, `.nox/workspace`, installed from the tracked lock: one per session would install torch
-a dozen times to learn nothing new. What needs an environment of its own makes it: `matrix` one per Python, `bench` one
+a dozen times to learn nothing new. What needs its own environment makes it: `matrix` one per Python, `bench` one
 per package with its peers, `wheels` a throw-away one outside the tree.
 """
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.resolve()
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 PYTHONS = ("3.11", "3.12", "3.13")
 LOCK = ROOT / "tools" / "requirements.lock"
-UV = os.environ.get("UV", "uv")  # uvx says where it stands, even if it is not on the PATH
+UV = os.environ.get("UV", "uv")  # uvx sets this, even if uv is not on the PATH
 PYTEST = ("-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of these processes
 BY_PACKAGE = nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
@@ -41,7 +41,7 @@ BY_PACKAGE_AND_TOOLS = nox.parametrize("package", [nox.param(name, id=name) for 
 def environment(session: nox.Session, name: str, python: str = ">=3.11") -> Path:
     """Make `.nox/<name>` from the tracked lock, with every package in editable form, and return its commands.
 
-    What it was made from stands in it, so that a second call costs nothing.
+    It records what it was made from, so that a second call costs nothing.
     """
     folder = ROOT / ".nox" / name
     stamp = folder / "made-from"
@@ -238,7 +238,7 @@ def types(session: nox.Session, package: str) -> None:
 
 @nox.session
 def layers(session: nox.Session) -> None:
-    """Papers stand on core_tensor and never on one another; the rooms of each package, and no circle of modules."""
+    """Papers depend on core_tensor and never on one another; the rooms of each package, and no circle of modules."""
     commands = workspace(session)
     run(session, commands / "lint-imports")
 

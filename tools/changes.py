@@ -24,7 +24,7 @@ class Change:
     """One entry of a change log.
 
     Attributes:
-        group: Heading that it stands under.
+        group: Heading that it belongs under.
         text: What changed.
         breaking: Whether code that used the package may have to change.
         upgrade: How, if the commit says it.

@@ -5,7 +5,7 @@
     python tools/hostile.py all                    both
 
 `--rounds` sets how many cases each operator and reader gets, `--seed` the first of them; a failure names the seed that
-repeats it (`--seed N --rounds 1`). Every package and the operators run in a process of their own: one that does not
+repeats it (`--seed N --rounds 1`). Every package and the operators run in their own processes: one that does not
 survive its input is a failure like any other.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def start(what: str, names: list[str], options: argparse.Namespace, environment: dict[str, str]) -> bool:
-    """Run one part in a process of its own; whether it failed."""
+    """Run one part in its own process; whether it failed."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         note = Path(folder) / "case"
         note.touch()

@@ -24,7 +24,7 @@ class Entry:
     Attributes:
         line: Line of the page, counted from one.
         column: `function` or `test`.
-        name: What stands in backticks.
+        name: The text in backticks.
     """
 
     line: int

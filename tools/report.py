@@ -1,6 +1,6 @@
 """Write the figures and the code of the docs from where they come from, so that nobody types a number twice.
 
-A page marks the place; what stands between the marks is replaced, `--check` only compares:
+A page marks the place; what is between the marks is replaced, `--check` only compares:
 
     <!-- table packages/msam/reproduce/results/digits.json#runs columns="method, accuracy:.3f as test accuracy" -->
     <!-- end -->
@@ -10,7 +10,7 @@ A page marks the place; what stands between the marks is replaced, `--check` onl
     <!-- code packages/core-tensor/src/core_tensor/ops/bit_packing/reference.py#pack_bits -->
     <!-- end -->
 
-After the `#` of code stands the name of a definition (Python or C++), else a path of keys and indices into the JSON;
+The `#` of code is followed by the name of a definition (Python or C++), else a path of keys and indices into the JSON;
 `rows.method=sam.accuracy` chooses the row of a list whose `method` is `sam`. A table is a list of objects, or an
 object of objects whose keys become the first column, `name`. `columns` chooses and orders keys (dots go deeper), with
 a format after a colon and a heading after `as`; without it every key of the first row is a column.

@@ -1,4 +1,4 @@
-"""Hooks of the docs site: what stands outside `docs/` becomes part of the site or, where it cannot, plain text.
+"""Hooks of the docs site: what is outside `docs/` becomes part of the site or, where it cannot, plain text.
 
 Pages link to pictures, JSON and code by the paths of the repository, so that they can be read there too. The site takes
 over the files under `reproduce/results/`; a link to any other file of the repository keeps its words only. Every
@@ -94,7 +94,7 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
         bang, words, target, anchor = match.groups()
         path = posixpath.normpath(posixpath.join(folder, target))
         if path.startswith("docs/"):
-            return match[0]  # mkdocs checks what stands among its own pages
+            return match[0]  # mkdocs checks links among its own pages
         if not (ROOT / path).exists():
             raise ValueError(f"docs/{page.file.src_uri}: {target} does not exist")
         if files.get_file_from_path(path) is not None:

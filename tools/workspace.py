@@ -28,7 +28,7 @@ class Package:
         name: Name of the distribution, which is also its folder under `packages/`.
         version: Its version.
         requirements: Its required dependencies, as written in `pyproject.toml`.
-        folder: Where it stands.
+        folder: Its folder.
         siblings: Names of the workspace's packages among its dependencies, extras included.
     """
 

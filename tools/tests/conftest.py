@@ -19,7 +19,7 @@ dependencies = {dependencies}
 
 
 class Repository:
-    """A small workspace under git: `core` and two packages that stand on it, and one that stands alone."""
+    """A small workspace under git: `core`, two packages that depend on it, and one that depends on nothing."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

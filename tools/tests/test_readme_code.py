@@ -1,4 +1,4 @@
-"""The Python of every package's README runs as it stands there, block after block."""
+"""The Python of every package's README runs as written, block after block."""
 
 import re
 import subprocess

@@ -1,6 +1,6 @@
 """CPU (C++) and CUDA (Triton) kernels behind torch operators, shared by the paper packages of this repository.
 
-Operators are imported when they are first named, so that `core_tensor.app`, on which every command line stands, loads
+Operators are imported when they are first named, so that `core_tensor.app`, which every command line uses, loads
 no torch.
 """
 

@@ -27,7 +27,7 @@ def check_tensor(
         name: The argument's name, for the message.
         value: What the caller passed; sparse and nested tensors are refused.
         ndim: Expected number of dimensions.
-        shape: Expected shape; None stands for any size.
+        shape: Expected shape; None means any size.
         dtype: Expected dtype, or the dtypes that are allowed.
         device: Expected device.
         finite: Whether NaN and infinities are refused, where the tensor has values to look at.

@@ -1,4 +1,4 @@
-"""What lies inside the wrappers that training puts around a module."""
+"""The module inside the wrappers that training puts around it."""
 
 from torch import nn
 

@@ -49,26 +49,4 @@ __all__ = [
     "prepare",
 ]
 
-__getattr__, __dir__, _ = lazy(
-    __name__,
-    {
-        "data.batch": ["Batch", "Encoder"],
-        "data.parquet": ["ParquetLog"],
-        "data.split": ["Split"],
-        "features.causal": ["CausalFeatures"],
-        "features.prepare": ["prepare"],
-        "layers.cross": ["CrossNetwork"],
-        "layers.experts": ["MultiTask"],
-        "layers.gate": ["LHUC", "DenseGate"],
-        "layers.history": ["HistoryTransformer"],
-        "layers.isotonic": ["IsotonicLayer"],
-        "layers.residual_cross": ["ResidualCross"],
-        "layers.table": ["FusedTable"],
-        "model.config": ["ModelConfig"],
-        "model.ranker": ["Ranker"],
-        "schema.features": ["Schema", "load_schema"],
-        "train.loop": ["TrainConfig", "Trainer"],
-        "train.row_optimizers": ["RowOptimizer"],
-        "train.run": ["TrainedModel"],
-    },
-)
+__getattr__, __dir__, _ = lazy(__name__)

@@ -52,23 +52,4 @@ __all__ = [
     "update_threshold",
 ]
 
-__getattr__, __dir__, _ = lazy(
-    __name__,
-    {
-        "quadratic": ["quadratic"],
-        "monitor.advice": ["Advice", "advise"],
-        "monitor.scheduler": ["StabilityScheduler"],
-        "monitor.monitor": ["InstabilityWarning", "MonitorWarning", "StabilityMonitor"],
-        "report.analysis": ["analyze"],
-        "report.check": ["Check"],
-        "report.maps": ["StabilityMap"],
-        "report.report": ["StabilityReport"],
-        "report.threshold": ["Culprit", "Threshold", "Verdict"],
-        "theory.almost_sure": ["LyapunovExponent", "almost_sure_threshold", "lyapunov_exponent"],
-        "theory.bounds": ["Bound", "all_bounds"],
-        "theory.dynamics": ["SGD", "Update", "update_threshold"],
-        "theory.family": ["CurvatureFamily"],
-        "theory.sampling": ["SCHEMES", "Sampling"],
-        "theory.second_moment": ["Extreme", "lr_threshold", "second_moment_radius"],
-    },
-)
+__getattr__, __dir__, _ = lazy(__name__)

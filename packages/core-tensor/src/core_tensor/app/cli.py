@@ -84,7 +84,7 @@ def _silence() -> None:
 
 
 def is_bad_input(error: BaseException) -> bool:
-    """Whether an error means that what came from outside is at fault, not this code.
+    """Whether an error is due to input or the machine rather than to a bug.
 
     Args:
         error: Any exception.
@@ -98,7 +98,7 @@ def is_bad_input(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line; what the operating system refused, in words and with the file's name.
+    """The message of an error on one line; an operating-system error as its message and file name.
 
     Args:
         error: Any exception.

@@ -3,13 +3,11 @@
 import ast
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
-def lazy(
-    package: str, names: Mapping[str, Sequence[str]] | None = None
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Build `__getattr__` and `__dir__` of a package whose public names live in its submodules.
 
     The package imports its names under `if TYPE_CHECKING:`, where type checkers and readers see them; this reads the
@@ -23,16 +21,12 @@ def lazy(
 
     Args:
         package: `__name__` of the package.
-        names: Submodule, without the package's name, to the names that it provides, in place of that block.
 
     Returns:
         The two, to be assigned in the package's `__init__`, and the names. `__getattr__` raises AttributeError for
         other names.
     """
-    if names is None:
-        home = _imports_for_type_checkers(package)
-    else:
-        home = {name: (f"{package}.{module}", name) for module, provided in names.items() for name in provided}
+    home = _imports_for_type_checkers(package)
 
     def get(name: str) -> Any:
         if name not in home:

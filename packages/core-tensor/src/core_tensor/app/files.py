@@ -1,7 +1,7 @@
 """Files that are either complete or absent, and readers whose every failure names the file.
 
 A write goes to a temporary file that is then renamed. The temporary file keeps the final name, since writers choose a
-format by it, and lies in a hidden folder `.partial-<process>-...` beside it, so that no reader's pattern matches it.
+format by it, and sits in a hidden folder `.partial-<process>-...` beside it, so that no reader's pattern matches it.
 `sweep` removes what killed processes left.
 """
 
@@ -280,7 +280,7 @@ def digest(*parts: Any) -> str:
     """128-bit digest of data: what a run folder records of its inputs, so that other data of the same shape is refused.
 
     Args:
-        parts: Tensors, numpy arrays, bytes, strings, numbers or None; a path stands for the content of the file, or of
+        parts: Tensors, numpy arrays, bytes, strings, numbers or None; a path means the content of the file, or of
             all files below the folder with their names.
 
     Returns:
@@ -298,7 +298,7 @@ def digest(*parts: Any) -> str:
 
 
 def _pieces(part: Any) -> Iterator[bytes | memoryview]:
-    """The bytes that stand for one part of a digest."""
+    """The bytes of one part of a digest."""
     if isinstance(part, bytes | bytearray | memoryview):
         yield f"bytes {len(part)} ".encode()
         yield bytes(part)

@@ -1,8 +1,8 @@
-"""Folders of runs: one run per folder, which knows its inputs, goes on after a kill, and is never overwritten unasked.
+"""Folders of runs: one run per folder, which records its inputs, resumes after a kill, and is overwritten only if asked.
 
     with RunFolder.claim(out, "frechet-gan train", inputs, overwrite=overwrite) as run:
         if run.result is None:
-            ...                                # resume from what lies in run.path, else start
+            ...                                # resume from what run.path holds, else start
             run.finish({"fd": 12.3})
 
 `run.json` in the folder holds the command, all its inputs (options, data digests, version) and, at the end, the result.
@@ -72,7 +72,7 @@ class RunFolder:
             The claimed folder.
 
         Raises:
-            ValueError: If the folder holds another run or something else, or another process is at work in it.
+            ValueError: If the folder holds another run or something else, or another process is using it.
             OSError: If the folder cannot be made or read.
         """
         folder, wanted = Path(path), _plain({"version": _version(command), **inputs})

@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p core_tensor.dev.seeded`): every test starts from random numbers of its own.
+"""A pytest plugin (`-p core_tensor.dev.seeded`): every test starts from its own random seed.
 
 Without it a test that draws from the global generators depends on which tests ran before it in the same process, which
 differs from run to run under pytest-xdist.

@@ -78,7 +78,7 @@ def _strides(t: Any, rng: random.Random) -> Any:
     if way == 2:
         return t.narrow(axis, 0, 1).expand_as(t)
     padded = t.new_empty(t.numel() + 3)
-    return padded[3:].copy_(t.reshape(-1)).view(t.shape)  # not aligned as an allocation of its own
+    return padded[3:].copy_(t.reshape(-1)).view(t.shape)  # not aligned like a fresh allocation
 
 
 def _entries(t: Any, rng: random.Random) -> Any:

@@ -1,1 +1,1 @@
-"""Iterative eigensolvers and the like that stand on torch alone."""
+"""Iterative eigensolvers and the like that need only torch."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# `import torch` stands above the load on purpose: both then share the OpenMP runtime that torch brings.
+# `import torch` precedes the load on purpose: both then share the OpenMP runtime that torch brings.
 
 _SYMBOLS: dict[str, list[str]] = {}
 """Symbols of the library by the module that calls them."""
@@ -31,7 +31,7 @@ os.register_at_fork(after_in_child=_after_fork)
 @functools.cache
 def native() -> ctypes.CDLL | None:
     """The compiled library, or None where the distribution was built without a C++ compiler."""
-    # in an editable install the library does not stand beside this file
+    # in an editable install the library is not beside this file
     folder = resources.files("core_tensor")
     for name in ("libcore_tensor_native.so", "libcore_tensor_native.dylib"):
         found = folder / name

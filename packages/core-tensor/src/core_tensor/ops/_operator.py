@@ -33,7 +33,7 @@ def operator(
 
     Args:
         schema: `name(arguments) -> returns` in torch's schema language.
-        reference: Plain torch implementation, the truth; serves every device without a kernel of its own.
+        reference: Plain torch implementation, the truth; serves every device that has no kernel.
         fake: Shapes and dtypes of the results without computing them.
         cpu: Call into the compiled library; used where the library holds every symbol that its module names.
         cuda: `"module:function"` of the Triton launcher, imported at the first call on a CUDA tensor.

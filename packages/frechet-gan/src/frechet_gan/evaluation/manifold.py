@@ -83,8 +83,8 @@ def memorized_share(fake: Tensor, real: Tensor) -> float:
         The share.
 
     Source:
-        arXiv 2102.08921 calls such points not authentic, with a factor of 1 where 1/2 stands here: with 1, an average
-        of many images passes for a copy in high dimensions.
+        arXiv 2102.08921 calls such points not authentic, with a factor of 1 instead of the 1/2 used here: with 1, an
+        average of many images passes for a copy in high dimensions.
     """
     check_pair(fake, real)
     fake, real = fake.detach().double(), real.detach().double()

@@ -102,7 +102,7 @@ class Report:
     Attributes:
         encoders: One report per encoder.
         fdr: Mean ratio over the held-out encoders (FDr^k), or over all if none is held out.
-        alarms: What is wrong with the generator or the figures, in words; empty if nothing is.
+        alarms: What is wrong with the generator or the figures; empty if nothing is.
     """
 
     encoders: list[EncoderReport]

@@ -135,7 +135,7 @@ def congruence(root: Tensor, covariance: Tensor) -> Tensor:
         covariance: Σ, symmetric, shape (d, d).
 
     Returns:
-        Shape (d, d); what stands above the diagonal's blocks is zero.
+        Shape (d, d); entries above the diagonal blocks are zero.
     """
     d = root.shape[0]
     step = max(64, -(-d // 8))

@@ -127,7 +127,7 @@ class FeatureStats:
         self._refuse()
         if features.dtype == torch.float64 and float(features.detach().abs().max()) > _LARGEST:
             raise ValueError(f"features: expected entries below 1e150, got {float(features.detach().abs().max()):.3g}")
-        # the caller may go on to change its batch; a large one is absorbed at once and needs no copy
+        # the caller may change its batch afterwards; a large one is absorbed at once and needs no copy
         large = features.shape[0] >= _TOGETHER
         self._waiting.append(features.detach() if large else features.detach().clone())
         self._rows_waiting += features.shape[0]

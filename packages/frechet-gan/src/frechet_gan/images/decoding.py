@@ -3,8 +3,8 @@
 - Grey (1, L, LA, 16 bits) stays one channel; every other mode becomes RGB.
 - 16-bit grey is scaled to 8 bits, not clipped (65535 is 255). Other integers and floats, whose range no header gives,
   are refused.
-- The orientation that a camera recorded (EXIF) is honored: pixels stand as a viewer shows them. pytorch-fid, clean-fid
-  and torch-fidelity ignore it, so figures for such photographs differ from theirs.
+- The orientation that a camera recorded (EXIF) is honored: pixels are oriented as a viewer shows them. pytorch-fid,
+  clean-fid and torch-fidelity ignore it, so figures for such photographs differ from theirs.
 - Transparency is composited on white, as a browser shows it; the peers drop it and show the colors beneath.
 """
 

@@ -57,7 +57,7 @@ def learned_encoder_loss(real: Tensor, fake: Tensor, epsilon: float = 1e-3) -> T
         arXiv 2608.11205.
 
     Departure:
-        The logarithm stands for that paper's caps and trust region: it bounds the pull of a few far samples.
+        The logarithm replaces that paper's caps and trust region: it bounds the pull of a few far samples.
     """
     mean, covariance = moments(real)
     lower = whitener(covariance, epsilon)

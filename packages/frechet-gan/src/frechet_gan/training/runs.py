@@ -65,7 +65,7 @@ def train_run(
     samples: int = 2000,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train, and every so often write checkpoint, history and samples; after a kill, go on to the same result.
+    """Train, and every so often write checkpoint, history and samples; resume after a kill to the same result.
 
     Args:
         run: The claimed folder.
@@ -111,7 +111,7 @@ def train_run(
 def posttrain_run(
     run: RunFolder, trainer: PostTrainer, report: Callable[[], Report], *, steps: int, every: int = 100
 ) -> dict[str, Any]:
-    """Post-train with a report before and after; after a kill, go on to the same result.
+    """Post-train with a report before and after; resume after a kill to the same result.
 
     Args:
         run: The claimed folder.

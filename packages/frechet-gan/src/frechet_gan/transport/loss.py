@@ -112,7 +112,7 @@ class TransportLoss(nn.Module):
         self.constant, self.epsilon = constant, epsilon
         self.generator = torch.Generator().manual_seed(seed)
         self._plan = make_plan(plan, self.options, self.generator)
-        # generated and real features, which have a population of their own where there is no reference
+        # generated and real features, which have their own population where there is no reference
         self.states = nn.ModuleList()
         if isinstance(population, EMAPopulation):
             self.states.extend(MovingMoments(population) for _ in range(2))
@@ -126,7 +126,7 @@ class TransportLoss(nn.Module):
 
         Args:
             fake: Generated features, shape (n, d), or images (n, c, h, w) with an encoder.
-            real: Real features or images, of their own number; needed without a reference. No gradient passes to them.
+            real: Real features or images, of any number; needed without a reference. No gradient passes to them.
 
         Returns:
             A scalar in the dtype of the features, at least float32, differentiable once in `fake`.
@@ -342,7 +342,7 @@ class MultiEncoderLoss(nn.Module):
     """Sum of losses in several feature spaces, usually each normalised by `sg` so that none dominates.
 
     Args:
-        losses: Losses with encoders of their own.
+        losses: Losses, each with its own encoder.
         weights: Weight of each; 1 by default.
 
     Source:

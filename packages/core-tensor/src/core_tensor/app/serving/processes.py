@@ -33,7 +33,7 @@ def serve(
     workers: int = 1,
     started: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; requests at work are then finished. A worker that dies is replaced.
+    """Serve until SIGINT or SIGTERM; running requests are then finished. A worker that dies is replaced.
 
     Args:
         build: Makes the application, once in every worker; with several workers it must pickle.
@@ -93,7 +93,7 @@ def _supervise(build: "Callable[[], FastAPI]", listener: socket.socket, workers:
             while not stop.is_set():
                 for process in [process for process in born if not process.is_alive()]:
                     if time.monotonic() - born.pop(process) < _SHORTEST_LIFE:
-                        raise RuntimeError("a worker ended as soon as it had started; its error stands above")
+                        raise RuntimeError("a worker exited right after it started; its error is above")
                     _LOGGER.error("worker %d ended (%s); another takes its place", process.pid, process.exitcode)
                 while len(born) < workers:
                     process = context.Process(target=_work, args=(build, listener))

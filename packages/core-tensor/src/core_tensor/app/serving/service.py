@@ -40,7 +40,7 @@ class Limits:
         rows: Rows of a request.
         body_seconds: Time that a client may take to send its body.
         answer_seconds: Time from a complete body to the answer.
-        waiting: Requests at work or in line per worker; more get 503 at once, so that a load balancer goes elsewhere.
+        waiting: Requests running or queued per worker; more get 503 at once, so that a load balancer goes elsewhere.
         threads: Requests computed at the same time per worker.
     """
 
@@ -187,7 +187,7 @@ class _Service:
         if kind not in {"application/json", ARROW}:
             raise RefusalError(415, f"content-type: expected application/json or {ARROW}, got {kind}")
         if self.waiting >= self.limits.waiting:
-            raise RefusalError(503, f"{self.limits.waiting} requests are at work; try again")
+            raise RefusalError(503, f"{self.limits.waiting} requests are already running or queued; try again")
         self.waiting += 1
         try:
             body = await self.body(request)

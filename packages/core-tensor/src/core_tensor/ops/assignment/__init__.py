@@ -1,4 +1,4 @@
-r"""Linear assignment: the cheapest way to give every row a column of its own.
+r"""Linear assignment: the cheapest way to give every row its own column.
 
 $$ \min_\sigma \sum_i C_{i \sigma(i)}, \qquad \sigma \text{ a permutation of } 1, \dots, n. $$
 

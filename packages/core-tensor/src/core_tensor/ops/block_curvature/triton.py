@@ -124,7 +124,7 @@ def block_curvature(
     x, index, cap, local = x.contiguous(), index.contiguous(), cap.contiguous(), offsets - offsets[0]
     a, w = (x if t is None else t.contiguous() for t in (coefficient, weight))
     free = torch.nonzero((x > 0) if upper is None else (x > 0) & (x < upper)).ravel()
-    bounds = torch.searchsorted(free, local)  # where each block's free variables stand in their list
+    bounds = torch.searchsorted(free, local)  # where each block's free variables are in their list
     square = torch.empty(blocks, dtype=torch.float64, device=x.device)
     _cut_kernel[(blocks,)](
         x, local, cap, w, free, bounds, square, int(cap.shape[0] > 1), equality, weight is not None, CHUNK, num_warps=1
@@ -141,7 +141,7 @@ def block_curvature(
 
 
 def _programs(bounds: Tensor, square: Tensor, per_variable: int) -> tuple[Tensor, Tensor]:
-    """The block of every program of `_pair_kernel`, and how many programs stand before those of each block."""
+    """The block of every program of `_pair_kernel`, and how many programs precede those of each block."""
     count = bounds[1:] - bounds[:-1]
     vertex = (count == 1) & (square > 0)  # one free variable and a tight cut: nothing moves
     programs = torch.where(vertex, 0, (count * per_variable + TILE - 1) // TILE)

@@ -47,7 +47,7 @@ def centred_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `core_tensor.centred_moments`."""
     x = x.contiguous()
     n, d = x.shape
-    # as on the CPU: what a shift among the rows misses of the mean is taken out at the end, which cancels no digits
+    # as on the CPU: what a shift among the rows misses of the mean is subtracted at the end, which cancels no digits
     shift = x[:256].double().mean(0)
     tiles = triton.cdiv(d, TILE)
     per_part = triton.cdiv(triton.cdiv(n, max(1, PROGRAMS // (tiles * (tiles + 1) // 2))), ROWS) * ROWS

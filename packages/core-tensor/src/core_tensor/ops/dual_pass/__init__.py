@@ -22,7 +22,7 @@ from core_tensor.ops.dual_pass import cpu, reference
 from core_tensor.ops.project_blocks import check_family
 
 TOTALS = ("cost", "square", "least", "fractional", "nonzero")
-"""What stands behind the rows of `dual_pass`'s sums: c'x, ||x - p||^2, sum of min r'v, and two counts."""
+"""What follows the rows in `dual_pass`'s sums: c'x, ||x - p||^2, sum of min r'v, and two counts."""
 
 
 _VARIABLES = 1 << 48
@@ -67,7 +67,7 @@ class BlockData:
 
     Attributes:
         offsets: Bounds of the blocks, shape (blocks + 1,), int64. A run of blocks keeps the offsets of the whole.
-        index: Rows of A in which each variable stands, shape (variables,) or (variables, rows per variable), int32.
+        index: Rows of A in which each variable appears, shape (variables,) or (variables, rows per variable), int32.
         cost: Costs c, shape (variables,), float32 or float64.
         coefficient: Entries of A, shape and order of `index`, dtype of `cost`; None for ones.
         cap: Right-hand sides of the blocks' cuts, shape (blocks,) or (1,), float64.
@@ -160,7 +160,7 @@ def dual_pass(
         scale: Fixed-point factor of every sum, shape (2 rows + 5,), float64; `2**62` over a bound of the sum's size.
         bounds: Blocks at which the chunks begin and end, shape (chunks + 1,), int64.
         anchor: Proximal center $p$, shape (variables,), dtype of the costs; None for the origin.
-        shrink: Factor by which x is multiplied where a variable stands in the row (least over its rows),
+        shrink: Factor by which x is multiplied where a variable appears in the row (least over its rows),
             shape (rows,), float64; None for ones.
         primal: Whether x itself is wanted.
         check: Whether the data are checked; pass False for data that were checked once, with as many rows.

@@ -1,7 +1,7 @@
 """Triton kernel: one program forms a pair of tiles of both Gram matrices and uses them up at once.
 
 The matrices are symmetric, so only tiles up to the diagonal are formed, and those off it count twice. Every program
-writes its share to a place of its own; torch adds them up in one order.
+writes its share to its own slot; torch adds them up in one order.
 """
 
 import torch

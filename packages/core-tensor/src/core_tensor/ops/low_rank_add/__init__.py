@@ -108,7 +108,7 @@ def _check(
     if out is not None:
         check_tensor("out", out, shape=(rows, out_width), dtype=x.dtype, device=x.device)
         if any(stride == 0 < size - 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-            raise ValueError(f"out: expected memory of its own for every entry, got strides {out.stride()}")
+            raise ValueError(f"out: expected distinct memory for every entry, got strides {out.stride()}")
         if out.is_neg():
             raise ValueError("out: expected a tensor that can be written to, got a negated view")
         if out.requires_grad:

@@ -82,7 +82,7 @@ def map_head_backward(
 
 
 def _masked(h: Tensor, base: Tensor, y: Tensor, w: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Everything in float64, with zeros where a row lies behind its task's length: padding may hold anything."""
+    """Everything in float64, with zeros where a row is past its task's length: padding may hold anything."""
     inside = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (T, L)
     h = torch.where(inside[..., None], h.double(), 0.0)
     return h, *(torch.where(inside, t.double(), 0.0) for t in (base, y, w)), lengths

@@ -61,7 +61,7 @@ def project_assignment(
 
 def _best(direction: Tensor, slots: int, filled: bool) -> Tensor:
     gain = direction.view(-1, slots).T  # (slots, items)
-    if not filled:  # a column per slot stands for leaving it empty
+    if not filled:  # one column per slot means leaving it empty
         gain = torch.cat([gain, gain.new_zeros(slots, slots)], 1)
     rows, columns = gain.shape
     cost = torch.cat([-gain, gain.new_zeros(columns - rows, columns)])

@@ -1,6 +1,6 @@
 r"""Rows of an embedding table held in 8 bits, straight into the buffer in which a model concatenates its fields.
 
-A row of width D is D codes q in [0, 255], its scale s (float16) and its bias b (float32), D + 6 bytes, and stands for
+A row of width D is D codes q in [0, 255], its scale s (float16) and its bias b (float32), D + 6 bytes, and encodes
 
 $$ x_j = s \, q_j + b, \qquad s \ge (\max x - \min x) / 255, \quad b = \min x . $$
 
@@ -57,7 +57,7 @@ def quantize_rows(weight: Tensor) -> Tensor:
 
 
 def dequantize_rows(table: Tensor) -> Tensor:
-    """The values that quantized rows stand for.
+    """The values that quantized rows encode.
 
     Args:
         table: What `quantize_rows` returned, shape (N, D + 6), uint8.

@@ -21,7 +21,7 @@ def quantize_rows(weight: Tensor) -> Tensor:
 
 
 def dequantize_rows(table: Tensor) -> Tensor:
-    """The values that a table of codes stands for, shape (N, D), float32."""
+    """The values that a table of codes encodes, shape (N, D), float32."""
     d = table.shape[1] - METADATA
     scale = table[:, d : d + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()  # (N, 1)
     bias = table[:, d + 2 :].clone(memory_format=torch.contiguous_format).view(torch.float32)

@@ -24,7 +24,7 @@ def dequantize(
     columns: Tensor | None,
     values: Tensor | None,
 ) -> Tensor:
-    """The weights that codes, scales and outliers stand for, shape (q, p), float32."""
+    """The weights that codes, scales and outliers encode, shape (q, p), float32."""
     codes = unpack_bits(words, bits, features)
     group = torch.arange(features, device=words.device) // max(group_size, 1)
     weight = scale.float()[:, group] * (codes.float() - zero.float()[:, group])
