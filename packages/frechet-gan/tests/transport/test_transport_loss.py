@@ -181,7 +181,7 @@ def test_normalisations(samples):
     assert_close("sg gradient", gradient / (plain + 0.5), gradient_sg, 1e-12)
     white = TransportLoss(normalize="whiten", epsilon=1e-9)
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
-    mixing = turn * torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)  # the ridge is seen as its condition squared
+    mixing = turn * torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)  # its square scales the ridge
     first, moved = _gradient(white, fake, real)[0], _gradient(white, fake @ mixing + 7, real @ mixing + 7)[0]
     assert_close("affine invariance", first, moved, 1e-6)
     assert float(_gradient(white, real, real)[0]) < 1e-12

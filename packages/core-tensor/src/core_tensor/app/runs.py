@@ -1,4 +1,4 @@
-"""Folders of runs: one run per folder, which records its inputs, resumes after a kill, and is overwritten only if asked.
+"""Folders of runs: one run per folder, which records its inputs, resumes after a kill, and is never silently overwritten.
 
     with RunFolder.claim(out, "frechet-gan train", inputs, overwrite=overwrite) as run:
         if run.result is None:
