@@ -80,7 +80,7 @@ def test_compare_resumes(folder, tmp_path):
     [
         (("quantize", "nowhere", "out"), "expected a folder, a .gguf file or a hub id (owner/name), got nowhere"),
         (("quantize", "nowhere", "out", "--format", "zip"), "Invalid value for '--format': 'zip' is not one of"),
-        (("quantize", "nowhere", "out", "--bits", "9"), "9 is not in the range"),
+        (("quantize", "nowhere", "out", "--bits", "9"), "9.0 is not in the range"),
         (("inspect", "."), "RUN: expected the OUT of `quantease quantize`, found no report.json in ."),
         (("export", ".", "out", "--model", "nowhere"), "found no run.json in ."),
         (("eval", "nowhere"), "expected a folder, a .gguf file or a hub id (owner/name), got nowhere"),
@@ -223,8 +223,10 @@ def test_two_runs_in_one_folder_end_in_one_line(folder, tmp_path):
 
 
 def test_divergence_of_a_saved_model(folder, tmp_path):
-    quick = ("--text", folder / "text.txt", "--windows", 2, "--length", 16, "--algorithm", "rtn", "--bits", 3)
-    run("quantize", folder, tmp_path / "out", *quick, "--evaluation", 0)
+    quick = ("--text", folder / "text.txt", "--windows", 2, "--length", 16, "--algorithm", "rtn", "--bits", 2.5)
+    report = json.loads(run("quantize", folder, tmp_path / "out", *quick, "--evaluation", 0, "--json").stdout)
+    assert 2.4 < report["bits_per_weight"] - 19 / 40 < 2.7  # scales and zero points of rows of 32 and 48 weights aside
+    assert report["export"]["format"] == "native"
     common = ("--text", folder / "text.txt", "--length", 32, "--tokens", 320, "--against", folder, "--json")
     same, other = (json.loads(run("eval", place, *common).stdout) for place in (folder, tmp_path / "out"))
     assert same["kl"] == pytest.approx(0, abs=1e-9)

@@ -20,7 +20,7 @@ def descend(
     With the gradient $g = \Sigma (w - \hat w)$ of a row, feature j's best code is
     $c_j = \operatorname{clamp}(\operatorname{round}((\hat w_j + g_j / \Sigma_{jj}) / s) + z)$. Few codes move, so a
     sweep costs a scan and one row of $\Sigma$ per move. The work is done in float32; then the gradient is formed anew
-    in float64 and the sweeps go on in float64, where almost nothing is left to move.
+    in float64 and the sweeps continue in float64, where almost nothing is left to move.
 
     Args:
         problem: Weights and Gram matrix.
@@ -41,7 +41,7 @@ def descend(
 def _descend_exactly(
     problem: Problem, before: Candidate, codes: Tensor, frozen: Tensor | None, max_sweeps: int
 ) -> Candidate:
-    # One float64 product gives the objective of what float32 found, the gradient to go on from and, updated by the
+    # One float64 product gives the objective of what float32 found, the gradient to continue from and, updated by the
     # sweeps, the objective at their end.
     W, grid, sparse = problem.weight.double(), before.grid, before.sparse
 

@@ -8,6 +8,7 @@ from core_tensor.app.cli import device_option, emit, json_option, overwrite_opti
 
 from quantease.cli.options import (
     MODEL_HELP,
+    average_bits,
     layer_config,
     layer_options,
     open_model,
@@ -101,6 +102,7 @@ def compare(
 
     from quantease.evaluation.compare import compare_methods, default_methods
     from quantease.evaluation.text import windows
+    from quantease.model.plan import ModelConfig
 
     check(out / "layer_errors.png", "quantease[plot]")
     lm = open_model(model, options)
@@ -111,7 +113,15 @@ def compare(
     methods = default_methods(layer_config(lm, options, "quantease"))
     with stages() as stage:
         compared = compare_methods(
-            lm, calibration, other, out, methods, blocks=blocks, overwrite=overwrite, stage=stage
+            lm,
+            calibration,
+            other,
+            out,
+            methods,
+            ModelConfig(average_bits=average_bits(options)),
+            blocks=blocks,
+            overwrite=overwrite,
+            stage=stage,
         )
     compared.draw(out / "layer_errors.png", f"{lm.name}, {options['bits']} bits")
     emit(

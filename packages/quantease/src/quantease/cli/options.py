@@ -1,5 +1,6 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and what they mean."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ format_option = click.option(
     "format_",
     type=click.Choice(FORMATS),
     help="Format of the model in OUT: compressed-tensors and gptq(_v2) are for transformers, vLLM and SGLang, dense "
-    "loads anywhere, native holds outliers.  [default: compressed-tensors; native with outliers]",
+    "loads anywhere, native holds outliers and mixed bits.  [default: compressed-tensors, or native where it must be]",
 )
 trust_option = click.option(
     "--trust-remote-code",
@@ -44,7 +45,12 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
 
 
 layer_options = _all(
-    click.option("--bits", type=click.IntRange(1, 8), default=3, help="Bits per weight."),
+    click.option(
+        "--bits",
+        type=click.FloatRange(1, 8),
+        default=3,
+        help="Bits per weight; with a fraction, such as 2.5, layers get more or fewer by measured error.",
+    ),
     click.option("--group-size", type=int, default=-1, help="Inputs that share a scale; -1 is all of a row."),
     click.option("--symmetric", is_flag=True, help="Zero points fixed in the middle of the codes."),
     click.option("--outliers", type=float, default=0.0, help="Fraction of the weights kept at full precision."),
@@ -155,6 +161,7 @@ def layer_config(lm: Any, options: dict[str, Any], algorithm: str) -> "LayerConf
 
     names = ("bits", "group_size", "symmetric", "outliers", "structure", "thorough", "grid", "damping")
     chosen = {name: options[name] for name in names if name in options}
+    chosen["bits"] = math.ceil(options["bits"])
     shrinkage = options.get("shrinkage", "auto")
     if shrinkage not in {"auto", "heldout", "none"}:
         try:
@@ -165,6 +172,11 @@ def layer_config(lm: Any, options: dict[str, Any], algorithm: str) -> "LayerConf
             ) from error
     storage = "bfloat16" if lm.dtype == torch.bfloat16 else "float16"
     return LayerConfig(algorithm=algorithm, scale_dtype=storage, shrinkage=shrinkage, **chosen)  # type: ignore[arg-type]
+
+
+def average_bits(options: dict[str, Any]) -> float | None:
+    """The average of mixed bits that a command asks for; None where all layers get the same whole number."""
+    return None if float(options["bits"]).is_integer() else float(options["bits"])
 
 
 def run_folder(run: Path, file: str) -> Path:

@@ -11,6 +11,7 @@ from quantease.choices import ALGORITHMS, DEFAULT_SKIP
 from quantease.cli.options import (
     MODEL_HELP,
     Stage,
+    average_bits,
     format_option,
     layer_config,
     layer_options,
@@ -87,7 +88,8 @@ def quantize(
     from quantease.model.plan import ModelConfig, check_coverage, model_matrices
     from quantease.model.quantize_model import quantize_model
 
-    format_ = format_ or ("native" if options["outliers"] else "compressed-tensors")
+    mixed = average_bits(options) is not None and not options["symmetric"]
+    format_ = format_ or ("native" if options["outliers"] or mixed else "compressed-tensors")
     with join(options["device"]) as ranks, stages(ranks.first) as stage:
         # 1. what would fail at the end fails now
         check_destination(out)
@@ -95,6 +97,7 @@ def quantize(
         check_destination(out, lm.source)
         config = ModelConfig(
             layer_config(lm, options, options["algorithm"]),
+            average_bits=average_bits(options),
             order=options["order"],
             target=options["target"],
             tune=options["tune"],
@@ -182,6 +185,8 @@ def export_command(
     check_destination(out)
     options = {"dtype": run_dtype(folder), "trust_remote_code": trust_remote_code}
     quantized = open_quantized(open_model(model, options), folder)
-    format_ = format_ or ("native" if quantized.config.layer.outliers else "compressed-tensors")
+    layer = quantized.config.layer
+    mixed = quantized.config.average_bits is not None and not layer.symmetric
+    format_ = format_ or ("native" if layer.outliers or mixed else "compressed-tensors")
     report = export_model(quantized, out, format_).to_dict()
     emit(report, as_json, lambda: table([{"": key, "value": show(value)} for key, value in report.items()]))

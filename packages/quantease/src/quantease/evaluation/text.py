@@ -176,7 +176,7 @@ def _row_text(where: str, row: Mapping[str, Any], column: str, tokenizer: Any) -
 
 
 def first_token(tokenizer: Any, bos: str = "auto") -> int | None:
-    """The beginning-of-text token that stands before every window.
+    """The beginning-of-text token that precedes every window.
 
     Args:
         tokenizer: A transformers tokenizer.

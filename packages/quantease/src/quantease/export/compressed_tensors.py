@@ -25,11 +25,18 @@ def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
         matrices: The quantized matrices of every block.
 
     Raises:
-        ValueError: If there are outliers, matrices that are no `nn.Linear`, or groups of unequal size.
+        ValueError: If there are outliers, matrices that are no `nn.Linear`, groups of unequal size, or mixed bits that
+            transformers would not read.
     """
     layer = config.layer
     if layer.outliers:
         raise ValueError("format: compressed-tensors has no outliers; use native or dense")
+    if config.average_bits is not None and not (layer.symmetric and _all_plain(lm, matrices)):
+        # where transformers dequantizes while loading, it takes all layers for those of the first group
+        raise ValueError(
+            "format: transformers reads compressed-tensors with different bits per layer only for symmetric grids of "
+            "plain nn.Linear layers; use native, dense, or symmetric grids"
+        )
     for index, block_matrices in enumerate(matrices):
         for matrix in block_matrices:
             if matrix.expert is not None or matrix.transposed:
@@ -54,7 +61,6 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
     layer = quantized.config.layer
     grouped = layer.group_size > 0
     weights = {
-        "num_bits": layer.bits,
         "type": "int",
         "symmetric": layer.symmetric,
         "strategy": "group" if grouped else "channel",
@@ -66,19 +72,35 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {
+            f"group_{number}": {"targets": targets, "weights": {"num_bits": bits} | weights}
+            for number, (bits, targets) in enumerate(_targets(quantized).items())
+        },
         "ignore": _left_alone(quantized),
     }
-    if not layer.symmetric or not _all_plain(quantized):
+    if not layer.symmetric or not _all_plain(quantized.lm, quantized.matrices):
         # transformers would build a skeleton of packed modules, which fails for packed zero points (another shape) and
         # for subclasses of nn.Linear whose initialisation looks for `weight`; so it dequantizes while loading.
         values["dequantize"] = True
     return values
 
 
-def _all_plain(quantized: QuantizedCausalLM) -> bool:
-    blocks = enumerate(quantized.matrices)
-    return all(type(quantized.lm.block(i).get_submodule(m.name)) is nn.Linear for i, ms in blocks for m in ms)
+def _targets(quantized: QuantizedCausalLM) -> dict[int, list[str]]:
+    """Modules by their bits: one class where all have the same, else names."""
+    if quantized.config.average_bits is None:
+        return {quantized.config.layer.bits: ["Linear"]}
+    names: dict[int, list[str]] = {}
+    for index, matrix, layer in quantized.layers():
+        names.setdefault(layer.bits, []).append(f"{quantized.lm.blocks[index]}.{matrix.name}")
+    return dict(sorted(names.items()))
+
+
+def _all_plain(lm: CausalLM, matrices: Blocks) -> bool:
+    return all(
+        m.expert is None and type(lm.block(i).get_submodule(m.name)) is nn.Linear
+        for i, ms in enumerate(matrices)
+        for m in ms
+    )
 
 
 def _left_alone(quantized: QuantizedCausalLM) -> list[str]:

@@ -34,9 +34,11 @@ def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
         matrices: The quantized matrices of every block.
 
     Raises:
-        ValueError: If bits, outliers, a layer's shape, or its group size do not fit.
+        ValueError: If bits (also mixed ones), outliers, a layer's shape, or its group size do not fit.
     """
     layer = config.layer
+    if config.average_bits is not None:
+        raise ValueError("format: transformers reads gptq with one number of bits only; use compressed-tensors")
     if layer.bits not in BITS:
         raise ValueError(f"format: gptq has {', '.join(map(str, BITS))} bits, not {layer.bits}; use compressed-tensors")
     if layer.outliers:

@@ -24,15 +24,26 @@ class QuantEaseConfig(QuantizationConfigMixin):
         bits: Bits per code.
         group_size: Consecutive inputs that share a scale; -1 for one scale per row.
         layers: Number of outliers of every quantized layer, by its name in the model.
+        layer_bits: Bits of the layers that have others.
         kwargs: What transformers adds.
     """
 
-    def __init__(self, bits: int = 3, group_size: int = -1, layers: dict[str, int] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        bits: int = 3,
+        group_size: int = -1,
+        layers: dict[str, int] | None = None,
+        layer_bits: dict[str, int] | None = None,
+        **kwargs: Any,
+    ):
         del kwargs
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers types its own methods only
         if not isinstance(layers, dict | None) or any(not isinstance(n, int) for n in (layers or {}).values()):
             raise ValueError("quantization_config: expected `layers` with the number of outliers of every layer")
+        if not isinstance(layer_bits, dict | None) or any(not isinstance(n, int) for n in (layer_bits or {}).values()):
+            raise ValueError("quantization_config: expected `layer_bits` with the bits of layers")
         self.bits, self.group_size, self.layers = bits, group_size, dict(layers or {})
+        self.layer_bits = dict(layer_bits or {})
 
 
 @register_quantizer(METHOD)
@@ -54,7 +65,7 @@ class QuantEaseHfQuantizer(HfQuantizer):
                 new = QuantizedLinear(
                     features,
                     out,
-                    config.bits,
+                    config.layer_bits.get(name, config.bits),
                     group_size=config.group_size,
                     outliers=outliers,
                     bias=old.bias is not None,

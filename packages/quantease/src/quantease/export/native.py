@@ -45,12 +45,15 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
     Returns:
         Its values.
     """
-    counts = {
-        f"{quantized.lm.blocks[index]}.{matrix.name}": 0 if layer.outliers is None else len(layer.outliers.values)
-        for index, matrix, layer in quantized.layers()
-    }
-    layer = quantized.config.layer
-    return {"quant_method": "quantease", "bits": layer.bits, "group_size": layer.group_size, "layers": counts}
+    counts: dict[str, int] = {}
+    bits: dict[str, int] = {}
+    for index, matrix, layer in quantized.layers():
+        name = f"{quantized.lm.blocks[index]}.{matrix.name}"
+        counts[name] = 0 if layer.outliers is None else len(layer.outliers.values)
+        bits[name] = layer.bits
+    shared = quantized.config.layer
+    values = {"quant_method": "quantease", "bits": shared.bits, "group_size": shared.group_size, "layers": counts}
+    return values if quantized.config.average_bits is None else values | {"layer_bits": bits}
 
 
 def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:

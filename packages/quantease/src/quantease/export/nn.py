@@ -118,7 +118,7 @@ class QuantizedLinear(nn.Module):
             name: Name of the layer, for the message.
 
         Raises:
-            ValueError: If scales are not finite, or an outlier lies outside the matrix.
+            ValueError: If scales are not finite, or an outlier is outside the matrix.
             TypeError: If a dtype does not fit.
         """
         if self.words.is_meta:

@@ -65,7 +65,7 @@ def pretrained(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _brings_code(folder: Path) -> bool:
-    """Whether Python code lies beside a model that we saved: that of a model opened with `trust_remote_code`."""
+    """Whether Python code was saved beside a model: that of a model opened with `trust_remote_code`."""
     return any(folder.glob("*.py"))
 
 
@@ -283,7 +283,7 @@ def _write_config(path: Path, quantized: QuantizedCausalLM, chosen: Format) -> N
 
 
 def _write_company(folder: Path, lm: CausalLM) -> None:
-    """What lies beside the weights: tokenizer, chat template, processors, generation settings, code."""
+    """The files beside the weights: tokenizer, chat template, processors, generation settings, code."""
     if lm.source is not None and lm.source.is_dir():
         for pattern in ACCOMPANYING:
             for file in lm.source.glob(pattern):

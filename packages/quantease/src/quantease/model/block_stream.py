@@ -96,7 +96,7 @@ class BlockStream:
         """Output of a block for given hidden states, with gradients where they are enabled.
 
         Args:
-            block: The block, or a function that stands for it.
+            block: The block, or a function equivalent to it.
             hidden: Its input, shape (1, length, d), on the model's device.
             index: Number of the block, whose masks, position embeddings and the like it gets.
             window: Number of the window.
@@ -110,7 +110,7 @@ class BlockStream:
         return states
 
     def fork(self) -> "BlockStream":
-        """A second stream that goes on from here on its own.
+        """A second stream that continues from here independently.
 
         Returns:
             A stream that shares the windows and the blocks' arguments with this one.

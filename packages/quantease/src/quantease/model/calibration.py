@@ -33,7 +33,7 @@ class BlockShape:
 
     @property
     def leaders(self) -> dict[str, str]:
-        """For every matrix the one whose input stands for its own."""
+        """For every matrix the one that has the same input."""
         return {name: leader for group in self.groups for name, leader in group.leader.items()}
 
 

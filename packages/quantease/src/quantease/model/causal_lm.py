@@ -104,7 +104,7 @@ def open_causal_lm(
 
     Args:
         model: A `PreTrainedModel`, a folder, a `.gguf` file or a hub id.
-        tokenizer: Replaces the one that lies beside the model.
+        tokenizer: Replaces the one saved beside the model.
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         device: Where blocks are run.
         trust_remote_code: Run Python code that comes with the model, which a model outside of transformers needs.
@@ -386,6 +386,6 @@ def find_blocks(skeleton: Any) -> tuple[str, ...]:
             if first != index:
                 raise ValueError(
                     f"model: blocks {first} and {index} of {type(skeleton).__name__} share {key}, and a shared layer "
-                    "has no inputs of its own to be quantized for; such models are not supported"
+                    "has no inputs to be quantized for; such models are not supported"
                 )
     return tuple(f"{name}.{i}" for i in range(len(blocks)))

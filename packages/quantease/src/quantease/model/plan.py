@@ -1,8 +1,8 @@
 """What a run will do and what its result depends on, settled before any layer is touched."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,12 @@ from quantease.choices import DEFAULT_SKIP
 from quantease.model.budget import outlier_fractions
 from quantease.model.causal_lm import CausalLM
 from quantease.model.matrices import Matrix, find_matrices
+from quantease.model.mixed_bits import bits_by_layer
 from quantease.problem.config import LayerConfig
 from quantease.problem.gram import Shrinkage
+
+BITS_WINDOWS = 8
+"""Windows on which errors are measured that share bits; the first rank does it."""
 
 Blocks = tuple[tuple[Matrix, ...], ...]
 """The quantized matrices of every block."""
@@ -29,6 +33,8 @@ class ModelConfig:
 
     Attributes:
         layer: How each of its layers is.
+        average_bits: Bits per weight over all matrices, which get more or fewer each by measured error
+            (`model.mixed_bits`) instead of `layer.bits`; None gives all of them `layer.bits`.
         order: `layer`: inputs of later matrices of a block come from the earlier ones of it already quantized (as in
             the paper); `block`: one pass per block, faster, with only earlier blocks quantized.
         target: What a layer's outputs are to match: those of the `full-precision` model (its weights are moved there
@@ -36,7 +42,7 @@ class ModelConfig:
             inputs it sees (as in the paper); `auto` is the former for `quantease` and `gptq-descent`.
         tune: What is tuned once codes are fixed (`model.tune`): nothing (`none`), every block (`block`), or every block
             and then all of them together on the whole model's predictions (`model`, which holds all blocks in memory);
-            `auto` is `block` at 1 and 2 bits where layers aim at full precision, else `none`.
+            `auto` is `block` at 2 bits and less (an average below 3) where layers aim at full precision, else `none`.
         tune_steps: Steps of each tuning, one window a step.
         skip: Regular expressions over matrix names within a block; what one finds stays as it is.
         folds: Token folds of the Gram matrices; held-out choices need 2 or more.
@@ -50,6 +56,7 @@ class ModelConfig:
     """
 
     layer: LayerConfig = field(default_factory=LayerConfig)
+    average_bits: float | None = None
     order: Literal["layer", "block"] = "layer"
     target: Literal["auto", "full-precision", "own"] = "auto"
     tune: Literal["auto", "none", "block", "model"] = "auto"
@@ -63,6 +70,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))  # lists, as JSON has them, compare and hash like tuples
+        if self.average_bits is not None:
+            check_number("average_bits", self.average_bits, low=2.0 if self.layer.symmetric else 1.0, high=8.0)
         check_choice("order", self.order, ("layer", "block"))
         check_choice("target", self.target, ("auto", "full-precision", "own"))
         check_choice("tune", self.tune, ("auto", "none", "block", "model"))
@@ -94,7 +103,8 @@ class ModelConfig:
             True or false.
         """
         if self.tune == "auto":
-            return what == "block" and self.layer.bits <= 2 and self.aims_at_full_precision
+            few = self.layer.bits <= 2 if self.average_bits is None else self.average_bits < 3
+            return what == "block" and few and self.aims_at_full_precision
         return self.tune == "model" or self.tune == what
 
     @property
@@ -174,6 +184,7 @@ def make_plan(lm: CausalLM, tokens: Tensor, config: ModelConfig, blocks: int | N
         )
     if ranks.size > tokens.shape[0]:
         raise ValueError(f"tokens: expected at least one window for each of {ranks.size} ranks, got {tokens.shape[0]}")
+    _check_mixed_bits(lm, config)
     count = len(lm.blocks) if blocks is None else blocks
     check_number("blocks", count, low=1, high=len(lm.blocks), integer=True)
     windows, length = tokens.shape
@@ -186,6 +197,13 @@ def make_plan(lm: CausalLM, tokens: Tensor, config: ModelConfig, blocks: int | N
         "config": asdict(config),
     }
     return Plan(config, model_matrices(lm, config, count), tokens, segment, inputs)
+
+
+def _check_mixed_bits(lm: CausalLM, config: ModelConfig) -> None:
+    """Mixed bits need the outputs of modules, which experts that are fused in one parameter do not have."""
+    fused = next((m.name for ms in model_matrices(lm, config) for m in ms if m.expert is not None), None)
+    if config.average_bits is not None and fused is not None:
+        raise ValueError(f"average_bits: expected a model of linear modules, but {fused} is a part of a parameter")
 
 
 def model_identity(lm: CausalLM) -> dict[str, Any]:
@@ -298,8 +316,38 @@ def own_windows(plan: Plan, ranks: Ranks) -> tuple[Tensor, int]:
     return shares[ranks.rank], sum(share.numel() for share in shares[: ranks.rank])
 
 
-def outlier_budget(lm: CausalLM, plan: Plan, folder: Path, ranks: Ranks) -> dict[str, float]:
-    """Fractions of outliers by layer where the budget is one of the model; kept in a file for a run that continues.
+@dataclass(frozen=True)
+class Budgets:
+    """What differs between the layers of a run.
+
+    Attributes:
+        outliers: Fraction of outliers by `<block>.<matrix>`; empty where every layer has the same.
+        bits: Bits by `<block>.<matrix>`; empty likewise.
+    """
+
+    outliers: Mapping[str, float]
+    bits: Mapping[str, int]
+
+    def of(self, index: int, name: str, layer: LayerConfig) -> LayerConfig:
+        """Options of one layer.
+
+        Args:
+            index: Number of its block.
+            name: The matrix.
+            layer: Options of all layers.
+
+        Returns:
+            Its own.
+        """
+        key = f"{index}.{name}"
+        outliers = self.outliers.get(key, layer.outliers) if layer.outliers else 0.0
+        return replace(layer, outliers=outliers, bits=self.bits.get(key, layer.bits))
+
+
+def make_budgets(lm: CausalLM, plan: Plan, folder: Path, ranks: Ranks) -> Budgets:
+    """Share outliers and bits among the layers, where a run has one budget of them for all.
+
+    What was shared is kept in files for a run that continues.
 
     Args:
         lm: The model.
@@ -308,17 +356,38 @@ def outlier_budget(lm: CausalLM, plan: Plan, folder: Path, ranks: Ranks) -> dict
         ranks: The processes that share the run.
 
     Returns:
-        Fraction by `<block>.<matrix>`; empty where every layer has the same.
+        The budgets.
     """
     config = plan.config
-    if not config.layer.outliers or config.outlier_budget == "layer":
-        return {}
-    path = folder / "outliers.json"
-    if not path.exists():
-        fractions = outlier_fractions(lm, own_windows(plan, ranks)[0], plan.matrices, config.layer)
+    outliers: Mapping[str, float] = {}
+    bits: Mapping[str, int] = {}
+    if config.layer.outliers and config.outlier_budget == "model":
+        outliers = _kept(
+            folder / "outliers.json",
+            lambda: outlier_fractions(lm, own_windows(plan, ranks)[0], plan.matrices, config.layer),
+            ranks,
+            float,
+        )
+    if config.average_bits is not None:
+        average, tokens = config.average_bits, plan.tokens[:BITS_WINDOWS]
+
+        def share() -> Mapping[tuple[int, str], int]:
+            return bits_by_layer(lm, tokens, plan.matrices, config.layer, average) if ranks.first else {}
+
+        bits = _kept(folder / "bits.json", share, ranks, int)
+    return Budgets(outliers, bits)
+
+
+def _kept(
+    path: Path, make: Callable[[], Mapping[tuple[int, str], Any]], ranks: Ranks, kind: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Numbers by layer out of a file, which is made where it is not there yet."""
+    there = ranks.share(path.exists())
+    if not there:
+        found = make()
         if ranks.first:
-            write_json(path, {f"{index}.{name}": value for (index, name), value in fractions.items()})
+            write_json(path, {f"{index}.{name}": value for (index, name), value in found.items()})
         ranks.barrier()
-    found = read_json(path)
-    with reading(path, "fractions of outliers by layer"):
-        return {str(name): float(value) for name, value in found.items()}
+    values = read_json(path)
+    with reading(path, "numbers by layer"):
+        return {str(name): kind(value) for name, value in values.items()}

@@ -1,7 +1,7 @@
 """`quantize_model`: every weight matrix of a causal language model, block by block, resumable."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from quantease.model.layer_store import LayerStore
 from quantease.model.matrices import Group, Matrix
 from quantease.model.plan import (
     Blocks,
+    Budgets,
     ModelConfig,
     Plan,
+    make_budgets,
     make_plan,
     model_identity,
     model_matrices,
-    outlier_budget,
     own_windows,
 )
 from quantease.model.tune import BlockParameters, Windows, put_norms, tune_block, tune_model
@@ -117,14 +118,14 @@ def quantize_model(
 
     Raises:
         ValueError: If the tokens do not fit the model, `folder` holds a run with other options, tokens or weights, or
-            another process is at work there.
+            another process is using it.
     """
     ranks = current()
     plan = make_plan(lm, tokens, config or ModelConfig(), blocks, ranks)
     with RunFolder.claim(folder, COMMAND, plan.inputs, overwrite=overwrite, ranks=ranks) as run:
         store = LayerStore(run.path / "layers")
         if run.result is None:
-            _execute(lm, plan, store, outlier_budget(lm, plan, run.path, ranks), ranks, progress or _silent)
+            _execute(lm, plan, store, make_budgets(lm, plan, run.path, ranks), ranks, progress or _silent)
             run.finish({"layers": plan.total})
         elif progress is not None:
             progress(plan.total, plan.total, "")
@@ -195,9 +196,7 @@ def _silent(done: int, total: int, name: str) -> None:
     del done, total, name
 
 
-def _execute(
-    lm: CausalLM, plan: Plan, store: LayerStore, outliers: Mapping[str, float], ranks: Ranks, progress: Progress
-) -> None:
+def _execute(lm: CausalLM, plan: Plan, store: LayerStore, budgets: Budgets, ranks: Ranks, progress: Progress) -> None:
     """Quantize all blocks in order; two streams of the same windows run beside each other, one at full precision."""
     tokens, first = own_windows(plan, ranks)
     stream = BlockStream(lm, tokens)
@@ -208,7 +207,7 @@ def _execute(
     for index, matrices in enumerate(plan.matrices):
         with lm.loaded(index) as block:
             job = _BlockJob(
-                plan, store, outliers, ranks, progress, stream, exact, windows, first, index, block, matrices, done
+                plan, store, budgets, ranks, progress, stream, exact, windows, first, index, block, matrices, done
             )
             with named(f"block {index}"), _with_remedy(lm.dtype):
                 job.run()
@@ -260,7 +259,7 @@ class _BlockJob:
     Attributes:
         plan: The run.
         store: Where quantized layers go.
-        outliers: Fraction of outliers by layer, where the layers differ.
+        budgets: What differs between the layers.
         ranks: The processes that share the run.
         progress: Told before each matrix.
         stream: Hidden states behind quantized blocks.
@@ -275,7 +274,7 @@ class _BlockJob:
 
     plan: Plan
     store: LayerStore
-    outliers: Mapping[str, float]
+    budgets: Budgets
     ranks: Ranks
     progress: Progress
     stream: BlockStream
@@ -374,9 +373,9 @@ class _BlockJob:
         share = [name for name in readers if name in missing][self.ranks.rank :: self.ranks.size]
         for name in share:
             self.progress(self.done + readers.index(name), self.plan.total, f"{self.index}.{name}")
-            outliers = self.outliers.get(f"{self.index}.{name}", config.outliers) if config.outliers else 0.0
+            own = self.budgets.of(self.index, name, config)
             with named(name):
-                layer = quantize_layer(targets.weights[name], gram, replace(config, outliers=outliers), choice=choice)
+                layer = quantize_layer(targets.weights[name], gram, own, choice=choice)
             report = replace(layer.report, target_factor=factor, seconds=layer.report.seconds + shared)
             layer = replace(layer, report=report)
             self.store.save(self.index, name, layer, self.by_name[name].weight(self.block))
@@ -393,7 +392,8 @@ class _BlockJob:
         return shifted_targets(weights, gram.folds, pulls)
 
     def _choice(self, readers: Sequence[str], gram: GramFolds, targets: Targets) -> tuple[LayerConfig, HeldOut]:
-        config = self.plan.config.layer
+        layer = self.plan.config.layer
+        config = replace(layer, bits=self.budgets.of(self.index, readers[0], layer).bits)  # the same for all readers
         if gram.tokens < self.plan.config.min_tokens:
             config = replace(config, algorithm="rtn", outliers=0.0, shrinkage="none")
         weights = [targets.weights[name] for name in readers]

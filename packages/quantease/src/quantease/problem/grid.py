@@ -1,6 +1,6 @@
-r"""Quantization grids: which real numbers a row's codes stand for.
+r"""Quantization grids: which real numbers a row's codes represent.
 
-Code $c \in \{0, \dots, 2^b - 1\}$ of row $i$ and feature $j$ stands for $s_{ig}(c - z_{ig})$ with $g$ the group of $j$.
+Code $c \in \{0, \dots, 2^b - 1\}$ of row $i$ and feature $j$ represents $s_{ig}(c - z_{ig})$ with $g$ the group of $j$.
 """
 
 from dataclasses import dataclass, replace

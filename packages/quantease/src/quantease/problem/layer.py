@@ -185,7 +185,7 @@ class QuantizedLayer:
         return Grid(self.scales.float(), self.zeros.float(), self.group, 2**self.bits - 1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        r"""The weights that the codes, scales and outliers stand for.
+        r"""The weights that the codes, scales and outliers encode.
 
         Args:
             dtype: Of the result.
