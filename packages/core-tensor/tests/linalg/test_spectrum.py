@@ -135,6 +135,8 @@ def _nan(_):
         (lambda w: hessian_operator(lambda: w.detach().sum(), [w]), ValueError, "closure: .*constant"),
         (lambda _: lanczos(_operator(torch.eye(3)), 4), ValueError, "k: "),
         (lambda _: lanczos(_operator(torch.eye(3)), 2, max_steps=1), ValueError, "max_steps: "),
+        (lambda _: lanczos(_operator(torch.eye(3)), max_vectors=2), ValueError, "max_vectors: "),
+        (lambda _: lanczos(_operator(torch.eye(3)), basis_dtype=torch.int8), TypeError, "basis_dtype: "),
         (lambda _: lanczos(_operator(torch.eye(3)), start=torch.zeros(3)), ValueError, "start: "),
         (lambda _: lanczos(_operator(torch.eye(3)), start=torch.ones(4)), ValueError, "start: "),
         (lambda _: lanczos(SymmetricOperator(_nan, 3)), ValueError, "operator: .*finite"),
@@ -145,3 +147,65 @@ def _nan(_):
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.ones(3, requires_grad=True))
+
+
+def _decaying(size=3000):
+    values = torch.cat([10 / torch.arange(1, 41).double(), torch.linspace(0, 0.05, size - 40).double()])
+    reflector = torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    reflector /= reflector.norm()
+
+    def reflect(v):
+        return v - 2 * torch.dot(reflector, v) * reflector  # dense eigenvectors at the price of two dot products
+
+    return SymmetricOperator(lambda v: reflect(values * reflect(v)), size, torch.float64), values
+
+
+@pytest.mark.parametrize(("k", "max_vectors"), [(1, 3), (1, 6), (4, 6), (4, 8), (10, 20)])
+def test_thick_restart_finds_the_same_pairs_in_less_memory(k, max_vectors):
+    operator, values = _decaying()
+    options = {"tolerance": 1e-6, "max_steps": 600}
+    whole = lanczos(operator, k, **options, generator=torch.Generator().manual_seed(1))
+    found = lanczos(operator, k, **options, max_vectors=max_vectors, generator=torch.Generator().manual_seed(1))
+    assert found.converged
+    assert whole.products > max_vectors  # so that there was a restart
+    assert found.products <= 5 * whole.products
+    assert_close("values", values[:k], found.values, 1e-11)
+    images = torch.stack([operator(v) for v in found.vectors.T], 1)
+    assert torch.allclose((images - found.vectors * found.values).norm(dim=0), found.residuals, rtol=1e-3, atol=1e-10)
+    assert_close("orthonormal", torch.eye(k, dtype=torch.float64), found.vectors.T @ found.vectors, 1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 30), st.integers(1, 4), st.integers(0, 3), st.integers(0, 99))
+def test_restarts_at_any_size_meet_the_promised_residual(size, k, more, seed):
+    k = min(k, size)
+    matrix = _symmetric(size, seed)
+    found = lanczos(_operator(matrix), k, tolerance=1e-6, max_steps=5000, max_vectors=k + 2 + more)
+    assert found.converged
+    assert_close("eigenvalues", torch.linalg.eigvalsh(matrix).flip(0)[:k], found.values, 1e-5)
+
+
+def test_restarts_at_invariant_subspaces():
+    matrix = _symmetric(20, 1, torch.tensor([3.0, 2.0] + [0.0] * 18, dtype=torch.float64))
+    low_rank = lanczos(_operator(matrix), 4, tolerance=1e-6, max_vectors=6)
+    assert torch.allclose(low_rank.values, torch.tensor([3.0, 2, 0, 0], dtype=torch.float64), atol=1e-10)
+    identity = lanczos(_operator(torch.eye(30, dtype=torch.float64)), 3, max_vectors=5)
+    assert identity.converged
+    assert torch.allclose(identity.values, torch.ones(3, dtype=torch.float64), rtol=1e-14)
+
+
+@pytest.mark.parametrize("max_vectors", [None, 10])
+def test_a_basis_in_bfloat16_says_what_its_rounding_costs(max_vectors):
+    exact, values = _decaying()
+    operator = SymmetricOperator(lambda v: exact(v.double()).float(), exact.size)
+    options = {"tolerance": 1e-2, "max_vectors": max_vectors, "generator": torch.Generator().manual_seed(1)}
+    found = lanczos(operator, 4, **options, basis_dtype=torch.bfloat16)
+    assert found.converged
+    assert found.vectors.dtype == torch.float32
+    assert bool(((found.values - values[:4]).abs() <= found.residuals).all())
+    images = torch.stack([operator(v) for v in found.vectors.T], 1)
+    residuals = (images - found.vectors * found.values.float()).norm(dim=0)
+    assert torch.allclose(residuals.double(), found.residuals, rtol=0.5)
+    assert bool((residuals <= 1e-2 * values[:4]).all())
+    rough = lanczos(operator, 4, **{**options, "tolerance": 1e-4}, basis_dtype=torch.bfloat16)
+    assert not rough.converged  # out of reach of the storage, and said so

@@ -4,7 +4,7 @@ Symbols: A a symmetric operator of size d, theta a Ritz value with unit Ritz vec
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +57,7 @@ class Eigenpairs:
     """The algebraically largest eigenvalues found, with what is known about their quality.
 
     Attributes:
-        values: Ritz values, largest first, float64 on the CPU, shape (k,). Each lies within its residual of an
+        values: Ritz values, largest first, float64 on the CPU, shape (k,). Each is within its residual of an
             eigenvalue; that it is the largest one rests on the start vector not being orthogonal to it.
         vectors: Unit Ritz vectors in the columns, shape (d, k).
         residuals: ||A v - theta v||, float64 on the CPU, shape (k,).
@@ -180,21 +180,29 @@ def lanczos(
     *,
     tolerance: float = 1e-3,
     max_steps: int = 100,
+    max_vectors: int | None = None,
+    basis_dtype: torch.dtype | None = None,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     r"""The k algebraically largest eigenvalues by Lanczos with full reorthogonalisation and a residual stop.
 
     Stops as soon as all k Ritz pairs satisfy `||A v - theta v|| <= tolerance |theta|` (with ARPACK's floor for tiny
-    |theta|). At an invariant subspace it goes on from a fresh random direction until one more such direction changes
+    |theta|). At an invariant subspace it continues from a fresh random direction until one more such direction changes
     nothing, so the identity and k above the rank come out right; a repeated eigenvalue that passes the tolerance
     before that counts once. For the smallest eigenvalues pass the negated operator.
+
+    Once `max_vectors` are held, the upper Ritz vectors replace the basis and the recurrence continues from
+    them (thick restart): more products in less memory. A `basis_dtype` below the operator's halves the memory again;
+    its rounding enters the residuals, which it keeps above a few tenths of a percent for bfloat16.
 
     Args:
         operator: The operator A.
         k: How many eigenvalues, 1 to d.
         tolerance: Relative residual to stop at.
-        max_steps: Most products to spend; holds as many vectors of size d.
+        max_steps: Most products to spend.
+        max_vectors: Most vectors of size d held as a basis, at least k + 2; `max_steps` if absent, that is no restart.
+        basis_dtype: Floating dtype that the basis is stored in; the operator's if absent.
         start: Start vector, such as an earlier eigenvector, shape (d,). It must have a component along what is sought.
         generator: Source of the random start and of fresh directions.
 
@@ -206,48 +214,61 @@ def lanczos(
         TypeError: If an argument has the wrong type.
 
     Source:
-        Golub & Van Loan, Matrix Computations, sec. 10.1-10.3; stopping rule of ARPACK's dsconv.
+        Golub & Van Loan, Matrix Computations, sec. 10.1-10.3; stopping rule of ARPACK's dsconv; restart of Wu & Simon,
+        SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     check_number("k", k, low=1, high=operator.size, integer=True)
     check_number("tolerance", tolerance, low=0)
     check_number("max_steps", max_steps, low=k, integer=True)
+    if max_vectors is not None:
+        check_number("max_vectors", max_vectors, low=k + 2, integer=True)
+    if basis_dtype is not None and not basis_dtype.is_floating_point:
+        raise TypeError(f"basis_dtype: expected a floating dtype, got {basis_dtype}")
     if start is not None:
         check_tensor("start", start, shape=(operator.size,), finite=True)
         if not bool(start.any()):
             raise ValueError("start: expected a vector that is not zero")
         start = start.to(operator.device, operator.dtype)
     vector = operator.random(generator) if start is None else start
-    basis = _Basis(operator)
-    diagonal: list[float] = []
-    off: list[float] = []  # off[j] joins basis vectors j and j + 1
-    last = min(max_steps, operator.size)
-    floor = torch.finfo(operator.dtype).eps ** (2 / 3)
+    capacity = min(max_steps if max_vectors is None else max_vectors, operator.size)
+    basis = _Basis(operator, capacity, basis_dtype or operator.dtype)
+    projected = _Projected()
+    eps = torch.finfo(operator.dtype).eps
+    floor = eps ** (2 / 3)
     vector = vector / vector.norm()
     settled: Tensor | None = None  # the values at the last invariant subspace
+    products = 0
     while True:
-        basis.append(vector)
+        # 1. one more direction
+        projected.round(basis.append(vector))
+        vector = basis.newest()
         image = operator(vector)
+        products += 1
         check_tensor("operator", image, shape=(operator.size,), finite=True)
-        diagonal.append(float(torch.dot(vector, image)))
+        along = float(torch.dot(vector, image))
         image = basis.reject(image)
-        off.append(float(image.norm()))
-        theta, rotation = _tridiagonal_eigh(diagonal, off[:-1])  # ascending
+        projected.append(along, float(image.norm()))
+        # 2. Ritz pairs, and whether they will do
+        theta, rotation = projected.eigh()  # largest first
         size = float(theta.abs().max())
-        if off[-1] <= 10 * torch.finfo(operator.dtype).eps * size or size == 0.0:
-            off[-1] = 0.0  # invariant subspace: all Ritz pairs are exact
-        steps = len(diagonal)
-        count = min(k, steps)
-        values = theta.flip(0)[:count]
-        residuals = (off[-1] * rotation[-1].abs()).flip(0)[:count]
+        if projected.off[-1] <= 10 * eps * size or size == 0.0:
+            projected.off[-1] = 0.0  # invariant subspace: all Ritz pairs are exact
+        count = min(k, len(theta))
+        values, residuals = theta[:count], projected.residuals(rotation[:, :count])
         passed = bool((residuals <= tolerance * values.abs().clamp_min(floor * size)).all())
-        if off[-1] == 0.0:
+        beside = projected.off[-1]
+        if beside == 0.0:
             passed, settled = settled is not None and _same(values, settled, floor * size), values
-        if steps >= last or (passed and steps >= k):
+        complete = len(theta) == operator.size
+        if products >= max_steps or complete or (passed and count == k):
             break
-        vector = image / off[-1] if off[-1] > 0 else basis.fresh(generator)
-    passed = passed or steps == operator.size
-    rotated = rotation.flip(1)[:, :count].to(operator.device, operator.dtype)  # (steps, k)
-    return Eigenpairs(values, basis.rows.T @ rotated, residuals, steps, passed and steps >= k)
+        # 3. thick restart
+        if len(theta) == capacity:
+            keep = min(k + (capacity - k) // 2, capacity - 1)
+            projected.restart(theta[:keep], rotation[:, :keep], basis.rotate(rotation[:, :keep]))
+        vector = image / beside if beside > 0 else basis.fresh(generator)
+    converged = (passed or complete) and count == k
+    return Eigenpairs(values, basis.combine(rotation[:, :count]), residuals, products, converged)
 
 
 def hutchinson_trace(
@@ -298,38 +319,142 @@ def _same(values: Tensor, earlier: Tensor, slack: float) -> bool:
     return len(values) == len(earlier) and bool((values - earlier).abs().max() <= slack)
 
 
-def _tridiagonal_eigh(diagonal: Sequence[float], off: Sequence[float]) -> tuple[Tensor, Tensor]:
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if off:
-        beside = torch.tensor(off, dtype=torch.float64)
-        matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
-    theta, rotation = torch.linalg.eigh(matrix)
-    return theta, rotation
+class _Projected:
+    """V'AV in the basis V: tridiagonal, after a restart with an arrow of kept Ritz values at its head.
+
+    Rounding of a stored basis vector by e leaves A V - V (V'AV) a defect in the column it was computed from; defects
+    are taken as orthogonal to one another, as rounding errors in many dimensions nearly are.
+    """
+
+    def __init__(self) -> None:
+        self.diagonal: list[float] = []
+        self.off: list[float] = []  # off[j] joins j and j + 1; zero in the head
+        self.coupling = torch.zeros(0, dtype=torch.float64)  # of the head with the first vector after it
+        self.defects: list[float] = []
+
+    def append(self, diagonal: float, off: float) -> None:
+        self.diagonal.append(diagonal)
+        self.off.append(off)
+        self.defects.append(0.0)
+
+    def round(self, error: float) -> None:
+        """Account for the rounding of the vector that is about to be appended."""
+        head = len(self.coupling)
+        if error and len(self.diagonal) == head:
+            pairs = zip(self.defects, self.coupling.tolist(), strict=True)
+            self.defects = [math.hypot(defect, coupling * error) for defect, coupling in pairs]
+        elif error:
+            self.defects[-1] = math.hypot(self.defects[-1], self.off[-1] * error)
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
+        if len(self.diagonal) > 1:
+            beside = torch.tensor(self.off[:-1], dtype=torch.float64)
+            matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
+        head = len(self.coupling)
+        if head:
+            matrix[head, :head] = matrix[:head, head] = self.coupling
+        theta, rotation = torch.linalg.eigh(matrix)
+        return theta.flip(0), rotation.flip(1)
+
+    def residuals(self, rotation: Tensor) -> Tensor:
+        found: Tensor = self.off[-1] * rotation[-1].abs()
+        if not any(self.defects):
+            return found
+        rounding = torch.tensor(self.defects, dtype=torch.float64)[:, None] * rotation
+        return (found.square() + rounding.square().sum(0)).sqrt()
+
+    def restart(self, theta: Tensor, rotation: Tensor, errors: Tensor) -> None:
+        """Keep some Ritz pairs, whose vectors were rounded by `errors` when stored."""
+        defects = torch.tensor(self.defects, dtype=torch.float64)[:, None] * rotation
+        # A e is small beside theta e: rounding errors have hardly anything along the few large eigenvectors
+        self.defects = (defects.square().sum(0) + (theta * errors).square()).sqrt().tolist()
+        self.coupling = self.off[-1] * rotation[-1]
+        self.diagonal, self.off = theta.tolist(), [0.0] * len(theta)
 
 
 class _Basis:
-    """Orthonormal rows that grow without being copied at every step."""
+    """Orthonormal rows that grow without being copied at every step, stored in their own dtype."""
 
-    def __init__(self, operator: SymmetricOperator) -> None:
-        self._operator = operator
-        self._buffer = torch.empty((8, operator.size), dtype=operator.dtype, device=operator.device)
+    _COLUMNS = 2**18
+    """Columns converted at a time where the storage has another dtype."""
+
+    def __init__(self, operator: SymmetricOperator, capacity: int, dtype: torch.dtype) -> None:
+        self._operator, self._capacity = operator, capacity
+        self._exact = dtype == operator.dtype
+        self._buffer = torch.empty((min(8, capacity), operator.size), dtype=dtype, device=operator.device)
+        self._scales = torch.ones(capacity, dtype=operator.dtype, device=operator.device)  # rounded rows to unit norm
         self._count = 0
 
     @property
     def rows(self) -> Tensor:
         return self._buffer[: self._count]
 
-    def append(self, vector: Tensor) -> None:
+    def newest(self) -> Tensor:
+        row = self.rows[-1]
+        return row if self._exact else row.to(self._operator.dtype) * self._scales[self._count - 1]
+
+    def append(self, vector: Tensor) -> float:
+        """Store a vector; returns the norm of its rounding."""
         if self._count == len(self._buffer):
-            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)])
+            larger = self._buffer.new_empty((min(2 * self._count, self._capacity), self._operator.size))
+            larger[: self._count] = self._buffer
+            self._buffer = larger
         self._buffer[self._count] = vector
         self._count += 1
+        if self._exact:
+            return 0.0
+        self._scales[self._count - 1] = 1 / self.rows[-1].to(self._operator.dtype).norm()
+        return float((self.newest() - vector).norm())
 
     def reject(self, vector: Tensor) -> Tensor:
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            vector = torch.addmv(vector, self.rows.T, self.rows @ vector, alpha=-1)
+        if self._exact:
+            for _ in range(2):  # twice is enough (Kahan, Parlett)
+                vector = torch.addmv(vector, self.rows.T, self.rows @ vector, alpha=-1)
+            return vector
+        vector = vector.clone()
+        for _ in range(2):
+            along = torch.stack([piece @ vector[where] for where, piece in self._pieces()]).sum(0)
+            for where, piece in self._pieces():
+                vector[where] -= along @ piece
         return vector
 
     def fresh(self, generator: torch.Generator | None) -> Tensor:
         vector = self.reject(self._operator.random(generator))
-        return self.reject(vector / vector.norm())
+        vector = self.reject(vector / vector.norm())
+        vector /= vector.norm()
+        return vector
+
+    def rotate(self, rotation: Tensor) -> Tensor:
+        """Replace the rows by `rotation' rows`, in place; returns the norms of their rounding."""
+        weights = rotation.T.to(self._operator.device, self._operator.dtype)
+        count = len(weights)
+        errors, squares = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        for where, piece in self._pieces():
+            rotated = weights @ piece
+            self._buffer[:count, where] = rotated.to(self._buffer.dtype)
+            if not self._exact:
+                stored = self._buffer[:count, where].to(rotated)
+                errors += (stored - rotated).square().sum(1).double().cpu()
+                squares += stored.square().sum(1).double().cpu()
+        if not self._exact:
+            self._scales[:count] = squares.rsqrt().to(self._scales)
+        self._count = count
+        return errors.sqrt()
+
+    def combine(self, rotation: Tensor) -> Tensor:
+        """Unit vectors `rows' rotation` in the columns, in the operator's dtype."""
+        weights = rotation.to(self._operator.device, self._operator.dtype)
+        if self._exact:
+            return self.rows.T @ weights
+        combined = torch.empty(self._operator.size, weights.shape[1], dtype=weights.dtype, device=weights.device)
+        for where, piece in self._pieces():
+            combined[where] = piece.T @ weights
+        return combined.div_(combined.norm(dim=0))
+
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows, some columns at a time, in the operator's dtype."""
+        for first in range(0, self._operator.size, self._COLUMNS):
+            where = slice(first, first + self._COLUMNS)
+            piece = self.rows[:, where]
+            yield where, piece if self._exact else piece.to(self._operator.dtype) * self._scales[: self._count, None]
