@@ -2,21 +2,21 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
-from core_tensor.dev.benchmarking import compare, run_bars, seconds
+from architectures import architectures
+from core_tensor.dev.benchmarking import compare, run_bars
 from core_tensor.linalg.spectrum import hessian_operator, lanczos
+from large import top_eig_100m
 from sgd_stability import (
     SCHEMES,
     CurvatureFamily,
     Sampling,
-    StabilityMonitor,
-    StabilityScheduler,
     all_bounds,
     analyze,
     lr_threshold,
@@ -29,6 +29,7 @@ from sgd_stability.demo import digits, digits_network
 from sgd_stability.report.nonlinear import interpolate, verify
 from sgd_stability.theory.quadratic import random_hessians
 from torch import Tensor, nn
+from training import OVERHEADS, digits_cnn, overhead, ramps, scheduler_bars
 
 ALIGNMENTS = ("isotropic", "aligned", "clustered", "dominant")
 RESIDUAL = 1e-3
@@ -135,24 +136,6 @@ def ghost(quick: bool) -> Mapping[str, Any]:
     }
 
 
-@functools.cache
-def digits_cnn() -> tuple[nn.Module, Tensor, Tensor]:
-    """A CNN of three convolutions, 19,178 parameters, trained for an epoch on the digits."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
-    )  # fmt: skip
-    x, y = digits(1797)
-    x = x.float().reshape(-1, 1, 8, 8)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for batch in torch.randperm(len(x)).split(32):
-        sgd.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        sgd.step()
-    return model, x, y
-
-
 def lean_top_eigenvalue() -> tuple[float, float]:
     """Ours: the eigenvalue and its relative residual."""
     model, x, y = digits_cnn()
@@ -246,152 +229,6 @@ def truncated(_: bool) -> Mapping[str, Any]:
     return {"truncated40_rel_error": upper / exact - 1, "truncated40_rel_error_detail": detail}
 
 
-def monitor(quick: bool) -> Mapping[str, Any]:
-    """Tier 2 every 200 steps while training the CNN at batch 32 with a probe of 256.
-
-    The monitor's two hooks are timed by themselves, in turn with the steps between two checks: as a difference of two
-    trainings their few per cent would drown in the machine's own ups and downs.
-    """
-    model, x, y = digits_cnn()
-    every = 200
-    weights = [p.detach().clone() for p in model.parameters()]
-    watcher = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=32, every=every, on_unstable=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-
-    def train() -> None:
-        with torch.no_grad():
-            for p, w in zip(model.parameters(), weights, strict=True):
-                p.copy_(w)
-        optimizer.state.clear()
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(every):
-            batch = torch.randint(len(x), (32,), generator=generator)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-            optimizer.step()
-
-    def watch() -> None:
-        watcher.attach(optimizer)
-        for _ in range(every):
-            watcher._before_step()
-            watcher._after_step()
-        watcher.detach()
-
-    first = seconds(lambda: watcher.attach(optimizer).check())
-    watcher.detach()
-    timing = compare(watch, train, pairs=15 if quick else 41)
-    return {
-        "monitor_overhead": timing.ratio,
-        "monitor_overhead_detail": {**timing.spread(), "first_check_s": first, "checks": len(watcher.history) - 1},
-    }
-
-
-def mlp670k(build: Any) -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimizer]:
-    """784-512-512-10, 669,706 parameters, on generated inputs."""
-    torch.manual_seed(0)
-    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
-    model = nn.Sequential(*layers)
-    return model, torch.randn(2048, 784), torch.randint(0, 10, (2048,)), build(model.parameters())
-
-
-def overhead(key: str, build: Any) -> Callable[[bool], Mapping[str, Any]]:
-    """The monitor's two hooks over 200 steps, in turn with the steps themselves: batch 32, probe 256."""
-
-    def measure(quick: bool) -> Mapping[str, Any]:
-        model, x, y, optimizer = mlp670k(build)
-        watcher = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=32, every=200, on_unstable=None)
-
-        def train() -> None:
-            for i in range(200):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x[i : i + 32]), y[i : i + 32]).backward()
-                optimizer.step()
-
-        def watch() -> None:
-            watcher.attach(optimizer)
-            for _ in range(200):
-                watcher._before_step()
-                watcher._after_step()
-            watcher.detach()
-
-        train()
-        first = seconds(lambda: watcher.attach(optimizer).check())
-        watcher.detach()
-        timing = compare(watch, train, pairs=3 if quick else 9)
-        return {key: timing.ratio, f"{key}_detail": {**timing.spread(), "first_check_s": first}}
-
-    return measure
-
-
-SETTINGS: dict[str, tuple[Any, float, tuple[float, ...]]] = {
-    "momentum": (functools.partial(torch.optim.SGD, momentum=0.9), 1.0, tuple(2.0**k for k in range(-7, -2))),
-    "sgd": (torch.optim.SGD, 1.0, tuple(2.0**k for k in range(-3, 1))),
-    "adam": (torch.optim.Adam, 1.0, tuple(2.0**k for k in range(-9, -4))),
-    "sgd, inputs times 4": (torch.optim.SGD, 4.0, tuple(2.0**k for k in range(-6, 0))),
-    "adam, inputs times 4": (torch.optim.Adam, 4.0, tuple(2.0**k for k in range(-10, -5))),
-}
-"""Optimizer, scale of the inputs, and a grid of rates that holds the best one inside."""
-STEPS, DECAY = 600, 0.3
-
-
-def noisy_teacher(seed: int, scale: float) -> tuple[nn.Module, Tensor, Tensor]:
-    """A ReLU network of 26,122 parameters, and 4,096 inputs with a decaying spectrum labelled by a noisy teacher."""
-    g = torch.Generator().manual_seed(1000 + seed)
-    spectrum = torch.arange(1, 65).float() ** -0.75
-    x = torch.randn(4096, 64, generator=g) * spectrum * 8 / spectrum.norm()
-    hidden = torch.tanh(x @ torch.randn(64, 64, generator=g) * 1.5 / 8)
-    y = torch.multinomial((hidden @ torch.randn(64, 10, generator=g) * 4.5 / 8).softmax(1), 1, generator=g)[:, 0]
-    torch.manual_seed(seed)
-    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
-    return nn.Sequential(*layers), x * scale, y
-
-
-def trained(name: str, seed: int, lr: float | None) -> tuple[float, float]:
-    """Loss after 600 steps of batch 32, at a fixed rate or (None) under the scheduler, and the CPU seconds it took."""
-    build, scale, _ = SETTINGS[name]
-    model, x, y = noisy_teacher(seed, scale)
-    optimizer = build(model.parameters(), lr=1.0 if lr is None else lr)
-    start = time.process_time()
-    scheduler = None
-    if lr is None:
-        watcher = StabilityMonitor(
-            model, "cross_entropy", (x, y), batch_size=32, probe_batch=128, directions=1, on_unstable=None, seed=seed
-        )
-        scheduler = StabilityScheduler(optimizer, watcher, total_steps=STEPS, decay=DECAY)
-    g = torch.Generator().manual_seed(seed)
-    for step in range(1, STEPS + 1):
-        batch = torch.randint(len(x), (32,), generator=g)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        elif lr is not None:
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, (STEPS - step) / (STEPS * DECAY))
-    spent = time.process_time() - start
-    with torch.no_grad():
-        loss = float(nn.functional.cross_entropy(model(x), y))
-    return (loss if np.isfinite(loss) else float("inf")), spent
-
-
-def scheduler_bars(quick: bool) -> Mapping[str, Any]:
-    """The scheduler's training loss over that of the best fixed rate of a grid under the same decay, and its cost."""
-    ratios, costs, detail = [], [], {}
-    for name in SETTINGS:
-        for seed in range(2, 3 if quick else 5):  # its constants were chosen on seeds 0 and 1
-            fixed = [trained(name, seed, lr) for lr in SETTINGS[name][2]]
-            loss, spent = trained(name, seed, None)
-            ratios.append(loss / min(found for found, _ in fixed))
-            costs.append(spent / float(np.median([seconds for _, seconds in fixed])))
-            detail[f"{name}, seed {seed}"] = [round(ratios[-1], 3), round(costs[-1], 2)]
-    return {
-        "scheduler_vs_best_fixed_median": float(np.median(ratios)),
-        "scheduler_vs_best_fixed_worst": max(ratios),
-        "scheduler_cost": float(np.median(costs)),
-        "scheduler_vs_best_fixed_detail": detail,
-    }
-
-
 if __name__ == "__main__":
     run_bars(
         "sgd-stability",
@@ -403,14 +240,10 @@ if __name__ == "__main__":
             "top_eig_vs_pyhessian": pyhessian,
             "top_eig_vs_curvlinops": curvlinops,
             "truncated40_rel_error": truncated,
-            "monitor_overhead": monitor,
+            "top_eig_100m_parameters": top_eig_100m,
+            "architectures_exact": architectures,
+            "ramp_alarms_before_doubling": ramps,
             "scheduler_vs_best_fixed_median": scheduler_bars,
-            **{
-                key: overhead(key, build)
-                for key, build in (
-                    ("monitor_overhead_mlp670k_sgd", functools.partial(torch.optim.SGD, lr=0.01)),
-                    ("monitor_overhead_mlp670k_adam", functools.partial(torch.optim.Adam, lr=1e-4)),
-                )
-            },
+            **{f"monitor_overhead_{name}": functools.partial(overhead, name) for name in OVERHEADS},
         },
     )

@@ -1,9 +1,11 @@
+import copy
 import importlib
 
 import pytest
 import torch
 from core_tensor.linalg.spectrum import SymmetricOperator, hutchinson_trace
 from sgd_stability import CurvatureFamily, Sampling, Update, analyze, lr_threshold
+from sgd_stability.curvature import truncated
 from sgd_stability.curvature.losses import resolve_loss
 from sgd_stability.curvature.network import make_network
 from sgd_stability.curvature.spectra import (
@@ -44,6 +46,27 @@ def test_sample_directions_beat_eigenvectors_of_the_mean_alone(trained):
     assert truncated.lr_threshold(1).lower <= star
     assert truncated.lambda_max == pytest.approx(exact.lambda_max, rel=1e-3)
     assert torch.allclose(truncated.family.sample_curvature, exact.family.sample_curvature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_basis_that_does_not_fit_is_restarted(trained, monkeypatch, dtype):
+    model, x, y = trained
+    model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
+    size = sum(p.numel() for p in model.parameters())
+    operator = gauss_newton_operator(network_of(model, "cross_entropy", (x, y)))
+    whole = truncated.top_eigenvectors(operator, 6)
+    # in float64 there is room for 14 vectors, in float32 for 4, so 12 in bfloat16 have to do
+    monkeypatch.setattr(truncated, "_HELD", (14 if dtype == torch.float64 else 4) * size)
+    restarted = truncated.top_eigenvectors(operator, 6)
+    assert restarted.converged
+    assert whole.products > 14  # so that there was a restart
+    assert bool(((whole.values - restarted.values).abs() <= restarted.residuals + whole.residuals).all())
+    assert truncated.default_directions(10_000) == 4
+    monkeypatch.undo()
+    assert truncated.default_directions(10_000) == 40
+    assert truncated.default_directions(100_000_000) == 4
+    report = analyze(model, "cross_entropy", (x, y), method="truncated")
+    assert report.family.factors.shape[2] == 40
 
 
 def test_trace_estimators_agree_with_the_exact_trace(trained):

@@ -115,7 +115,7 @@ def _as(value: Tensor, like: Tensor) -> Tensor:
 
 def _sampled(loader: DataLoader[Any]) -> Any:
     """The dataset as the loader draws from it: epochs, shuffling and shards of ranks do not matter here; weights do."""
-    # a loader with a batch_sampler has a sampler of its own, which draws nothing
+    # a loader with a batch_sampler has its own sampler, which draws nothing
     sampler = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
     if isinstance(sampler, WeightedRandomSampler):
         raise ValueError("data: expected a loader that draws all samples alike, got one with a WeightedRandomSampler")

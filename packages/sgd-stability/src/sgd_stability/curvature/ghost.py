@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgd_stability.curvature.jacobian import pulled
-from sgd_stability.curvature.network import Network, call, unflatten
+from sgd_stability.curvature.network import Inputs, Network, call, unflatten
 from sgd_stability.curvature.signals import Explicit, Lookup, Outer, Signal
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _PLAIN = (nn.Linear, *_CONVOLUTIONS, nn.Embedding, nn.LayerNorm)
 _NUMBERS = 2**27
 """Most numbers of the explicit gradients of a group of samples."""
+_REPLICATED = 128
+"""Most samples times cotangents that share one pass forward and back."""
 Inverse = Mapping[str, Tensor] | None
 """P^-1 of every parameter by name, in the parameter's shape; None for P = I."""
 
@@ -97,34 +99,51 @@ def layer_signals(network: Network, cotangents: Tensor, inverse: Inverse = None)
     Returns:
         One signal per layer, and one for the explicit gradients of all other parameters, if there are any.
     """
-    # 1. forward, with every known layer recorded
+    # 1. forward, with every known layer recorded; a few samples once per cotangent, for one pass back instead of R
+    n, R = cotangents.shape[:2]
+    copies = R if n * R <= _REPLICATED else 1
     recorded = [_Recorded(name, module) for name, module in _layers(network)]
     handles = [record.module.register_forward_hook(_hook(record)) for record in recorded]
     try:
         with torch.enable_grad():
-            outputs = call(network.model, network.inputs)
+            outputs = call(network.model, _repeated(network.inputs, copies))
     finally:
         for handle in handles:
             handle.remove()
-    used = [r for r in recorded if len(r.calls) == 1 and _is_per_sample(r, network.n)]
-    # 2. backward to their outputs, once per cotangent
-    flat = outputs.reshape(network.n, -1)
+    used = [r for r in recorded if len(r.calls) == 1 and _is_per_sample(r, copies * n)]
+    # 2. backward to their outputs
+    flat = outputs.reshape(copies * n, -1)
     sources = [record.calls[0][1] for record in used]
-    rows = cotangents.to(flat.dtype).unbind(1) if sources else ()
-    per_row = [torch.autograd.grad(flat, sources, row, retain_graph=True, materialize_grads=True) for row in rows]
+    cotangents = cotangents.to(flat.dtype)
+    rows = [cotangents.flatten(0, 1)] if copies == R else cotangents.unbind(1)
+    passes = [
+        torch.autograd.grad(flat, sources, row, retain_graph=True, materialize_grads=True)
+        for row in (rows if sources else ())
+    ]
     names = {id(p): name for name, p in network.parameters.items()}
     signals: list[Signal] = []
     for i, record in enumerate(used):
-        signals += _signals(record, torch.stack([grads[i] for grads in per_row], 1), names, inverse)
+        found = [gradients[i] for gradients in passes]
+        gradients = found[0].unflatten(0, (n, R)) if copies == R else torch.stack(found, 1)
+        signals += _signals(record, record.calls[0][0][::copies], gradients, names, inverse)
     # 3. explicit gradients by what is left
     covered = {id(p) for record in used for p in record.module.parameters(recurse=False)}
     others = [name for name, p in network.parameters.items() if id(p) not in covered]
     if others:
-        Z = pulled(network, cotangents.to(flat.dtype), others, chunk=64)
+        Z = pulled(network, cotangents, others, chunk=64)
         if inverse is not None:
             Z = Z * torch.cat([inverse[name].reshape(-1) for name in others]).sqrt()
         signals.append(Explicit(Z))
     return signals
+
+
+def _repeated(inputs: Inputs, copies: int) -> Inputs:
+    """Every sample `copies` times in a row."""
+    if copies == 1:
+        return inputs
+    if isinstance(inputs, Mapping):
+        return {name: value.repeat_interleave(copies, 0) for name, value in inputs.items()}
+    return inputs.repeat_interleave(copies, 0)
 
 
 def _columns(network: Network) -> Tensor:
@@ -172,9 +191,11 @@ def _hook(record: _Recorded) -> Callable[..., Tensor]:
     return hook
 
 
-def _signals(record: _Recorded, gradients: Tensor, names: Mapping[int, str], inverse: Inverse) -> Iterator[Signal]:
+def _signals(
+    record: _Recorded, x: Tensor, gradients: Tensor, names: Mapping[int, str], inverse: Inverse
+) -> Iterator[Signal]:
     """The signals of one layer, from its input and the gradients (n, R, ...) at its output."""
-    module, x = record.module, record.calls[0][0]
+    module = record.module
     own = dict(module.named_parameters(recurse=False))
 
     def of(name: str) -> Tensor | float:

@@ -50,7 +50,7 @@ def resolve_loss(loss: str | nn.Module | LossValues) -> SampleLoss:
     """Understand what the caller trains with.
 
     Where torch divides by a batch's number of tokens or sum of weights (`ignore_index`, class weights), the mean over
-    all samples stands in for it: exact for the full batch, and for every batch if all samples have the same.
+    all samples replaces it: exact for the full batch, and for every batch if all samples have the same.
 
     Args:
         loss: `"squared_error"`, that is ||z - y||^2 / 2 per sample; `"mse"`, torch's mean of squares over the outputs;

@@ -240,7 +240,7 @@ def call(model: nn.Module, inputs: Inputs, parameters: Mapping[str, Tensor] | No
     Args:
         model: The model; returns a tensor, or something with a field `logits`, as transformers' models do.
         inputs: A tensor, or keyword arguments.
-        parameters: What stands in for its parameters.
+        parameters: What replaces its parameters.
 
     Returns:
         Outputs, shape (n, ...).

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sgd_stability.curvature.gauss_newton import gauss_newton_operator
 from sgd_stability.curvature.ghost import sample_blocks
+from sgd_stability.curvature.jacobian import pulled
 from sgd_stability.curvature.network import Network
 
 
@@ -74,8 +75,16 @@ def sample_directions(
     Returns:
         Unit columns, shape (d, count).
     """
-    worst = curvature.topk(min(count, network.n)).indices.tolist()
-    return torch.cat([_top(network, i, scale, effort).vectors for i in worst], 1)
+    worst = curvature.topk(min(count, network.n)).indices
+    if network.rank > effort.block or not network.loss.convex:
+        return torch.cat([_top(network, i, scale, effort).vectors for i in worst.tolist()], 1)
+    # Z_i'u for the top eigenvector u of Z_i Z_i': one pass back per sample
+    some = network.select(worst.to(network.targets.device))
+    u = torch.linalg.eigh(sample_blocks(some, scale=scale))[1][:, :, -1:]
+    rows = pulled(some, some.factor.times(u.to(some.outputs)).mT)[:, 0].to(network.dtype)  # (count, d)
+    rows = rows if scale is None else rows * scale
+    rows /= rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows.T
 
 
 def _top(network: Network, i: int, scale: Tensor | None, effort: Effort) -> Eigenpairs:

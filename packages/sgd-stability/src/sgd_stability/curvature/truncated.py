@@ -23,6 +23,8 @@ from sgd_stability.theory.family import CurvatureFamily
 
 _NUMBERS = 2**25
 """Most numbers of the tangents of one chunk."""
+_HELD = 2**29
+"""Most numbers of a Lanczos basis in full precision (2 GB in float32); the directions kept take half of it."""
 
 
 def loss_hessian_operator(network: Network, *, scale: Tensor | None = None) -> SymmetricOperator:
@@ -72,10 +74,22 @@ def _local_hessian(own: Network, n: int) -> Callable[[Tensor], Tensor]:
     return product
 
 
+def default_directions(size: int) -> int:
+    """The k of the truncated route where none is asked for: 40, fewer where they would take over a gigabyte.
+
+    Args:
+        size: Number of parameters d.
+
+    Returns:
+        k, at least 4.
+    """
+    return max(4, min(40, _HELD // (2 * size)))
+
+
 def top_eigenvectors(
     operator: SymmetricOperator, k: int, *, tolerance: float = 1e-2, max_steps: int = 300, seed: int = 0
 ) -> Eigenpairs:
-    """The k top eigenvectors by Lanczos.
+    """The k top eigenvectors by Lanczos, restarted where the basis would not fit; in bfloat16 where 2 k would not.
 
     Args:
         operator: H.
@@ -89,7 +103,12 @@ def top_eigenvectors(
     """
     generator = torch.Generator().manual_seed(seed)
     k = min(k, operator.size)
-    return lanczos(operator, k, tolerance=tolerance, max_steps=max(max_steps, k), generator=generator)
+    fitting, least = _HELD // operator.size, max(2 * k, k + 6)
+    half = fitting < least and tolerance >= 1e-2 and operator.dtype == torch.float32
+    return lanczos(
+        operator, k, tolerance=tolerance, max_steps=max(max_steps, k), generator=generator,
+        max_vectors=max(least, 2 * fitting if half else fitting), basis_dtype=torch.bfloat16 if half else None,
+    )  # fmt: skip
 
 
 def projected_family(

@@ -102,7 +102,7 @@ def advise(
         optimizer: `"sgd"`, `"momentum"` (0.9), `"adam"`, `"adamw"`, or a function from parameters to an optimizer that
             the monitor understands.
         batch_size: Samples per step.
-        steps: Steps of the pilot; it costs about a third more than as many steps of training.
+        steps: Steps of the pilot; it costs about a quarter more than as many steps of training.
         max_samples: Samples that the pilot trains on.
         probe_batch: Samples in the monitor's probe.
         seed: Seed of probe and batches.

@@ -35,7 +35,7 @@ def critical_sharpness(network: Network, before: Sequence[Tensor], lr: float, *,
     """2 / eta_c, with eta_c the least rate at which the last update would have raised the loss; forward passes only.
 
     Args:
-        network: The model on the samples the loss is evaluated on; its parameters stand where the update left them.
+        network: The model on the samples the loss is evaluated on; its parameters are as the update left them.
         before: The parameters before the update.
         lr: Learning rate of the update.
         evaluations: Most forward passes; the rate is bracketed by factors of 4, then bisected.

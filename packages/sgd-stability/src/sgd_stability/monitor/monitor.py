@@ -5,11 +5,11 @@ Three tiers, by cost:
 1. every `every_cheap` steps, two sharpnesses along the way training goes: of a drawn batch along its gradient, which
    SGD at the edge of stability holds at 2 / eta (a gradient and a Hessian product), and of the probe's loss along the
    last update (ten forward passes of the probe).
-2. every `every` steps, one Gauss-Newton product on half of the probe, in turn. It moves the tracked top eigenvector by
-   a power step, gives v'H_iv and the loss of every sample, and so a band for eta*: unstable above the exact threshold
-   of the compressed family, stable below the bound of lambda1 and L. L comes from per-sample curvatures of a few
-   suspects. Where the rate lies within the band, the upper end is sharpened now and then by the suspects' own
-   directions.
+2. every `every` steps, one Gauss-Newton product on 64 samples of the probe, in turn. It moves the tracked top
+   eigenvector by a power step, gives v'H_iv and the loss of every sample, and so a band for eta*: unstable above the
+   exact threshold of the compressed family, stable below the bound of lambda1 and L. L comes from per-sample
+   curvatures of a few suspects. Where the rate is within the band, the upper end is sharpened now and then by the
+   suspects' own directions.
 3. on demand, `exact()`: the full analysis. With `settle`, a check that its band leaves undecided asks for it by itself.
 
 A check has one of four states (see `Check.state`): stable, caution, unstable, diverged. On a probe all of these are
@@ -50,11 +50,11 @@ class InstabilityWarning(UserWarning):
 
 
 class MonitorWarning(UserWarning):
-    """A check could not be made; training goes on."""
+    """A check could not be made; training continues."""
 
 
 T = TypeVar("T")
-_SHARPEN_EVERY = 4
+_SHARPEN_EVERY = 16
 """Checks between two measurements of the sharper upper end."""
 Reaction = Literal["warn", "reduce_lr"] | Callable[["StabilityMonitor", Check], None] | None
 
@@ -72,8 +72,9 @@ class StabilityMonitor:
         every_cheap: Steps between tier-1 measurements; 0 switches them off.
         probe_batch: Samples in the probe.
         suspects: Samples per check whose curvature is computed exactly.
-        products: Half-probe products per check; more of them track the top eigenvector more closely.
-        directions: Directions of the sharper upper end, every fourth check at most; 1 leaves it at one direction.
+        products: Products per check, each on 64 samples of the probe in turn; more of them track the top eigenvector
+            more closely.
+        directions: Directions of the sharper upper end, every 16th check at most; 1 leaves it at one direction.
         settle: Let the full analysis, of the probe, decide checks that the band leaves undecided.
         sampling: How minibatches are drawn.
         on_unstable: `"warn"`, `"reduce_lr"` (to 0.9 of the largest safe rate), a function `(monitor, check)`, or None.
@@ -340,7 +341,7 @@ class StabilityMonitor:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on to the same checks.
+        """Everything a resumed run needs to reach the same checks.
 
         Returns:
             Tensors, numbers and lists only.
@@ -383,7 +384,7 @@ class StabilityMonitor:
                 self._react(check)  # outside the guard: the caller's own function may stop the training
 
     def _guarded(self, measure: Callable[[], T]) -> T | None:
-        """Measure; training goes on whatever comes of it, and every kind of failure is told once."""
+        """Measure; training continues in any case, and every kind of failure is reported once."""
         try:
             return measure()
         except Exception as error:

@@ -5,8 +5,9 @@ After every k-th step the monitor's `lower` (every rate below is stable) is meas
     eta <- min( growth * eta, share * lower ),
 
 `lower` averaged over the checks in logarithms, since a few suspects decide it. It starts far below the first `lower`,
-because the weights of the start are not those the rate is for, and grows by `growth` per check at most; the first
-checks come closer together. The last part of the run lets it fall linearly to zero, whatever the curvature.
+because the weights of the start are not those the rate is for, and grows step by step, by `growth` in half of `every`
+steps at most; while it does, checks come twice as often. The last part of the run lets it fall linearly to zero,
+whatever the curvature.
 """
 
 import math
@@ -36,9 +37,9 @@ class StabilityScheduler:
         optimizer: The optimizer.
         monitor: A monitor of the same model.
         total_steps: Steps of the run.
-        every: Steps between checks, once the rate has settled; a 25th of the run if absent, and at most 200.
+        every: Steps between checks, once the rate has settled; a twelfth of the run if absent, and at most 200.
         share: Share of `lower` that is aimed at.
-        growth: Largest factor between two checks.
+        growth: Largest factor over half of `every` steps.
         decay: Share of the run, at its end, over which the rate falls linearly to zero.
         first: Share of the first `lower` that the run starts at.
 
@@ -56,10 +57,10 @@ class StabilityScheduler:
         share: float = 0.7,
         growth: float = 1.35,
         decay: float = 0.3,
-        first: float = 0.1,
+        first: float = 0.2,
     ) -> None:
         check_number("total_steps", total_steps, low=1, integer=True)
-        every = max(1, min(200, total_steps // 25)) if every is None else every
+        every = max(1, min(200, total_steps // _CHECKS)) if every is None else every
         check_number("every", every, low=1, integer=True)
         check_number("share", share, low=0, open_low=True)
         check_number("growth", growth, low=1, open_low=True)
@@ -70,7 +71,7 @@ class StabilityScheduler:
         self.share, self.growth, self.decay, self.first = share, growth, decay, first
         self.steps = 0
         self.rates: list[float] = []
-        self._rate = 0.0  # before the decay at the end
+        self._rate, self._goal = 0.0, 0.0  # before the decay at the end; where the rate is on its way to
         self._log_lower = math.nan
         self._next = 0
         largest = max(float(group["lr"]) for group in optimizer.param_groups)
@@ -92,6 +93,7 @@ class StabilityScheduler:
         self.steps += 1
         if self.steps >= self._next and self.steps < self._end:
             self._check()
+        self._rate = min(self._goal, self._rate * self.growth ** (1 / self._ramping))
         self._set(self._rate * self._decayed())
 
     def get_last_lr(self) -> list[float]:
@@ -113,7 +115,7 @@ class StabilityScheduler:
         Returns:
             Tensors, numbers and lists only.
         """
-        own = {name: getattr(self, name) for name in ("steps", "_rate", "_log_lower", "_next")}
+        own = {name: getattr(self, name) for name in ("steps", "_rate", "_goal", "_log_lower", "_next")}
         return {**own, "rates": list(self.rates), "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,7 +126,7 @@ class StabilityScheduler:
         """
         self.monitor.load_state_dict(state["monitor"])
         self.steps, self._next = int(state["steps"]), int(state["_next"])
-        self._rate, self._log_lower = float(state["_rate"]), float(state["_log_lower"])
+        self._rate, self._goal, self._log_lower = (float(state[name]) for name in ("_rate", "_goal", "_log_lower"))
         self.rates = [float(rate) for rate in state["rates"]]
         self._set(self._rate * self._decayed())
 
@@ -149,23 +151,26 @@ class StabilityScheduler:
 
     def _follow(self, check: Check) -> None:
         if check.state == "diverged":
-            self._rate /= 4  # nothing is known of the curvature; ramp up again from here
+            self._rate = self._goal = self._rate / 4  # nothing is known of the curvature; ramp up again from here
             return
         if not 0 < check.lower < math.inf:
             return
         newest = math.log(check.lower)
         if math.isnan(self._log_lower):
             self._log_lower = newest
-        else:
-            weight = _FALLING if newest < self._log_lower else _RISING
-            self._log_lower += weight * (newest - self._log_lower)
-        target = self.share * math.exp(self._log_lower)
-        self._rate = self.first * target if self._rate == 0.0 else min(self.growth * self._rate, target)
+        self._log_lower += _WEIGHT * (newest - self._log_lower)
+        self._goal = self.share * math.exp(self._log_lower)
+        if self._rate == 0.0:
+            self._rate = self.first * self._goal
+
+    @property
+    def _ramping(self) -> int:
+        """Steps between two checks while the rate still grows."""
+        return max(1, self.every // 2)
 
     def _spacing(self) -> int:
         """Steps to the next check: closer together while the rate still ramps up."""
-        ramping = math.isnan(self._log_lower) or self._rate < 0.7 * self.share * math.exp(self._log_lower)
-        return max(1, self.every // 3) if ramping else self.every
+        return self._ramping if math.isnan(self._log_lower) or self._rate < 0.7 * self._goal else self.every
 
     def _set(self, rate: float) -> None:
         for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
@@ -174,5 +179,7 @@ class StabilityScheduler:
 
 _MOMENTS = 10
 """Steps at rate zero after which an adaptive optimizer's second moments are worth a look."""
-_RISING, _FALLING = 0.3, 0.3
+_WEIGHT = 0.4
 """Weight of the newest check in the average."""
+_CHECKS = 12
+"""Checks of a run after the rate has settled, if it lasts long enough."""

@@ -1,5 +1,7 @@
-"""The curvature of a probe, followed through training at the price of one Gauss-Newton product per visit."""
+"""The curvature of a probe, followed through training at the price of 64 samples' Gauss-Newton product per visit."""
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +18,10 @@ from sgd_stability.theory.family import CurvatureFamily
 
 _FEW_OUTPUTS = 32
 """Outputs per sample up to which all suspects are looked at, and half of them above."""
+_PART = 64
+"""Samples of the probe that one product measures."""
+_JUMP = 0.1
+"""Rise of a part's loss, as a share of the first loss, after which the other parts' figures are of no use."""
 _NUMBERS = 2**28
 """Most numbers of the directions held at once."""
 
@@ -30,9 +36,9 @@ class Visit:
 
     Attributes:
         lambda1: v'Hv as known now.
-        residual: Relative residual of the half measured last.
-        loss: Mean loss of the probe; that of a half not measured now is one visit old.
-        spread: Standard deviation of the outputs along one direction, over the samples of a half.
+        residual: Relative residual of the part measured last.
+        loss: Mean loss of the probe; that of a part not measured now is some visits old.
+        spread: Standard deviation of the outputs along one direction, over the samples of a part.
     """
 
     lambda1: float
@@ -44,8 +50,9 @@ class Visit:
 class Tracker:
     """The top eigenvector v of a probe's Hessian, and v'H_i v of its samples.
 
-    Every visit measures one half of the probe, in turn, and moves v by a power step; the other half's share is one
-    visit old. The first visit finds v by Lanczos and measures both.
+    Every visit measures one part of the probe, in turn, and moves v by a power step; the other parts' share is as old
+    as their last turn. The first visit finds v by Lanczos and measures all of them; so does one whose part's loss has
+    jumped since its last turn.
 
     Args:
         network: The probe.
@@ -57,21 +64,23 @@ class Tracker:
 
     def __init__(self, network: Network, seed: int) -> None:
         self.network = network
-        middle = (network.n + 1) // 2
-        ranges = [(0, middle), (middle, network.n)] if network.n > 1 else [(0, 1)]
-        self._halves = [(a, replace(network.part(a, b), ranks=network.ranks)) for a, b in ranges]
+        few = max(2, _NUMBERS // network.size)  # a product is kept for every part
+        count = min(network.n, few, max(2, round(network.n / _PART)))
+        ends = [network.n * i // count for i in range(count + 1)]
+        self._parts = [(a, replace(network.part(a, b), ranks=network.ranks)) for a, b in itertools.pairwise(ends)]
         generator = torch.Generator().manual_seed(seed)
         self._v = torch.randn(network.size, generator=generator).to(network.device, network.dtype)
-        self._products: list[Tensor] = []
+        self._products: list[Tensor] = []  # of every part with v, as of its last turn
         self._rows = torch.zeros(3, network.n, dtype=torch.float64)  # output curvature, losses, projections
-        self._turn = 0  # which half is next
+        self._turn = 0  # which part is next
+        self._first_loss = math.inf
         self.forms: Tensor | None = None
 
     def visit(self, products: int, scale: Tensor | None) -> Visit:
-        """Measure some halves and move the eigenvector.
+        """Measure some parts and move the eigenvector.
 
         Args:
-            products: How many halves.
+            products: How many parts.
             scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
 
         Returns:
@@ -80,7 +89,7 @@ class Tracker:
         Raises:
             NotFiniteError: If loss or curvature are not finite.
         """
-        count = len(self._halves)
+        count = len(self._parts)
         residual = math.nan
         if self.forms is None:
             self._start(scale)
@@ -91,14 +100,20 @@ class Tracker:
                 self.forms = None  # the next visit starts anew
                 raise
             self._move()
+            self._first_loss = float(self._rows[1].mean())
         else:
             for _ in range(products):
+                part = self._parts[self._turn]
+                before = self._mean_loss(*part)
                 residual = self._measure(self._turn, scale)
+                if self._mean_loss(*part) - before > _JUMP * self._first_loss:
+                    for other in range(1, count):
+                        self._measure((self._turn + other) % count, scale)
                 self._move()
                 self._turn = (self._turn + 1) % count
         losses, projections = self._rows[1], self._rows[2]
-        # within each half: between two visits constant outputs move too
-        spread = max(float(projections[a : a + half.n].std(correction=0)) for a, half in self._halves)
+        # within each part: between two visits constant outputs move too
+        spread = max(float(projections[a : a + part.n].std(correction=0)) for a, part in self._parts)
         return Visit(float(self.forms.mean()), residual, float(losses.mean()), spread)
 
     def suspects(self, count: int, scale: Tensor | None) -> tuple[float, list[int]]:
@@ -173,6 +188,7 @@ class Tracker:
             "products": list(self._products),
             "rows": self._rows.clone(),
             "turn": self._turn,
+            "first_loss": self._first_loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,12 +207,11 @@ class Tracker:
             )
         self._v, self._rows = state["v"].to(self._v), state["rows"].clone()
         self._products = [product.to(self._v) for product in state["products"]]
-        self._turn = int(state["turn"])
+        self._turn, self._first_loss = int(state["turn"]), float(state["first_loss"])
         self.forms = None if state["forms"] is None else state["forms"].clone()
 
     def _start(self, scale: Tensor | None) -> None:
         """The eigenvector by a short Lanczos."""
-        count = len(self._halves)
         operator = gauss_newton_operator(self.network, scale=scale)
         steps = max(2, min(12, _NUMBERS // self.network.size))
         try:
@@ -204,25 +219,28 @@ class Tracker:
         except ValueError as error:  # a product that is not finite
             raise NotFiniteError from error
         self._v = found.vectors[:, 0]
-        self._products = [torch.zeros_like(self._v)] * count
+        self._products = [torch.zeros_like(self._v)] * len(self._parts)
 
     def _measure(self, which: int, scale: Tensor | None) -> float:
-        """One half along v; nothing is kept of it if it is not finite."""
-        offset, half = self._halves[which]
+        """One part along v; nothing is kept of it if it is not finite."""
+        offset, part = self._parts[which]
         v = self._v / self._v.norm()
-        found = gauss_newton_product(half, v, scale=scale)
+        found = gauss_newton_product(part, v, scale=scale)
         value = float(torch.dot(v, found.product))
         rows = torch.stack([found.output_curvature, found.losses, found.projections]).double().cpu()
         if not (math.isfinite(value) and bool(rows.isfinite().all())):
             raise NotFiniteError
         self._products[which] = found.product
-        where = slice(offset, offset + half.n)
+        where = slice(offset, offset + part.n)
         if self.forms is not None:
             self.forms[where] = found.forms.double().cpu()
         self._rows[:, where] = rows
         return float((found.product - value * v).norm()) / max(abs(value), 1e-300)
 
+    def _mean_loss(self, offset: int, part: Network) -> float:
+        return float(self._rows[1, offset : offset + part.n].mean())
+
     def _move(self) -> None:
-        moved = torch.stack(self._products).mean(0)
+        moved = functools.reduce(torch.add, self._products)
         if float(moved.norm()) > 0:
             self._v = moved

@@ -16,6 +16,7 @@ from sgd_stability.curvature.network import Network, make_network
 from sgd_stability.curvature.sample_curvature import sample_curvature, sample_directions
 from sgd_stability.curvature.spectra import exact_gauss_newton_trace, hutch_plus_plus
 from sgd_stability.curvature.truncated import (
+    default_directions,
     loss_hessian_operator,
     projected_family,
     projected_hessians,
@@ -42,14 +43,14 @@ def analyze(
     update: Update = SGD,
     preconditioner: Tensor | None = None,
     method: Method = "auto",
-    k: int = 40,
+    k: int | None = None,
     max_samples: int | None = 512,
     parameters: Iterable[str] | None = None,
     interpolation_tolerance: float = 1e-3,
     distributed: bool = False,
     seed: int = 0,
 ) -> StabilityReport:
-    """Measure the per-sample curvature of a model where it stands.
+    """Measure the per-sample curvature of a model at its current parameters.
 
     Args:
         model: The model, in the mode it is trained in but without layers that mix samples or draw random numbers.
@@ -64,6 +65,7 @@ def analyze(
         method: `"gram"` (exact, ghost route), `"jacobian"` (exact, explicit), `"truncated"` (k eigenvectors: a band
             instead of a number), or `"auto"`: the cheaper exact route while one is small enough.
         k: Dimension of the truncated route: three quarters eigenvectors of H, a quarter directions of single samples.
+            If absent 40, fewer above 7 million parameters.
         max_samples: Most samples to analyse; fewer than all gives estimates, and the report says so.
         parameters: Names of the parameters to include; all that require a gradient if absent.
         interpolation_tolerance: Largest relative residual (see the report) at which the point counts as an
@@ -83,7 +85,8 @@ def analyze(
     check_choice("curvature", curvature, ("ggn", "hessian"))
     check_choice("sampling", sampling, SCHEMES)
     check_choice("method", method, ("auto", "gram", "jacobian", "truncated"))
-    check_number("k", k, low=1, integer=True)
+    if k is not None:
+        check_number("k", k, low=1, integer=True)
     ranks = sharing(distributed)
     samples = collect(data, max_samples=max_samples, seed=seed, like=next(model.parameters(), None), ranks=ranks)
     network = make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters, ranks)
@@ -93,6 +96,7 @@ def analyze(
         if not bool((preconditioner > 0).all()):
             raise ValueError("preconditioner: expected positive values, got others")
         scale = preconditioner.rsqrt()
+    k = default_directions(network.size) if k is None else k
     family, used, converged = _family(network, curvature, method, k, scale, seed)
     slopes = gradient_norms(network)
     rms = float(slopes.square().mean().sqrt())

@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sgd_stability.report.optimizers import OptimizerState
-from sgd_stability.theory.bounds import momentum_stability
-from sgd_stability.theory.dynamics import Update, update_threshold
-from sgd_stability.theory.family import CurvatureFamily
+from sgd_stability.theory.bounds import curvature_stability, momentum_stability, noise_limit, stable_below
+from sgd_stability.theory.dynamics import Update
 from sgd_stability.theory.sampling import Sampling
 
 State = Literal["stable", "caution", "unstable", "diverged"]
@@ -102,7 +102,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Band:
-    """Two ends between which the threshold lies.
+    """Two ends that bracket the threshold.
 
     Attributes:
         lower: Every rate below is stable.
@@ -113,7 +113,7 @@ class Band:
     upper: float
 
     def holds(self, lr: float) -> bool:
-        """Whether a learning rate lies between the ends, undecided.
+        """Whether a learning rate is between the ends, undecided.
 
         Args:
             lr: Learning rate.
@@ -137,9 +137,12 @@ def band(forms: Tensor, L: float, sampling: Sampling, update: Update) -> Band:
         Stable below the bound of lambda1 = v'Hv and L; unstable above the exact threshold of the family compressed
         to v.
     """
-    factors = forms.double().clamp_min(0).sqrt()[:, None, None]
-    upper = update_threshold(CurvatureFamily.from_factors(factors), sampling, update).value
-    return Band(min(momentum_stability(float(forms.mean()), L, sampling, update).lr, upper), upper)
+    forms = forms.double().clamp_min(0)
+    h = float(forms.mean())
+    # of one direction M is a number: the noise is ((a - 1) h^2 + s mean (v'H_i v)^2) M
+    noise = (sampling.a - 1) * h + sampling.s * float(forms.square().mean()) / h if h > 0 else 0.0
+    upper = stable_below(torch.tensor([h], dtype=torch.float64), noise, update)
+    return Band(min(momentum_stability(h, L, sampling, update).lr, upper), upper)
 
 
 def safe_batch_size(lambda1: float, L: float, state: OptimizerState, sampling: Sampling) -> int | None:
@@ -154,9 +157,11 @@ def safe_batch_size(lambda1: float, L: float, state: OptimizerState, sampling: S
     Returns:
         The batch size; None if the complete dataset is not enough.
     """
+    limit = None if state.update.plain else noise_limit(lambda1, state.lr, state.update)
 
     def safe(B: int) -> bool:
-        return state.lr < momentum_stability(lambda1, L, Sampling(sampling.n, B, sampling.scheme), state.update).lr
+        at = Sampling(sampling.n, B, sampling.scheme)
+        return state.lr < curvature_stability(lambda1, L, at).lr if limit is None else at.s * L < limit
 
     if not safe(sampling.n):
         return None

@@ -19,7 +19,7 @@ def draw_report(report: StabilityReport, folder: str | Path, density: SpectralDe
 
     Returns:
         The pictures written. Coherence needs an exact analysis of positive semidefinite curvature; samples are sorted
-        by target where targets are classes, and stand as they come elsewhere.
+        by target where targets are classes, and keep their order elsewhere.
     """
     folder = Path(folder)
     drawn = [plot_map(report.stability_map(), folder / "map.png", f"{report.curvature}, {report.sampling}")]

@@ -41,7 +41,7 @@ class StabilityReport:
         trace: Trace of H, also where the family is truncated; NaN if not computed.
         spectrum_converged: Whether the eigenvectors behind a truncated family met their tolerance.
         derivatives: How the outputs were differentiated: `"backward"` where only gradients were needed, else
-            `"forward mode"`, or what stands in where the model has none (`"double backward"`, `"finite differences"`).
+            `"forward mode"`, or its replacement where the model has none (`"double backward"`, `"finite differences"`).
     """
 
     family: CurvatureFamily

@@ -124,7 +124,7 @@ def almost_sure_threshold(
 
 def _step(family: CurvatureFamily, state: Tensor, lr: float, weights: Tensor, update: Update) -> Tensor:
     # One step of `torch.optim.SGD` (or SGDW) on the linearised problem; the velocity is in units of the weights.
-    delta, velocity = state  # velocity stands for lr * buffer
+    delta, velocity = state  # velocity is lr * buffer
     gradient = minibatch_product(family, weights, delta)
     if not update.decoupled:
         gradient = gradient + update.weight_decay * delta

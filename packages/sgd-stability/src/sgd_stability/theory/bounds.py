@@ -93,30 +93,69 @@ def momentum_stability(lambda1: float, L: float, sampling: Sampling, update: Upd
     """
     if update.plain:
         return curvature_stability(lambda1, L, sampling)
-    if update.nesterov or update.weight_decay > 0:
-        return Bound("curvature", _first_crossing(lambda1, sampling.s * L, update), "stable_below")
-    beta = update.momentum
-    slope = (1 - update.dampening) * (lambda1 + sampling.s * L * (1 + beta) / (1 - beta))
-    return Bound("curvature", _over(2 * (1 + beta), slope), "stable_below")
+    return Bound("curvature", stable_below(lambda1 * _GRID, sampling.s * L, update), "stable_below")
 
 
-def _first_crossing(lambda1: float, noise: float, update: Update) -> float:
-    """The least rate at which noise * max_h h K_hh reaches 1, from below; the edge of full-batch training at most."""
-    edge = update.edge(lambda1)
-    if noise <= 0 or lambda1 <= 0 or math.isinf(edge):
+_GRID = torch.logspace(-6, 0, 61, dtype=torch.float64)
+"""Shares of lambda1 at which the response of all smaller eigenvalues is looked at."""
+
+
+def stable_below(h: Tensor, noise: float, update: Update) -> float:
+    """The least rate at which noise * max_h h K_hh(eta) reaches 1; the edge of full-batch training at most.
+
+    Args:
+        h: Eigenvalues, the largest of them last, shape (m,).
+        noise: Gain of the noise, s L.
+        update: Update rule.
+
+    Returns:
+        The rate: in closed form for heavy ball, from below on a grid for Nesterov momentum and weight decay.
+    """
+    top = float(h[-1])
+    if not update.nesterov and update.weight_decay == 0:
+        beta = update.momentum
+        return _over(2 * (1 + beta), (1 - update.dampening) * (top + max(noise, 0.0) * (1 + beta) / (1 - beta)))
+    edge = update.edge(top)
+    if noise <= 0 or top <= 0 or math.isinf(edge):
         return edge
-    h = lambda1 * torch.logspace(-6, 0, 61, dtype=torch.float64)
     low, high = -14.0, 14.0  # of x in eta = edge / (1 + exp(-x)), in which the gain is nearly a straight line
     for _ in range(3):
         x = torch.linspace(low, high, 57, dtype=torch.float64)
-        rates = edge * torch.sigmoid(x)[:, None]
-        crossed = (noise * (h * update.response_to_itself(rates, h)).amax(1) >= 1).nonzero()
+        crossed = (noise * _gains(h, edge * torch.sigmoid(x), update) >= 1).nonzero()
         if len(crossed) == 0:
             low = high  # below the edge nothing crosses
             break
         first = int(crossed[0])
         low, high = float(x[max(first - 1, 0)]), float(x[first])
     return edge / (1 + math.exp(-low))
+
+
+def noise_limit(lambda1: float, lr: float, update: Update) -> float:
+    """The gain of the noise s L below which `momentum_stability` calls a rate stable, for all batch sizes at once.
+
+    Args:
+        lambda1: Largest eigenvalue of H.
+        lr: Learning rate.
+        update: Update rule, not plain SGD.
+
+    Returns:
+        The limit; not above 0 where even the full batch is unstable.
+    """
+    edge = update.edge(lambda1)
+    if lr <= 0 or math.isinf(edge):
+        return math.inf
+    if lr >= edge:
+        return 0.0
+    if not update.nesterov and update.weight_decay == 0:
+        beta = update.momentum
+        return (2 * (1 + beta) / (lr * (1 - update.dampening)) - lambda1) * (1 - beta) / (1 + beta)
+    rates = edge * torch.sigmoid(torch.linspace(-14.0, math.log(lr / (edge - lr)), 57, dtype=torch.float64))
+    return 1 / float(_gains(lambda1 * _GRID, rates, update).max())
+
+
+def _gains(h: Tensor, rates: Tensor, update: Update) -> Tensor:
+    """Max over h of h K_hh, shape of the rates."""
+    return (h * update.response_to_itself(rates[:, None], h)).amax(1)
 
 
 def lyapunov_stability(family: CurvatureFamily, sampling: Sampling) -> Bound:

@@ -239,7 +239,7 @@ def _coordinates(K: Tensor, dtype: torch.dtype, n: int) -> Tensor:
 
 
 def _range(eigenvalues: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    # Which eigenvalues stand above the rounding of a matrix computed in `dtype`.
+    # Which eigenvalues exceed the rounding of a matrix computed in `dtype`.
     top = eigenvalues.max().clamp_min(0)
     return (eigenvalues > torch.finfo(dtype).eps * size * top) & (eigenvalues > 0)
 

@@ -126,7 +126,7 @@ def radius_from(
     flat[flattest, flattest] = 1.0
     factor = float(second_moment_step(family, flat, lr, sampling)[flattest, flattest])
     if mode is not None and lr < threshold.value and 0.0 <= 1.0 - factor <= tolerance:
-        return Extreme(factor, 1.0 - factor, True, 1)  # the radius lies between the two: nothing is left to iterate for
+        return Extreme(factor, 1.0 - factor, True, 1)  # the radius is between the two: nothing is left to iterate for
     start = torch.diag(family.h.abs().clamp_min(_NEGATIVE * float(family.h.abs().max())))
     if mode is not None:
         mode, start = mode / mode.norm(), start / start.norm()
