@@ -1,10 +1,12 @@
 """What the commands do, as functions: train a run, evaluate it, and set baselines beside it."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from core_tensor.app.cli import progress
 from core_tensor.app.extras import require
@@ -16,21 +18,32 @@ from lirank.data.split import Split
 from lirank.evaluate import baseline
 from lirank.evaluate.compare import compare
 from lirank.evaluate.metrics import auc_interval, report
-from lirank.features.prepare import Prepared, prepare
+from lirank.features.delayed import settle
+from lirank.features.prepare import Earlier, Prepared, prepare
 from lirank.model.config import ModelConfig
+from lirank.model.growth import grown
 from lirank.model.ranker import Ranker
 from lirank.schema.columns import column_of, decoded
 from lirank.schema.features import Schema
 from lirank.serve import deploy
+from lirank.train.incremental import Start, accumulate, hand_over, known, prior_of
 from lirank.train.loop import TrainConfig, Trainer
 from lirank.train.loop import evaluate as evaluate_log
-from lirank.train.run import DATA, SAMPLE, SAMPLE_ROWS, TrainedModel, part_rows
+from lirank.train.run import CURVATURE, DATA, SAMPLE, SAMPLE_ROWS, TrainedModel, part_rows
 
-_SEGMENTS = 20
+_SEGMENTS, _DAY = 20, 86_400.0
 
 
 def train_run(
-    log: ParquetLog, schema: Schema, split: Split, config: ModelConfig, training: TrainConfig, folder: Path
+    log: ParquetLog,
+    schema: Schema,
+    split: Split,
+    config: ModelConfig,
+    training: TrainConfig,
+    folder: Path,
+    *,
+    start: Start | None = None,
+    now: int | None = None,
 ) -> dict[str, Any]:
     """Prepare a log, train on it, save the model, and measure it.
 
@@ -41,30 +54,43 @@ def train_run(
         config: The network.
         training: How to train.
         folder: The run's folder; what an earlier process left there is continued.
+        start: An earlier run to go on from, whose network stays the network; None trains from nothing.
+        now: Time of the log's export, for labels that arrive later; None takes the latest time in the log.
 
     Returns:
-        Rows of each part, notes, epochs, and metrics of the validation and test rows.
+        Rows of each part, notes, epochs, and metrics of the validation and test rows; of a run that goes on from
+        another, also the metrics of that other one on the same test rows, as `before`.
     """
-    prepared = prepare_with_bar(log, schema, split, folder / DATA)
+    earlier = TrainedModel.load(start.run) if start else None
+    prepared = prepare_with_bar(log, schema, split, folder / DATA, hand_over(earlier) if earlier else None, now)
     encoder = prepared.encoder()
     torch.manual_seed(training.seed)
-    model = Ranker(encoder, config)
+    model = grown(earlier.model, earlier.encoder, encoder) if earlier else Ranker(encoder, config)
+    before = prior = None
+    if start and earlier and start.prior:
+        before = known(start.run, earlier, model, encoder, training.batch_size)
+        prior = prior_of(start, before, model, encoder, training.batch_size)
+    test = prepared.log("test")
+    measured = evaluate_log(model, encoder, test) if earlier and test else None
     rows, valid = prepared.log("train"), prepared.log("valid")
     assert rows is not None
     total = training.epochs * -(-rows.rows // training.batch_size)
     nothing: list[None] = []
     with progress(nothing, "training", total=total, unit="step") as bar:
-        epochs = Trainer(model, encoder, training).fit(rows, valid, folder, lambda state: _advance(bar, state))
-    test = prepared.log("test")
+        trainer = Trainer(model, encoder, training, prior=prior)
+        epochs = trainer.fit(rows, valid, folder, lambda state: _advance(bar, state))
+    if start and before:
+        accumulate(folder, start, before, trainer.curvature(rows))
     sample = next((test or valid or rows).read(rows=SAMPLE_ROWS))
-    TrainedModel(model.eval(), encoder, prepared.causal(), {"epochs": epochs}, sample).save(folder)
+    record = {"epochs": epochs, "until": prepared.until}
+    TrainedModel(model.eval(), encoder, prepared.causal(), record, sample).save(folder)
     return {
         "rows": prepared.rows,
         "notes": prepared.notes,
         "epochs": [_flat(entry) for entry in epochs],
         "valid": evaluate_log(model, encoder, valid) if valid else None,
         "test": evaluate_log(model, encoder, test) if test else None,
-    }
+    } | ({"before": measured} if start else {})
 
 
 def _advance(bar: Any, state: dict[str, Any]) -> None:
@@ -84,11 +110,18 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def prepare_with_bar(log: ParquetLog, schema: Schema, split: Split, folder: Path) -> Prepared:
+def prepare_with_bar(
+    log: ParquetLog,
+    schema: Schema,
+    split: Split,
+    folder: Path,
+    earlier: Earlier | None = None,
+    now: int | None = None,
+) -> Prepared:
     """`lirank.features.prepare.prepare` with a progress bar."""
     nothing: list[None] = []
     with progress(nothing, "reading", total=log.rows, unit="row") as bar:
-        return prepare(log, schema, split, folder, lambda rows: _count(bar, rows))
+        return prepare(log, schema, split, folder, lambda rows: _count(bar, rows), earlier=earlier, now=now)
 
 
 def evaluate_run(
@@ -172,7 +205,7 @@ def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str)
     pieces = _in_order(log, schema, by) if logs is not None else log.read()
     with closed_early(pieces):  # a row that is refused leaves no sorted copy behind
         for piece in pieces:
-            table = trained.causal.extend(piece) if logs is not None else piece
+            table = _extended(trained, piece) if logs is not None else piece
             batch = trained.encoder.encode(table)
             found["p"].append(trained.model.predict(batch).numpy())
             for name in ("labels", "group", "weight"):
@@ -183,6 +216,11 @@ def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str)
                 log.require([by])
                 found["by"].append(np.array(decoded(column_of(table, by)).to_pylist(), dtype=object).astype(str))
     return {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
+
+
+def _extended(trained: TrainedModel, piece: pa.Table) -> pa.Table:
+    """Raw rows with settled labels and causal columns."""
+    return trained.causal.extend(settle(piece, trained.encoder.schema, trained.causal.seconds))
 
 
 def _in_order(log: ParquetLog, schema: Schema, by: str) -> Any:
@@ -261,7 +299,7 @@ def calibrate_run(folder: Path, logs: Path | None, out: Path, method: Any = "aut
         opened = ParquetLog.open(logs)
         opened.require(encoder.schema.columns())
         source = _in_order(opened, encoder.schema, "")
-        pieces = (trained.causal.extend(piece) for piece in source)
+        pieces = (_extended(trained, piece) for piece in source)
     with closed_early(source):
         for table in pieces:
             batch = encoder.encode(table)
@@ -282,3 +320,43 @@ def sample(folder: Path) -> tuple[TrainedModel, Batch]:
     if trained.sample is None:
         raise ValueError(f"{folder}: expected {SAMPLE} of `lirank train` in it")
     return trained, trained.encoder.encode(trained.sample)
+
+
+def evict_run(folder: Path, out: Path, unseen_for: float | None, keep: dict[str, int]) -> dict[str, Any]:
+    """Take rows from ids that are stale or infrequent, and save the rest as another run.
+
+    Args:
+        folder: The run.
+        out: Folder of the smaller run.
+        unseen_for: Days: ids and keys that were last met longer before the end of the log are forgotten; None for none.
+        keep: For features of static vocabularies how many ids keep their rows, the most frequent ones.
+
+    Returns:
+        `features`: by name, rows that became free and what `Vocabulary.summary` says now; `causal`: keys that histories
+        and popularity have forgotten.
+
+    Raises:
+        ValueError: If the run's log had no times, or a feature is not an id feature of a static vocabulary.
+    """
+    trained = TrainedModel.load(folder)
+    vocabularies, until = trained.encoder.vocabularies, trained.record.get("until")
+    freed = dict.fromkeys(vocabularies, 0)
+    forgotten = 0
+    for name, count in keep.items():
+        if name not in vocabularies:
+            raise ValueError(f"{name}: expected an id feature ({', '.join(vocabularies)})")
+        freed[name] += len(vocabularies[name].evict(count))
+    if unseen_for is not None:
+        if until is None:
+            raise ValueError(f"{folder}: its log had no times, so nothing is known to be stale")
+        before = until - round(unseen_for * _DAY / trained.causal.seconds)
+        for name, vocabulary in vocabularies.items():
+            freed[name] += len(vocabulary.forget(before))
+        forgotten = trained.causal.forget(before)
+    trained.save(out)
+    if (folder / CURVATURE).exists():
+        shutil.copyfile(folder / CURVATURE, out / CURVATURE)
+    return {
+        "features": {name: {"rows_freed": freed[name]} | v.summary() for name, v in vocabularies.items()},
+        "causal": forgotten,
+    }

@@ -64,6 +64,31 @@ def test_the_thread_from_log_to_model(folder):
     assert "512" in run("bench", folder / "calibrated", "--onnx", folder / "model.onnx", "--repeats", 10).output
 
 
+def test_a_run_goes_on_from_another(folder):
+    schema = (folder / "schema.yaml").read_text() + "- {kind: id, name: kind, column: position2, rows: 64}\n"
+    (folder / "grown.yaml").write_text(schema)
+    table = pq.read_table(folder / "later.parquet")
+    pq.write_table(table.append_column("position2", table["position"]), folder / "grown.parquet")
+    options = ("--from", folder / "run", "--epochs", 1, "--batch-size", 128, "--json")
+    arguments = ("train", folder / "grown.parquet", "--schema", folder / "grown.yaml", *options)
+    found = json.loads(run(*arguments, "-o", folder / "next").stdout)
+    assert sum(found["rows"].values()) == 400
+    assert found["before"]["click"]["rows"] == found["test"]["click"]["rows"] == found["rows"]["test"]
+    assert (folder / "next" / "curvature.safetensors").exists()
+    evicted = json.loads(
+        run("evict", folder / "next", "-o", folder / "small", "--unseen-for", 5, "--keep", "item=10", "--json").stdout
+    )
+    assert evicted["features"]["item"]["rows_used"] == 10
+    assert evicted["causal"] > 0  # the first log lies more than five days before the end
+    run("evict", folder / "next", "-o", folder / "none", code=2)
+    run("evict", folder / "next", "-o", folder / "none", "--keep", "item", code=2)
+    run("evict", folder / "next", "-o", folder / "none", "--keep", "user=5", code=2)
+    # the same log once more: everything in it was consumed
+    run("train", folder / "grown.parquet", "--from", folder / "next", "-o", folder / "again", code=2)
+    run("train", folder / "grown.parquet", "-o", folder / "again", code=2)
+    run("train", folder / "grown.parquet", *options, "--cold-weight", 0.5, "-o", folder / "again", code=2)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

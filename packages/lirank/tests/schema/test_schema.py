@@ -10,7 +10,7 @@ from lirank.schema.columns import as_float, as_lists, as_times, column_of
 from lirank.schema.features import NULL, RARE, SPECIAL, UNSEEN, Id, load_schema, parse_schema
 from lirank.schema.hashing import combined, fingerprints
 from lirank.schema.transforms import DenseStatistics
-from lirank.schema.vocabulary import Vocabulary, hash_rows
+from lirank.schema.vocabulary import Vocabulary, hash_rows, quotient_rows
 
 HISTORY_OF_X = "features: [{kind: id, name: u}, {kind: history, name: h, key: u, item: x}]"
 
@@ -110,7 +110,7 @@ def test_eviction_frees_rows_that_new_ids_get():
     assert set(fresh) <= set(freed)
     rows = vocabulary.encode(*fingerprints("id", pa.array([1, 7]), "int"))[:, 0]
     assert rows.min() >= SPECIAL
-    with pytest.raises(ValueError, match="evict"):
+    with pytest.raises(ValueError, match="no owners"):
         Vocabulary.empty(Id(name="id")).evict(1)
 
 
@@ -251,3 +251,23 @@ def test_statistics_do_not_depend_on_the_blocks():
     assert pieces.deviation == pytest.approx(values.std(), rel=1e-9)
     assert np.abs(pieces.knots() - np.quantile(values, (np.arange(64) + 0.5) / 64)).max() < 0.2
     assert len(pieces.sample) <= 1 << 16
+
+
+def test_quotient_and_remainder_tell_ids_apart():
+    feature = Id(name="u", vocabulary="qr", rows=2 * 150 + SPECIAL)
+    ids = fingerprints("u", pa.array(range(5000)), "int")[0]
+    rows = quotient_rows(ids, feature.rows)
+    assert rows.min() >= SPECIAL
+    assert rows[:, 0].max() < SPECIAL + 150 <= rows[:, 1].min()
+    assert rows.max() < feature.rows
+    shared = len(ids) - len(np.unique(rows, axis=0))
+    expected = len(ids) - 150**2 * (1 - (1 - 1 / 150**2) ** len(ids))  # 5000 balls into m**2 boxes
+    assert abs(shared - expected) < 5 * np.sqrt(expected)
+    # with whole numbers below m**2 in place of fingerprints, none share both
+    assert len(np.unique(quotient_rows(np.arange(150**2), feature.rows), axis=0)) == 150**2
+    vocabulary = Vocabulary.empty(feature)
+    vocabulary.observe(ids[:40], np.zeros(40, bool))
+    assert np.array_equal(vocabulary.encode(ids[:40], np.zeros(40, bool)), rows[:40])
+    unseen = vocabulary.encode(ids[40:], np.zeros(4960, bool))
+    assert (unseen == UNSEEN).all(1).mean() > 0.8
+    assert (vocabulary.encode(ids[:1], np.ones(1, bool)) == NULL).all()

@@ -6,6 +6,7 @@ from lirank.cli.baseline import baseline
 from lirank.cli.calibrate import calibrate
 from lirank.cli.demo import demo
 from lirank.cli.evaluate import evaluate
+from lirank.cli.evict import evict
 from lirank.cli.export import bench, compress, export
 from lirank.cli.recipe import recipe
 from lirank.cli.schema import schema
@@ -18,5 +19,5 @@ def main() -> None:
     """LiRank: train, calibrate, compress, export and serve ranking models from Parquet logs."""
 
 
-for command in (schema, train, evaluate, baseline, calibrate, compress, export, serve, bench, recipe, demo):
+for command in (schema, train, evaluate, baseline, calibrate, evict, compress, export, serve, bench, recipe, demo):
     main.add_command(command)

@@ -11,7 +11,7 @@ from lirank.cli.options import LOGS, logs_argument, schema_option, split_options
 
 @click.command(epilog=LOGS)
 @logs_argument
-@schema_option
+@schema_option()
 @split_options
 @seed_option
 @json_option

@@ -22,7 +22,7 @@ _SHOWN = ("rows", "positives", "auc", "gauc", "logloss", "normalized_entropy", "
 def evaluate(run: Path, logs: Path | None, intervals: bool, by: str, against: Path | None, as_json: bool) -> None:
     """Metrics of RUN on its own test rows, or on LOGS from after its training.
 
-    The causal features of LOGS go on from what RUN remembers, so LOGS must not hold rows from before its end.
+    The causal features of LOGS continue from what RUN remembers, so LOGS must not hold rows from before its end.
     """
     from lirank.workflow import evaluate_run
 

@@ -9,13 +9,17 @@ import click
 LOGS = "LOGS is a Parquet file or a folder of them; hive partitions become columns."
 logs_argument = click.argument("logs", type=click.Path(exists=True, path_type=Path))
 run_argument = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-schema_option = click.option(
-    "--schema",
-    "schema_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    required=True,
-    help="Schema of the log (YAML, see `lirank schema infer`).",
-)
+
+
+def schema_option(*, required: bool = True, more: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option `--schema`, passed as `schema_file`."""
+    return click.option(
+        "--schema",
+        "schema_file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        required=required,
+        help=f"Schema of the log (YAML, see `lirank schema infer`){more}.",
+    )
 
 
 def split_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ def infer(logs: Path, labels: tuple[str, ...], time: str, group: str, out: Path 
 
 @schema.command()
 @logs_argument
-@schema_option
+@schema_option()
 def check(logs: Path, schema_file: Path) -> None:
     """Read LOGS once as training would, and report what the schema refuses or cannot use."""
     from lirank.data.batch import Encoder

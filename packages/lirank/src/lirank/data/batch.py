@@ -94,6 +94,7 @@ class Encoder:
         self.layout = Layout(schema)
         self.vocabularies = {feature.name: Vocabulary.empty(feature) for feature in schema.of(Id, Multi)}
         self.statistics = {name: DenseStatistics() for name in self.layout.dense}
+        self.settled: frozenset[str] = frozenset()  # numbers whose statistics an earlier training has fixed
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -106,16 +107,20 @@ class Encoder:
         Returns:
             For every id feature the rows of its table that were met for the first time.
         """
-        fresh = {}
+        fresh, times = {}, None
+        if self.schema.time:
+            times = as_times(self.schema.time.column, column_of(table, self.schema.time.column))
         for feature in self.schema.of(Id):
             ids, null = fingerprints(column(feature), column_of(table, column(feature)), feature.type)
-            fresh[feature.name] = self.vocabularies[feature.name].observe(ids, null)
+            fresh[feature.name] = self.vocabularies[feature.name].observe(ids, null, times)
         for feature in self.schema.of(Multi):
-            values, _ = as_lists(column(feature), column_of(table, column(feature)))
-            fresh[feature.name] = self.vocabularies[feature.name].observe(
-                *fingerprints(column(feature), values, feature.type)
-            )
+            values, offsets = as_lists(column(feature), column_of(table, column(feature)))
+            ids, null = fingerprints(column(feature), values, feature.type)
+            when = None if times is None else np.repeat(times, np.diff(offsets))
+            fresh[feature.name] = self.vocabularies[feature.name].observe(ids, null, when)
         for name, values in zip(self.layout.dense, self._dense(table).T, strict=True):
+            if name in self.settled:
+                continue
             transform = self.transform(name)
             self.statistics[name].observe(np.log1p(values) if transform == "log1p" else values)
         return fresh
@@ -259,7 +264,8 @@ class Encoder:
         found: dict[str, np.ndarray] = {}
         for name, vocabulary in self.vocabularies.items():
             found[f"vocabulary.{name}.counts"] = vocabulary.counts
-            if vocabulary.feature.vocabulary == "static":
+            found[f"vocabulary.{name}.last"] = vocabulary.last
+            if vocabulary.static:
                 found[f"vocabulary.{name}.keys"] = vocabulary.keys
                 found[f"vocabulary.{name}.row"] = vocabulary.row
         for name, s in self.statistics.items():
@@ -278,11 +284,13 @@ class Encoder:
         """
         try:
             for name, vocabulary in self.vocabularies.items():
-                counts = state[f"vocabulary.{name}.counts"]
-                if vocabulary.feature.vocabulary == "hash" and len(counts) != vocabulary.feature.rows:
+                counts, last = state[f"vocabulary.{name}.counts"], state[f"vocabulary.{name}.last"]
+                if not vocabulary.static and len(counts) != vocabulary.feature.rows:
                     raise ValueError(f"{name}: expected {vocabulary.feature.rows} rows, the state has {len(counts)}")
-                vocabulary.counts = counts
-                if vocabulary.feature.vocabulary == "static":
+                if last.shape != counts.shape:
+                    raise ValueError(f"{name}: expected {len(counts)} times, the state has {len(last)}")
+                vocabulary.counts, vocabulary.last = counts, last
+                if vocabulary.static:
                     keys, row = state[f"vocabulary.{name}.keys"], state[f"vocabulary.{name}.row"]
                     if not len(keys) == len(row) == len(counts) or (len(row) and row.max() >= vocabulary.feature.rows):
                         raise ValueError(f"{name}: the state's vocabulary does not fit {vocabulary.feature.rows} rows")

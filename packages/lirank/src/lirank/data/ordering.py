@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lirank.data.parquet import ParquetLog
+from lirank.data.parquet import Rows
 from lirank.schema.columns import as_times, column_of
 
 
 def in_time_order(
-    log: ParquetLog, columns: list[str], time: str, scratch: str | Path, run_rows: int = 1 << 20, rows: int = 1 << 16
+    log: Rows, columns: list[str], time: str, scratch: str | Path, run_rows: int = 1 << 20, rows: int = 1 << 16
 ) -> Iterator[pa.Table]:
     """Stream a log by event time; rows of equal time keep the log's order.
 
@@ -87,7 +87,7 @@ def _merge(runs: list[_Run]) -> Iterator[pa.Table]:
         ends = open_ends or [int(run.times[-1]) for run in runs if len(run.times)]
         if not ends:
             return
-        # rows before the least last time in memory are complete; those at it may go on in that run's next piece
+        # rows before the least last time in memory are complete; those at it may continue in that run's next piece
         limit = min(open_ends) - 1 if open_ends else max(ends)
         taken = [piece for run in runs if (piece := run.take_until(limit)) is not None]
         if taken:

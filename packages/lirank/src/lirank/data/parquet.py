@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -14,6 +14,13 @@ import pyarrow.parquet as pq
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SUFFIXES = (".parquet", ".parq", ".pq")
+
+
+class Rows(Protocol):
+    """What can be streamed in pieces of an exact size: a `ParquetLog`, or a stretch of one."""
+
+    def read(self, columns: Sequence[str] | None = None, *, rows: int = ...) -> Iterator[pa.Table]:
+        """Stream pieces of `rows` rows, the last one shorter."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class ParquetLog:
 
     Attributes:
         files: Paths, in order.
-        partitions: Columns that each file's folders stand for.
+        partitions: Columns encoded in each file's folders.
         row_groups: All row groups that hold rows, in order.
         schema: Columns and their types, those of partitions last.
     """

@@ -9,7 +9,7 @@ import torch
 from core_tensor.checks import check_choice, check_number
 from core_tensor.ops.stable_hash import stable_hash
 
-from lirank.data.parquet import ParquetLog
+from lirank.data.parquet import Rows
 from lirank.schema.columns import as_times, column_of
 from lirank.schema.features import Schema, column
 from lirank.schema.hashing import fingerprints
@@ -56,7 +56,7 @@ class Splitter:
         ValueError: If the schema lacks what the split needs, or the split lets the future in unasked.
     """
 
-    def __init__(self, log: ParquetLog, schema: Schema, split: Split) -> None:
+    def __init__(self, log: Rows, schema: Schema, split: Split) -> None:
         self._schema, self._split = schema, split
         if split.kind == "time" and schema.time is None:
             raise ValueError("split: by time needs `time` in the schema; ask for a random split")
@@ -82,7 +82,7 @@ class Splitter:
         feature = self._schema.feature(self._schema.group)
         return fingerprints(column(feature), column_of(table, column(feature)), feature.type)[0]
 
-    def _group_sizes(self, log: ParquetLog) -> tuple[np.ndarray, np.ndarray]:
+    def _group_sizes(self, log: Rows) -> tuple[np.ndarray, np.ndarray]:
         keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         for table in log.read([column(self._schema.feature(self._schema.group))], rows=1 << 20):
             new, times = np.unique(self._group(table), return_counts=True)

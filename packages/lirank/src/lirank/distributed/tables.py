@@ -8,10 +8,7 @@ from core_tensor.checks import check_number, check_tensor
 from torch import Tensor, nn
 
 from lirank.distributed.exchange import Route, owned
-from lirank.layers.table import Touched
-
-_BLOCK = 4096
-"""Rows that are initialized together."""
+from lirank.layers.table import Touched, drawn_seed, initial_rows
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,17 @@ class ShardedTable(nn.Module):
         dim: Width D.
         ranks: The ranks.
         scale: Standard deviation of the initial values.
-        seed: Seed of the initial values, which do not depend on the number of ranks.
+        seed: Seed of the initial values, which do not depend on the number of ranks; None draws one from torch's
+            generator, which has to be in the same state on all ranks.
     """
 
-    def __init__(self, rows: int, dim: int, ranks: Ranks, *, scale: float = 0.01, seed: int = 0) -> None:
+    def __init__(self, rows: int, dim: int, ranks: Ranks, *, scale: float = 0.01, seed: int | None = None) -> None:
         super().__init__()
         check_number("rows", rows, low=1, integer=True)
         check_number("dim", dim, low=1, integer=True)
         self.rows, self.ranks, self.lazy = rows, ranks, True
         self.start, self.stop = owned(ranks.rank, ranks.size, rows)
-        local = torch.empty(self.stop - self.start, dim)
-        # blocks of rows have generators of their own: a rank draws its blocks and no others
-        for block in range(self.start // _BLOCK, -(-self.stop // _BLOCK)):
-            drawn = torch.randn(_BLOCK, dim, generator=torch.Generator().manual_seed(seed * 1_000_003 + block)) * scale
-            low, high = max(block * _BLOCK, self.start), min((block + 1) * _BLOCK, self.stop)
-            local[low - self.start : high - self.start] = drawn[low - block * _BLOCK : high - block * _BLOCK]
+        local = initial_rows(drawn_seed(seed), self.start, self.stop, dim, scale)
         self.weight = nn.Parameter(local, requires_grad=False)
         self._lookups: list[_Lookup] = []
 

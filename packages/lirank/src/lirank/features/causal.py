@@ -39,7 +39,7 @@ class CausalFeatures:
             The table with the columns added.
 
         Raises:
-            ValueError: If a row lies before one of an earlier piece: its features would know the future.
+            ValueError: If a row is older than one of an earlier piece: its features would know the future.
         """
         return self._add(table, remember=True)
 
@@ -53,7 +53,7 @@ class CausalFeatures:
             The table with the columns added.
 
         Raises:
-            ValueError: If a row lies before what is remembered.
+            ValueError: If a row is older than what is remembered.
         """
         return self._add(table, remember=False)
 
@@ -96,6 +96,33 @@ class CausalFeatures:
     def _keys(self, table: pa.Table, name: str) -> np.ndarray:
         feature = self.schema.feature(name)
         return fingerprints(column(feature), column_of(table, column(feature)), feature.type)[0]
+
+    def grown(self, schema: Schema) -> "CausalFeatures":
+        """The same memory under a schema that may have more features; those begin without memory.
+
+        Args:
+            schema: The new schema (see `lirank.schema.evolve.check_evolution`).
+
+        Returns:
+            The new memory; this one is left as it is.
+        """
+        found = CausalFeatures(schema, self.seconds)
+        mine = self._states()
+        for name, state in found._states().items():
+            if name in mine:
+                state.load_state({key: value.copy() for key, value in mine[name].state().items()})
+        return found
+
+    def forget(self, before: int) -> int:
+        """Forget keys without an event since a time: they are new to the features from then on.
+
+        Args:
+            before: Time in the log's unit.
+
+        Returns:
+            Keys that were forgotten, over all features.
+        """
+        return sum(state.forget(before) for state in self._states().values())
 
     def _states(self) -> dict[str, Any]:
         return {**self._popularity, **self._history}

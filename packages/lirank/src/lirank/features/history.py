@@ -35,7 +35,7 @@ class HistoryState:
             Items of all histories, oldest first (m,), where each begins and the last ends (n + 1,), and actions (m,).
 
         Raises:
-            ValueError: If a query lies before the last block that was remembered.
+            ValueError: If a query is older than the last block that was remembered.
         """
         return self._run(keys, times, None, None)
 
@@ -54,7 +54,7 @@ class HistoryState:
             As `lookup`.
 
         Raises:
-            ValueError: If an event lies before the block before.
+            ValueError: If an event is older than the previous block.
         """
         return self._run(keys, times, items, labels)
 
@@ -64,8 +64,8 @@ class HistoryState:
         if len(keys) == 0:
             return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64)
         if times.min() < self._now:
-            raise ValueError(f"{self.feature.name}: a time lies before events that are already remembered")
-        # 1. all events of these keys, in order of key and time; what came later in a block stands behind
+            raise ValueError(f"{self.feature.name}: a time is earlier than events that are already remembered")
+        # 1. all events of these keys, in order of key and time; later events of a block come last
         unique, slot = np.unique(keys, return_inverse=True)
         past = [self._events.get(key, _NONE) for key in unique.tolist()]
         owner = np.repeat(np.arange(len(unique)), [len(events) for events in past])
@@ -76,10 +76,10 @@ class HistoryState:
             owner, events = np.concatenate([owner, slot]), np.concatenate([events, block])
         order = np.lexsort((events[:, 0], owner))
         owner, events = owner[order], events[order]
-        # 2. how many events stand before each query
+        # 2. how many events precede each query
         joint_slot, joint_time = np.concatenate([slot, owner]), np.concatenate([times, events[:, 0]])
         is_event = np.repeat([False, True], [len(keys), len(events)])
-        place = np.lexsort((is_event, joint_time, joint_slot))  # a query comes before the events of its own time
+        place = np.lexsort((is_event, joint_time, joint_slot))  # a query comes before the events at the same time
         before = np.empty(len(place), np.int64)
         before[place] = np.cumsum(is_event[place]) - is_event[place]
         end = before[: len(keys)]
@@ -99,6 +99,13 @@ class HistoryState:
             visible = int(np.searchsorted(mine[:, 0], now))  # strictly before `now`
             self._events[key] = mine[max(visible - self.feature.length, 0) :].copy()
         self._now = now
+
+    def forget(self, before: int) -> int:
+        """Forget keys whose last event is before a time; returns how many."""
+        stale = [key for key, events in self._events.items() if events[-1, 0] - self._delay < before]
+        for key in stale:
+            del self._events[key]
+        return len(stale)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything remembered, as arrays."""

@@ -44,7 +44,7 @@ class PopularityState:
             Smoothed rate and log(1 + count), shape (n, 2).
 
         Raises:
-            ValueError: If a query lies before an event that was already counted: its answer would know the future.
+            ValueError: If a query is older than an event that was already counted: its answer would know the future.
         """
         return self._run(keys, times, None)
 
@@ -60,7 +60,7 @@ class PopularityState:
             Smoothed rate and log(1 + count), shape (n, 2).
 
         Raises:
-            ValueError: If an event lies before one that was already counted.
+            ValueError: If an event is older than one that was already counted.
         """
         return self._run(keys, times, labels)
 
@@ -78,11 +78,11 @@ class PopularityState:
         stored, last, sums = self._stored(unique)
         time = np.concatenate([times, event_times])
         if (stored & (_first_times(slot, time, len(unique)) <= last)).any():
-            raise ValueError(f"{self.feature.name}: a time lies before events that were already counted")
+            raise ValueError(f"{self.feature.name}: a time is earlier than events that were already counted")
         event = np.repeat([False, True], [len(keys), len(event_keys)])
         gain = np.zeros((len(time), 2))
         gain[event, 0], gain[event, 1] = 1.0, event_labels
-        order = np.lexsort((event, time, slot))  # a query comes before the events of its own time
+        order = np.lexsort((event, time, slot))  # a query comes before the events at the same time
         # 2. the sums after each operation: decayed from the one before, or from what is stored
         s, t, g = slot[order], time[order], gain[order]
         starts = np.concatenate([[True], s[1:] != s[:-1]])
@@ -121,6 +121,16 @@ class PopularityState:
         self._sums = np.concatenate([self._sums, np.zeros((len(new), 2))])
         place = np.fromiter((self._slots[key] for key in keys), np.int64, len(keys))
         self._last[place], self._sums[place] = t[ends], running[ends]
+
+    def forget(self, before: int) -> int:
+        """Forget keys whose last event is before a time; returns how many."""
+        waiting = set(self._pending[:, 0].tolist())
+        kept = [k for k, i in self._slots.items() if k in waiting or self._last[i] - self._delay >= before]
+        place = np.array([self._slots[key] for key in kept], np.int64)
+        forgotten = len(self._slots) - len(kept)
+        self._last, self._sums = self._last[place], self._sums[place]
+        self._slots = {key: i for i, key in enumerate(kept)}
+        return forgotten
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything counted, as arrays."""

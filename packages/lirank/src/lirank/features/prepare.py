@@ -1,7 +1,7 @@
 """One pass over a log in time order: causal features, split, and what the schema learns from the training part.
 
 The result is a folder of Parquet files of small row groups, which training then reads as often as it likes, the state
-of the encoder, and what the causal features remember at the end of the log, from which serving goes on.
+of the encoder, and what the causal features remember at the end of the log, from which serving continues.
 """
 
 import json
@@ -19,11 +19,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lirank.data.batch import Encoder
+from lirank.data.growth import grown_encoder
 from lirank.data.ordering import closed_early, in_time_order
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import PARTS, TRAIN, Split, Splitter
 from lirank.features.causal import CausalFeatures
-from lirank.schema.columns import seconds_per_unit
+from lirank.features.delayed import settle, stretch
+from lirank.schema.columns import as_times, column_of, seconds_per_unit
 from lirank.schema.features import Schema, parse_schema
 
 ROW_GROUP = 8192
@@ -35,14 +37,16 @@ class Prepared:
     """A prepared folder.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         rows: Rows of each part.
         notes: What the schema's author should know, one line each.
+        until: Time of the last row, in the log's unit; None in a log without times.
     """
 
     folder: Path
     rows: dict[str, int]
     notes: list[str]
+    until: int | None = None
 
     def log(self, part: str) -> ParquetLog | None:
         """The rows of a part; None if it has none."""
@@ -57,8 +61,30 @@ class Prepared:
         return load_causal(self.folder / "causal.safetensors")
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier training hands to the next.
+
+    Attributes:
+        encoder: Its vocabularies and statistics.
+        causal: Its causal memory.
+        until: Time up to which it has consumed its log; None in a log without times.
+    """
+
+    encoder: Encoder
+    causal: CausalFeatures
+    until: int | None
+
+
 def prepare(
-    log: ParquetLog, schema: Schema, split: Split, folder: Path, report: Callable[[int], None] | None = None
+    log: ParquetLog,
+    schema: Schema,
+    split: Split,
+    folder: Path,
+    report: Callable[[int], None] | None = None,
+    *,
+    earlier: Earlier | None = None,
+    now: int | None = None,
 ) -> Prepared:
     """Prepare a log for training; a folder that is complete is taken as it is.
 
@@ -68,6 +94,8 @@ def prepare(
         split: How to divide it.
         folder: Where the result goes.
         report: Called with the number of rows that were done.
+        earlier: A training to go on from: its rows are left out, and what it learned grows.
+        now: Time of the log's export, for labels that arrive later; None takes the latest time in it.
 
     Returns:
         The prepared folder.
@@ -78,19 +106,33 @@ def prepare(
     marker = folder / "prepared.json"
     if marker.exists():
         found = read_json(marker)
-        return Prepared(folder, found["rows"], found["notes"])
+        return Prepared(folder, found["rows"], found["notes"], found["until"])
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it prepared
     folder.mkdir(parents=True)
     log.require(schema.columns())
-    splitter, encoder = Splitter(log, schema, split), Encoder(schema)
-    causal = CausalFeatures(schema, _seconds(log, schema))
+    seconds = _seconds(log, schema)
+    if earlier is not None and earlier.causal.seconds != seconds:
+        raise ValueError(f"time: expected the earlier run's unit of {earlier.causal.seconds:g} s, got {seconds:g} s")
+    encoder = grown_encoder(earlier.encoder, schema) if earlier else Encoder(schema)
+    causal = earlier.causal.grown(schema) if earlier else CausalFeatures(schema, seconds)
+    rows_of = stretch(log, schema, earlier.until if earlier else None, now)
+    consumed, waiting = rows_of.left_out()
+    if consumed + waiting == log.rows:
+        raise ValueError(
+            f"{log.files[0].parent}: no row to train on: {consumed} were consumed by the earlier run, {waiting} wait "
+            "for their labels"
+        )
+    splitter = Splitter(rows_of, schema, split)
     writers = {part: _Writer(folder / part) for part in PARTS}
     columns = schema.columns()
-    pieces = in_time_order(log, columns, schema.time.column, folder) if schema.time else log.read(columns)
+    pieces = in_time_order(rows_of, columns, schema.time.column, folder) if schema.time else log.read(columns)
+    until = None
     with closed_early(pieces):  # a row that is refused leaves no sorted copy behind
         for piece in pieces:
             part = splitter.assign(piece)
-            table = causal.extend(piece)
+            table = causal.extend(settle(piece, schema, seconds, rows_of.now))
+            if schema.time:
+                until = int(as_times(schema.time.column, column_of(piece, schema.time.column)).max())
             encoder.encode(table)  # what is refused is refused before anything is learned from it
             for number, name in enumerate(PARTS):
                 rows = table.filter(pa.array(part == number))
@@ -104,9 +146,12 @@ def prepare(
         raise ValueError("split: expected training rows, got none")
     save_encoder(encoder, folder / "encoder.safetensors")
     save_causal(causal, folder / "causal.safetensors")
+    until = rows_of.until if rows_of.until is not None else until
     notes = encoder.check_columns()
-    write_json(marker, {"rows": rows, "notes": notes})
-    return Prepared(folder, rows, notes)
+    notes += [f"{consumed} rows were consumed by the earlier run"] if consumed else []
+    notes += [f"{waiting} rows wait for their labels: train again from this run when they are there"] if waiting else []
+    write_json(marker, {"rows": rows, "notes": notes, "until": until})
+    return Prepared(folder, rows, notes, until)
 
 
 def _seconds(log: ParquetLog, schema: Schema) -> float:

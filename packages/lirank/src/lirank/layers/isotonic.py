@@ -22,9 +22,9 @@ class IsotonicLayer(nn.Module):
 
     Args:
         buckets: Number K of buckets.
-        low: Least logit told apart.
-        high: Greatest logit told apart.
-        contexts: Number of contexts with a curve of their own; 0 for one curve.
+        low: Smallest logit of the grid.
+        high: Largest logit of the grid.
+        contexts: Number of contexts, each with its own curve; 0 for one curve.
     """
 
     def __init__(self, buckets: int = 100, low: float = -12.0, high: float = 8.0, contexts: int = 0) -> None:
@@ -64,7 +64,7 @@ class IsotonicLayer(nn.Module):
         if context is None or self.context_slope is None or self.context_bias is None:
             slope, bias, place = self.slope.clamp_min(0), self.bias * 1, k
         else:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
                 check_tensor("context", context, shape=tuple(logits.shape), dtype=torch.int64)
                 if len(context) and not 0 <= int(context.min()) <= int(context.max()) < self.contexts:
                     raise ValueError(f"context: expected values in [0, {self.contexts})")

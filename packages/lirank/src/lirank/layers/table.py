@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from core_tensor.checks import check_number, check_tensor
+from core_tensor.memory import huge_pages
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_BLOCK = 4096
+"""Rows that are initialized together."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,28 @@ class Touched:
     vectors: Tensor
 
 
+def drawn_seed(seed: int | None) -> int:
+    """A seed, or one drawn from torch's generator."""
+    return int(torch.randint(1 << 31, ())) if seed is None else seed
+
+
+def initial_rows(seed: int, start: int, stop: int, dim: int, scale: float) -> Tensor:
+    """Rows [start, stop) of a table's initial values, which do not depend on how the rows are shared out.
+
+    Every block of rows has its own generator: a rank draws only its blocks.
+
+    Returns:
+        Values, shape (stop - start, dim).
+    """
+    found = huge_pages(torch.empty(stop - start, dim))
+    for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        drawn = torch.randn(_BLOCK, dim, generator=generator) * scale
+        low, high = max(block * _BLOCK, start), min((block + 1) * _BLOCK, stop)
+        found[low - start : high - start] = drawn[low - block * _BLOCK : high - block * _BLOCK]
+    return found
+
+
 class FusedTable(nn.Module):
     """Rows of all id features, one below the other.
 
@@ -32,14 +58,15 @@ class FusedTable(nn.Module):
         dim: Width D.
         lazy: Whether a `RowOptimizer` trains the table.
         scale: Standard deviation of the initial values.
+        seed: Seed of the initial values; None draws one from torch's generator.
     """
 
-    def __init__(self, rows: int, dim: int, *, lazy: bool = True, scale: float = 0.01) -> None:
+    def __init__(self, rows: int, dim: int, *, lazy: bool = True, scale: float = 0.01, seed: int | None = None) -> None:
         super().__init__()
         check_number("rows", rows, low=1, integer=True)
         check_number("dim", dim, low=1, integer=True)
         self.lazy = lazy
-        self.weight = nn.Parameter(torch.randn(rows, dim) * scale, requires_grad=not lazy)
+        self.weight = nn.Parameter(initial_rows(drawn_seed(seed), 0, rows, dim, scale), requires_grad=not lazy)
         self._touched: list[Touched] = []
 
     @property

@@ -33,7 +33,8 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
         calibration: `joint` trains the isotonic layer with the network; `after` leaves it the identity until
             `lirank calibrate`.
         calibration_buckets: Buckets of the isotonic layer.
-        positions: Positions told apart, where the schema has one.
+        calibration_context: Id feature whose every row (device, channel) has its own curve; empty for one curve.
+        positions: Number of distinct positions, where the schema has one.
         embed_dense: Whether every number gets a vector of width `dim`, times its value, instead of one input.
     """
 
@@ -54,6 +55,7 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
     gate_dropout: Share = 0.0
     calibration: Literal["after", "joint"] = "after"
     calibration_buckets: Count = 100
+    calibration_context: str = ""
     positions: Count = 50
     embed_dense: bool = False
 

@@ -29,12 +29,14 @@ class Vectors:
         dense: Numbers as they came, shape (B, N).
         bags: Pooled multi-valued features, shape (B, D) each.
         sequences: For each history its items (B, L, D), actions (B, L) or None, and lengths (B,).
+        context: Calibration context of every row, shape (B,), int64; None where there is one curve.
     """
 
     ids: Tensor
     dense: Tensor
     bags: Sequence[Tensor]
     sequences: Sequence[tuple[Tensor, Tensor | None, Tensor]]
+    context: Tensor | None = None
 
 
 class RankNetwork(nn.Module):
@@ -49,7 +51,7 @@ class RankNetwork(nn.Module):
     def __init__(self, layout: Layout, config: ModelConfig, dense: DenseInput) -> None:
         super().__init__()
         schema, dim = layout.schema, config.dim
-        self.dense = dense
+        self.dense, self.layout, self.config = dense, layout, config
         self.embed = nn.Parameter(torch.randn(dense.width, dim) * 0.01) if config.embed_dense else None
         ids = [feature.name for feature in schema.of(Id)]
         self.candidates = [ids.index(feature.item) for feature in layout.sequences]
@@ -77,9 +79,38 @@ class RankNetwork(nn.Module):
             dropout=config.dropout,
         )
         self.position = PositionBias(config.positions, len(schema.labels)) if schema.position else None
-        self.calibration = nn.ModuleList(IsotonicLayer(config.calibration_buckets) for _ in schema.labels)
+        contexts = _contexts(layout, config)
+        buckets = config.calibration_buckets
+        self.calibration = nn.ModuleList(IsotonicLayer(buckets, contexts=contexts) for _ in schema.labels)
         if config.calibration == "after":
             self.calibration.requires_grad_(False)
+
+    def number_names(self) -> list[str]:
+        """Names of the numbers that enter, with those of the indicators of missing ones.
+
+        Returns:
+            One name per number.
+        """
+        names = self.layout.dense
+        return [*names, *(f"{names[j]} is missing" for j in self.dense.may_miss)]
+
+    def input_names(self) -> list[str]:
+        """Names of all inputs of the cross network, by which a grown network finds those of an earlier one.
+
+        Returns:
+            One name per input, in their order.
+        """
+        dim, schema = self.config.dim, self.layout.schema
+        found = [f"{feature.name}.{i}" for feature in schema.of(Id) for i in range(dim)]
+        if self.embed is not None:
+            found += [f"{name}.{i}" for name in self.number_names() for i in range(dim)]
+        else:
+            found += self.number_names()
+        found += [f"{feature.name}.{i}" for feature in self.layout.bags for i in range(dim)]
+        width = 2 * self.config.history_width
+        for feature in self.layout.sequences:
+            found += [f"{feature.name}.{i}" for i in range(width)]
+        return found
 
     def features(self, x: Vectors) -> Tensor:
         """What the tasks' towers see, shape (B, joined)."""
@@ -109,10 +140,46 @@ class RankNetwork(nn.Module):
         """
         logits: Tensor = self.tasks(self.features(x))
         if calibrate:
-            logits = torch.stack([layer(z) for layer, z in zip(self.calibration, logits.unbind(1), strict=True)], 1)
+            columns = zip(self.calibration, logits.unbind(1), strict=True)
+            logits = torch.stack([layer(z, x.context) for layer, z in columns], 1)
         if position is not None and self.position is not None:
             logits = logits + self.position(position)
         return logits
+
+
+_MOST_CONTEXTS = 4096
+
+
+def _contexts(layout: Layout, config: ModelConfig) -> int:
+    """Contexts of the calibration: the rows of an id feature."""
+    name = config.calibration_context
+    if not name:
+        return 0
+    ids = {feature.name: feature for feature in layout.schema.of(Id)}
+    if name not in ids or ids[name].columns != 1 or ids[name].rows > _MOST_CONTEXTS:
+        fit = [n for n, feature in ids.items() if feature.columns == 1 and feature.rows <= _MOST_CONTEXTS]
+        raise ValueError(
+            f"calibration_context: expected an id feature of one row per id and at most {_MOST_CONTEXTS} rows "
+            f"({', '.join(fit) or 'there is none'}), got {name!r}"
+        )
+    return int(ids[name].rows)
+
+
+def calibration_context(ids: Tensor, layout: Layout, config: ModelConfig) -> Tensor | None:
+    """Calibration context of every row.
+
+    Args:
+        ids: Rows of the fused table, shape (B, columns).
+        layout: Positions that follow from the schema.
+        config: What the network is made of.
+
+    Returns:
+        Contexts, shape (B,), int64; None where there is one curve.
+    """
+    if not config.calibration_context:
+        return None
+    number = [feature.name for feature in layout.schema.of(Id)].index(config.calibration_context)
+    return ids[:, layout.fields.index(number)] - layout.offsets[config.calibration_context]
 
 
 def _history(feature: Any, config: ModelConfig) -> HistoryTransformer:

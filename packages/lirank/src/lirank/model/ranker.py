@@ -10,7 +10,7 @@ from lirank.data.batch import Batch, Encoder, Ragged
 from lirank.layers.dense import DenseInput
 from lirank.layers.table import FusedTable
 from lirank.model.config import ModelConfig
-from lirank.model.network import RankNetwork, Vectors
+from lirank.model.network import RankNetwork, Vectors, calibration_context
 from lirank.schema.features import SPECIAL, UNSEEN, Dense, History, Id, Multi
 from lirank.schema.layout import Layout
 
@@ -46,7 +46,7 @@ class Ranker(nn.Module):
         """
         ids = self.table(batch.ids)  # (B, columns, D)
         features = len(self.layout.schema.of(Id))
-        if ids.shape[1] != features:  # several hashes of one id are added
+        if ids.shape[1] != features:  # the rows of one id are added
             ids = ids.new_zeros(len(ids), features, ids.shape[2]).index_add(1, self.get_buffer("fields"), ids)
         bags = [pooled(batch.lists[f.name], self.table(batch.lists[f.name].values), f) for f in self.layout.bags]
         sequences: list[tuple[Tensor, Tensor | None, Tensor]] = []
@@ -57,7 +57,8 @@ class Ranker(nn.Module):
             if actions is None and isinstance(feature, History) and feature.action:
                 actions = torch.zeros(items.shape[:2], dtype=torch.int64)
             sequences.append((items, actions, lengths))
-        return Vectors(ids, batch.dense, bags, sequences)
+        context = calibration_context(batch.ids, self.layout, self.config)
+        return Vectors(ids, batch.dense, bags, sequences, context)
 
     def forward(self, batch: Batch, *, calibrate: bool = True) -> Tensor:
         """Logits of the log as it is: with positions where the batch has them, negatives as they were sampled.

@@ -33,7 +33,8 @@ class Id(_Part, frozen=True, tag_field="kind", tag="id"):
         column: Column of the log.
         type: Whether the column holds integers or strings. `1` and `"1"` are different ids.
         vocabulary: `hash`: an id falls on one of `rows` rows, nothing is stored. `static`: an id has its own row, from
-            a table of 64-bit fingerprints (no strings are kept), up to `rows` of them.
+            a table of 64-bit fingerprints (no strings are kept), up to `rows` of them. `qr`: an id sums two of `rows`
+            rows, that of its quotient and that of its remainder, so m + m rows tell m**2 ids apart.
         rows: Rows of the table.
         hashes: How many rows an id sums (hash only); two ids that share one rarely share all.
         min_count: Ids seen less often in training share the rare row.
@@ -43,11 +44,16 @@ class Id(_Part, frozen=True, tag_field="kind", tag="id"):
     name: Name
     column: str = ""
     type: Literal["int", "string"] = "int"
-    vocabulary: Literal["hash", "static"] = "hash"
+    vocabulary: Literal["hash", "static", "qr"] = "hash"
     rows: Annotated[int, Meta(ge=4)] = 1 << 16
     hashes: Annotated[int, Meta(ge=1, le=8)] = 1
     min_count: Positive = 1
     missing: Literal["null", "error"] = "null"
+
+    @property
+    def columns(self) -> int:
+        """Rows of the table that one id sums."""
+        return 2 if self.vocabulary == "qr" else self.hashes
 
 
 class Dense(_Part, frozen=True, tag_field="kind", tag="dense"):
@@ -163,6 +169,10 @@ class Label(_Part, frozen=True):
         missing: `error` refuses nulls; `skip` leaves the row out of this label's loss.
         weight: Share in the loss.
         group: Tasks of one group share a tower.
+        arrival: Column of the time at which the label became 1, null where it did not; empty for labels that are known
+            at once.
+        window: Seconds after the event during which the label may still become 1; a row is trained on when they are
+            over, and a label that arrives later counts as 0.
     """
 
     name: Name
@@ -171,6 +181,8 @@ class Label(_Part, frozen=True):
     missing: Literal["error", "skip"] = "error"
     weight: Annotated[float, Meta(gt=0)] = 1.0
     group: str = ""
+    arrival: str = ""
+    window: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Time(_Part, frozen=True):
@@ -259,7 +271,13 @@ class Schema(_Part, frozen=True):
         """
         found = [column(part) for part in (*self.of(Id, Dense, Multi, ItemSequence), *self.labels)]
         found += [self.time.column] if self.time else []
-        return list(dict.fromkeys([*found, *filter(None, (self.weight, self.position))]))
+        found += [label.arrival for label in self.labels]
+        return list(dict.fromkeys(filter(None, [*found, self.weight, self.position])))
+
+    @property
+    def window(self) -> float:
+        """Seconds after which every label of a row is known."""
+        return max(label.window for label in self.labels)
 
     def serving_columns(self) -> list[str]:
         """Columns that a request has to hold: no labels, no weight, no position.
@@ -338,9 +356,15 @@ def _check(schema: Schema) -> None:
     for label in schema.labels:
         if column(label) in inputs:
             raise ValueError(f"{label.name}: the label's column {column(label)!r} is also a feature")
+        if (label.arrival or label.window) and (schema.time is None or not (label.arrival and label.window)):
+            raise ValueError(
+                f"{label.name}: a label that arrives later needs arrival, window, and `time` in the schema"
+            )
     for feature in schema.of(Id):
-        if feature.vocabulary == "static" and feature.hashes != 1:
-            raise ValueError(f"{feature.name}: a static vocabulary has one row per id, got hashes: {feature.hashes}")
+        if feature.vocabulary != "hash" and feature.hashes != 1:
+            raise ValueError(f"{feature.name}: hashes belong to a hash vocabulary, got hashes: {feature.hashes}")
+        if feature.vocabulary == "qr" and feature.rows < SPECIAL + 2:
+            raise ValueError(f"{feature.name}: expected at least {SPECIAL + 2} rows for quotient and remainder")
     ids = {feature.name for feature in schema.of(Id)}
     if schema.group:
         _known("group", [schema.group], ids, "an id feature")
@@ -360,8 +384,8 @@ def _check_references(schema: Schema, feature: Any, ids: set[str]) -> None:
         _known(feature.name, [feature.label], labels, "a label")
         return
     _known(feature.name, [feature.item], ids, "an id feature")
-    if schema.feature(feature.item).hashes != 1:
-        raise ValueError(f"{feature.name}: expected an item with hashes: 1, whose rows a sequence can share")
+    if schema.feature(feature.item).columns != 1:
+        raise ValueError(f"{feature.name}: expected an item with one row per id, which a sequence can share")
     if isinstance(feature, History):
         _known(feature.name, [feature.key], ids, "an id feature")
         _known(feature.name, [feature.action] if feature.action else [], labels, "a label")

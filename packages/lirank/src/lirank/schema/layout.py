@@ -1,4 +1,4 @@
-"""Where everything of a schema stands in a batch: columns of ids and of numbers, rows of the one fused table."""
+"""Where everything in a schema goes in a batch: columns of ids and of numbers, rows of the one fused table."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,9 +32,9 @@ class Layout:
 
     @cached_property
     def fields(self) -> tuple[int, ...]:
-        """For every column of ids the number of the id feature it belongs to; one with k hashes has k columns."""
+        """For every column of ids the number of the id feature it belongs to; one that sums k rows has k columns."""
         ids = self.schema.of(Id)
-        return tuple(number for number, feature in enumerate(ids) for _ in range(feature.hashes))
+        return tuple(number for number, feature in enumerate(ids) for _ in range(feature.columns))
 
     @cached_property
     def dense(self) -> tuple[str, ...]:

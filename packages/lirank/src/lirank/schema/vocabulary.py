@@ -1,8 +1,8 @@
-"""From fingerprints to rows of an embedding table, with null, unseen and rare ids told apart.
+"""From fingerprints to rows of an embedding table, with separate rows for null, unseen and rare ids.
 
-Rows 0, 1 and 2 are null, unseen and rare. A `hash` vocabulary stores how often each row was met in training, and no
-ids: an id whose rows were never all met is unseen. A `static` vocabulary stores sorted 64-bit fingerprints, so 25
-million strings are two arrays; two of N strings share a fingerprint with probability N**2 / 2**65.
+Rows 0, 1 and 2 are null, unseen and rare. A `hash` or `qr` vocabulary stores how often each row was met in
+training, and no ids: an id whose rows were never all met is unseen. A `static` vocabulary stores sorted 64-bit
+fingerprints, so 25 million strings are two arrays; two of N strings share a fingerprint with probability N**2 / 2**65.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,8 @@ import numpy as np
 from lirank.schema.features import NULL, RARE, SPECIAL, UNSEEN, Id, Multi
 
 _GAMMA, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+NEVER = int(np.iinfo(np.int64).min)
+"""Time of what was never met, or met in a log without times."""
 
 
 def hash_rows(fingerprints: np.ndarray, rows: int, hashes: int) -> np.ndarray:
@@ -20,6 +22,14 @@ def hash_rows(fingerprints: np.ndarray, rows: int, hashes: int) -> np.ndarray:
     first = fingerprints.view(np.uint64)
     derived = [first] + [_splitmix64(first + np.uint64(j * _GAMMA & _MASK)) for j in range(1, hashes)]
     return np.stack([(h % modulus).astype(np.int64) + SPECIAL for h in derived], 1)
+
+
+def quotient_rows(fingerprints: np.ndarray, rows: int) -> np.ndarray:
+    """Rows of remainder and quotient modulo m = (rows - SPECIAL) // 2, below one another, shape (n, 2)."""
+    half = (rows - SPECIAL) // 2
+    whole = fingerprints.view(np.uint64)
+    remainder, quotient = whole % np.uint64(half), whole // np.uint64(half) % np.uint64(half)
+    return np.stack([remainder.astype(np.int64) + SPECIAL, quotient.astype(np.int64) + SPECIAL + half], 1)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -38,51 +48,66 @@ class Vocabulary:
         counts: Hash: how often each row was met, shape (rows,). Static: how often each known id was met, shape (n,).
         keys: Static: fingerprints of the known ids, ascending, shape (n,), int64.
         row: Static: row of each known id, shape (n,).
+        last: When each row (hash) or known id (static) was last met, in the log's unit of time, shape as `counts`.
     """
 
     feature: Id | Multi
     counts: np.ndarray
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def empty(cls, feature: Id | Multi) -> "Vocabulary":
         """A vocabulary that has seen nothing."""
-        return cls(feature, np.zeros(feature.rows if feature.vocabulary == "hash" else 0, np.int64))
+        size = 0 if feature.vocabulary == "static" else feature.rows
+        return cls(feature, np.zeros(size, np.int64), last=np.full(size, NEVER))
 
     @property
-    def hashes(self) -> int:
-        """Rows per id."""
-        return self.feature.hashes if isinstance(self.feature, Id) else 1
+    def static(self) -> bool:
+        """Whether ids are known one by one."""
+        return self.feature.vocabulary == "static"
 
-    def observe(self, fingerprints: np.ndarray, null: np.ndarray) -> np.ndarray:
+    def rows_of(self, fingerprints: np.ndarray) -> np.ndarray:
+        """Rows of ids in a vocabulary that stores none, shape (n, rows per id)."""
+        if self.feature.vocabulary == "qr":
+            return quotient_rows(fingerprints, self.feature.rows)
+        return hash_rows(fingerprints, self.feature.rows, self.feature.hashes if isinstance(self.feature, Id) else 1)
+
+    def observe(self, fingerprints: np.ndarray, null: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
         """Count ids of training data; new ids get rows.
 
         Args:
             fingerprints: Ids, shape (n,).
             null: Which are null, shape (n,).
+            times: When they were met, shape (n,); None in a log without times.
 
         Returns:
             The rows that were met for the first time, which an existing table has to prepare.
         """
-        ids, times = np.unique(fingerprints[~null], return_counts=True)
-        if self.feature.vocabulary == "hash":
-            rows = hash_rows(ids, self.feature.rows, self.hashes)
+        ids, slot, counts = np.unique(fingerprints[~null], return_inverse=True, return_counts=True)
+        last = np.full(len(ids), NEVER)
+        if times is not None:
+            np.maximum.at(last, slot, times[~null])
+        if not self.static:
+            rows = self.rows_of(ids)
             before = self.counts > 0
-            np.add.at(self.counts, rows, times[:, None])
+            np.add.at(self.counts, rows, counts[:, None])
+            np.maximum.at(self.last, rows, last[:, None])
             return np.flatnonzero(~before & (self.counts > 0))
-        return self._observe_static(ids, times)
+        return self._observe_static(ids, counts, last)
 
-    def _observe_static(self, ids: np.ndarray, times: np.ndarray) -> np.ndarray:
+    def _observe_static(self, ids: np.ndarray, counts: np.ndarray, last: np.ndarray) -> np.ndarray:
         # 1. merge what is new; new ids start as rare
         place = np.searchsorted(self.keys, ids)
         known = _found(self.keys, place, ids)
-        self.counts[place[known]] += times[known]
+        self.counts[place[known]] += counts[known]
+        self.last[place[known]] = np.maximum(self.last[place[known]], last[known])
         self.keys = np.concatenate([self.keys, ids[~known]])
-        self.counts = np.concatenate([self.counts, times[~known]])
+        self.counts = np.concatenate([self.counts, counts[~known]])
+        self.last = np.concatenate([self.last, last[~known]])
         self.row = np.concatenate([self.row, np.full(int((~known).sum()), RARE)])
-        order = np.argsort(self.keys, kind="stable")
-        self.keys, self.counts, self.row = self.keys[order], self.counts[order], self.row[order]
+        self._keep(np.argsort(self.keys, kind="stable"))
         # 2. ids that have become frequent get the free rows, the most frequent first
         waiting = np.flatnonzero((self.row == RARE) & (self.counts >= self.feature.min_count))
         waiting = waiting[np.argsort(-self.counts[waiting], kind="stable")]
@@ -90,6 +115,11 @@ class Vocabulary:
         given = min(len(waiting), len(free))
         self.row[waiting[:given]] = free[:given]
         return free[:given]
+
+    def _keep(self, chosen: np.ndarray) -> None:
+        """Keep some of the known ids, in this order."""
+        self.keys, self.counts = self.keys[chosen], self.counts[chosen]
+        self.row, self.last = self.row[chosen], self.last[chosen]
 
     def encode(self, fingerprints: np.ndarray, null: np.ndarray) -> np.ndarray:
         """Rows of ids.
@@ -99,10 +129,10 @@ class Vocabulary:
             null: Which are null, shape (n,).
 
         Returns:
-            Rows of the feature's table, shape (n, hashes), int64.
+            Rows of the feature's table, shape (n, rows per id), int64.
         """
-        if self.feature.vocabulary == "hash":
-            rows = hash_rows(fingerprints, self.feature.rows, self.hashes)
+        if not self.static:
+            rows = self.rows_of(fingerprints)
             seen = self.counts[rows].min(1)  # the count of a count-min sketch
             rows[seen < self.feature.min_count] = RARE
             rows[seen == 0] = UNSEEN
@@ -126,17 +156,37 @@ class Vocabulary:
         Raises:
             ValueError: If the vocabulary hashes, so that a row has no owner.
         """
-        if self.feature.vocabulary != "static":
-            raise ValueError(f"{self.feature.name}: a hash vocabulary has nothing to evict")
+        if not self.static:
+            raise ValueError(
+                f"{self.feature.name}: rows of a {self.feature.vocabulary} vocabulary have no owners to rank"
+            )
         owners = np.flatnonzero(self.row >= SPECIAL)
         losers = owners[np.argsort(-self.counts[owners], kind="stable")[keep:]]
         freed = np.sort(self.row[losers])
         self.row[losers] = RARE
         return freed
 
+    def forget(self, before: int) -> np.ndarray:
+        """Forget what was last met before a time; it is unseen from then on, and its memory is free.
+
+        Args:
+            before: Time in the log's unit.
+
+        Returns:
+            The rows that became free.
+        """
+        stale = self.last < before
+        if not self.static:
+            freed = np.flatnonzero(stale & (self.counts > 0))
+            self.counts[stale] = 0
+            return freed
+        freed = np.sort(self.row[stale & (self.row >= SPECIAL)])
+        self._keep(np.flatnonzero(~stale))
+        return freed
+
     def summary(self) -> dict[str, int]:
         """Figures for reports: rows, rows in use, ids known where they are."""
-        used = int((self.counts > 0).sum()) if self.feature.vocabulary == "hash" else int((self.row >= SPECIAL).sum())
+        used = int((self.row >= SPECIAL).sum() if self.static else (self.counts > 0).sum())
         rare = int((self.row == RARE).sum())
         return {"rows": self.feature.rows, "rows_used": used, "ids_known": len(self.keys), "ids_rare": rare}
 

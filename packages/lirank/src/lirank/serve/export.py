@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lirank.data.batch import Batch, Ragged
 from lirank.layers.table import FusedTable
-from lirank.model.network import Vectors
+from lirank.model.network import Vectors, calibration_context
 from lirank.model.ranker import Ranker
 from lirank.schema.features import History, Id
 from lirank.serve.checks import input_names
@@ -72,7 +72,8 @@ class ServedModel(nn.Module):
             (self._rows(named[f.name]), named.get(f"{f.name}.action"), named[f"{f.name}.lengths"])
             for f in self.layout.sequences
         ]
-        logits: Tensor = self.network(Vectors(ids, named["dense"], bags, sequences))
+        context = calibration_context(named["ids"], self.layout, self.network.config)
+        logits: Tensor = self.network(Vectors(ids, named["dense"], bags, sequences, context))
         return torch.sigmoid(logits + self.correction)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: what it does in one step, when it stops, and how it goes on after a kill to the same bytes."""
+"""The training loop: what it does in one step, when it stops, and how it resumes after a kill to the same bytes."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from lirank.data.shuffle import windows
 from lirank.evaluate.metrics import report as metrics_report
 from lirank.model.ranker import Ranker, cold_rows
 from lirank.train import checkpoint
+from lirank.train.prior import TABLE, CurvaturePrior, Pull, rows_of
 from lirank.train.row_optimizers import RowOptimizer
 
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
@@ -35,7 +36,7 @@ class TrainConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
         row_optimizer: Optimizer of the table.
         weight_decay: Decoupled decay of the network.
         row_weight_decay: Decay of touched rows.
-        cold_share: Share of ids that stand as unseen in training, so that the unseen row is trained.
+        cold_share: Share of ids replaced by the unseen row in training, so that it is trained.
         schedule: `constant`, or `cosine` to 0; the isotonic layer always follows the cosine.
         clip: Largest norm of the network's gradient.
         patience: Epochs without a better validation logloss after which training stops.
@@ -74,9 +75,17 @@ class Trainer:
         encoder: What turns the log into batches.
         config: How to train.
         ranks: The processes that share every batch.
+        prior: What an earlier training knows of the weights; None for nothing. A weight of 0 is nothing too.
     """
 
-    def __init__(self, model: Ranker, encoder: Encoder, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        model: Ranker,
+        encoder: Encoder,
+        config: TrainConfig,
+        ranks: Ranks = ALONE,
+        prior: CurvaturePrior | None = None,
+    ) -> None:
         self.model, self.encoder, self.config, self.ranks = model, encoder, config, ranks
         calibration = [p for p in model.network.calibration.parameters() if p.requires_grad]
         chosen = {id(p) for p in calibration}
@@ -88,6 +97,8 @@ class Trainer:
         self.rows = RowOptimizer(
             model.table, config.row_optimizer, lr=config.row_lr, weight_decay=config.row_weight_decay
         )
+        named = {f"network.{name}": p for name, p in model.network.named_parameters() if p.requires_grad}
+        self.pull = Pull(prior, named, self.optimizer, self.rows) if prior and prior.weight else None
         self.epoch, self.batch, self.step = 0, 0, 0
         self.history: list[dict[str, Any]] = []
         self.best, self.waited = math.inf, 0
@@ -108,7 +119,7 @@ class Trainer:
         Args:
             train: Training rows, with causal columns.
             valid: Rows that choose the epoch; without them the last one is kept.
-            folder: Where checkpoints go; one that lies there is continued.
+            folder: Where checkpoints go; an existing one is continued.
             progress: Called after every step with the step, the steps of an epoch and the loss.
 
         Returns:
@@ -163,6 +174,8 @@ class Trainer:
         self._set_rates()
         if self.config.cold_share:
             batch = replace(batch, ids=cold_rows(batch.ids, self.model.layout, self.config.cold_share))
+        if self.pull is not None:
+            self.pull.before_lookup(rows_of(batch))
         self.optimizer.zero_grad()
         self.model.table.take_touched()
         logits = self.model(batch)
@@ -181,7 +194,45 @@ class Trainer:
             raise ValueError(f"step {self.step}: a gradient is not finite; no weight was changed")
         self.rows.step(self.model.table.take_touched(), self.ranks)
         self.optimizer.step()
+        if self.pull is not None:
+            self.pull.after_step(rows_of(batch))
         return value
+
+    def curvature(self, log: ParquetLog) -> dict[str, Tensor]:
+        """Diagonal of the Fisher information of the loss at the present weights.
+
+        Args:
+            log: Rows to average over.
+
+        Returns:
+            B times the mean squared gradient of batches of B rows, by name of the model's state: of every parameter
+            that is trained and of the table, per row.
+        """
+        model, count = self.model.eval(), 0
+        table = torch.zeros_like(model.table.weight)
+        found = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for rows in log.read(rows=self.config.batch_size):
+            batch = self.encoder.encode(rows)
+            model.table.train()  # so that it notes what is looked up; the rest drops nothing out
+            self.optimizer.zero_grad()
+            model.table.take_touched()
+            total, weight = self._loss(model(batch), batch)
+            (total / weight.clamp_min(1e-12)).backward()
+            for sum_, parameter in zip(found, self.parameters, strict=True):
+                if parameter.grad is not None:
+                    sum_ += len(batch) * parameter.grad.square()
+            touched = model.table.take_touched()
+            if touched:
+                ids, place = torch.cat([entry.ids for entry in touched]).unique(return_inverse=True)
+                gradients = torch.cat([entry.vectors.grad for entry in touched])  # type: ignore[misc]
+                summed = gradients.new_zeros(len(ids), table.shape[1]).index_add_(0, place, gradients)
+                table[ids] += len(batch) * summed.square()
+            count += 1
+        self.optimizer.zero_grad()
+        model.table.eval()
+        names = {id(parameter): f"network.{name}" for name, parameter in model.network.named_parameters()}
+        scaled = {names[id(p)]: sum_ / count for p, sum_ in zip(self.parameters, found, strict=True)}
+        return scaled | {TABLE: table / count}
 
     def _loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted sum of the losses and of the weights; labels that are missing count nothing."""
@@ -203,6 +254,8 @@ class Trainer:
     def _end_of_epoch(self, valid: ParquetLog | None, folder: Path) -> None:
         entry: dict[str, Any] = {"epoch": self.epoch, "train_loss": float(np.mean(self._losses))}
         better = True
+        if self.pull is not None:
+            self.pull.everything()
         if valid is not None:
             found = evaluate(self.model, self.encoder, valid)
             entry["valid"] = found
@@ -223,6 +276,7 @@ class Trainer:
         if self.ranks.first:
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
             tensors |= {f"rows.{i}": tensor for i, tensor in enumerate(self.rows.state)}
+            tensors |= {f"pull.{k}": v for k, v in self.pull.state().items()} if self.pull is not None else {}
             adam = self.optimizer.state_dict()["state"]
             tensors |= {f"adam.{i}.{key}": tensor for i, state in adam.items() for key, tensor in state.items()}
             record = {
@@ -251,6 +305,8 @@ class Trainer:
                 _, number, key = name.split(".")
                 state.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.pull is not None:
+            self.pull.load_state({k.removeprefix("pull."): v for k, v in tensors.items() if k.startswith("pull.")})
         torch.set_rng_state(tensors["random"])
         self.epoch, self.batch, self.step = record["epoch"], record["batch"], record["step"]
         self.rows.steps, self.history, self.waited = record["row_steps"], record["history"], record["waited"]

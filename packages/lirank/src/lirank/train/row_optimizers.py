@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from core_tensor.app.ranks import ALONE, Ranks
 from core_tensor.checks import check_choice
+from core_tensor.memory import huge_pages
 from core_tensor.ops.row_update import KINDS, row_update
 from torch import Tensor
 
@@ -36,10 +37,12 @@ class RowOptimizer:
     ) -> None:
         check_choice("kind", kind, KINDS)
         self.table, self.kind = table, kind
-        self.lr, self.weight_decay, self.eps = lr, weight_decay, eps
+        self.lr, self.weight_decay, self.eps, self.beta2 = lr, weight_decay, eps, 0.999
         weight = table.weight.detach()
         self.state: tuple[Tensor, ...] = (
-            (torch.zeros_like(weight), torch.zeros_like(weight)) if kind == "adam" else (weight.new_zeros(len(weight)),)
+            (huge_pages(torch.zeros_like(weight)), huge_pages(torch.zeros_like(weight)))
+            if kind == "adam"
+            else (huge_pages(weight.new_zeros(len(weight))),)
         )
         self.steps = 0
 
@@ -60,8 +63,33 @@ class RowOptimizer:
         grad = torch.cat([g for g in grads if g is not None]) if touched else torch.zeros(0, dim)
         if ranks.size > 1:
             ids, grad = ranks.gather_rows(ids)[0], ranks.gather_rows(grad)[0]
-        options = {"kind": self.kind, "lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps}
-        row_update(self.table.weight.detach(), self.state, ids, grad, step=self.steps, **options)  # type: ignore[arg-type]
+        row_update(
+            self.table.weight.detach(),
+            self.state,
+            ids,
+            grad,
+            kind=self.kind,
+            lr=self.lr,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            step=self.steps,
+        )
+
+    def scale(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """What the last step divided the gradients of rows by.
+
+        Args:
+            rows: Rows of the table, shape (n,), int64.
+            steps: Step that last touched each, from 1, shape (n,), int64.
+
+        Returns:
+            The root of the second moment, corrected, or of the accumulator, plus eps, shape (n, D) or (n, 1).
+        """
+        if self.kind == "adagrad":
+            return self.state[0][rows].sqrt()[:, None] + self.eps
+        correction = 1 - self.beta2 ** steps.double()
+        return (self.state[1][rows] / correction.to(self.state[1].dtype)[:, None]).sqrt() + self.eps
 
     def forget(self, rows: Tensor) -> None:
         """Clear the state of rows that get a new owner.

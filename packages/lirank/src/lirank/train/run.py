@@ -18,7 +18,7 @@ from lirank.model.ranker import Ranker
 from lirank.train import checkpoint
 
 MODEL, ENCODER, CAUSAL = "model.safetensors", "encoder.safetensors", "causal.safetensors"
-SAMPLE, DATA = "sample.parquet", "data"
+SAMPLE, DATA, CURVATURE = "sample.parquet", "data", "curvature.safetensors"
 SAMPLE_ROWS = 1024
 
 
