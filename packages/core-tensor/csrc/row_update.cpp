@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t kAhead = 16;  // rows that are asked for before they are needed
+
 struct Options {
   float lr, beta1, beta2, new1, new2, eps, keep, bias1, root_bias2;  // new = 1 - beta, keep = 1 - lr * weight decay
 };
@@ -21,8 +23,8 @@ CT_CLONES void adam_rows(const int64_t* rows, const float* sums, int64_t count, 
                          float* second, const Options& o) {
   const float rate = o.lr / o.bias1, b1 = o.beta1, b2 = o.beta2, c1 = o.new1, c2 = o.new2;
   for (int64_t u = 0; u < count; ++u) {
-    if (u + 8 < count) {
-      const int64_t ahead = rows[u + 8] * d;
+    if (u + kAhead < count) {
+      const int64_t ahead = rows[u + kAhead] * d;
       __builtin_prefetch(weight + ahead, 1);
       __builtin_prefetch(first + ahead, 1);
       __builtin_prefetch(second + ahead, 1);
@@ -41,9 +43,9 @@ CT_CLONES void adam_rows(const int64_t* rows, const float* sums, int64_t count, 
 CT_CLONES void adagrad_rows(const int64_t* rows, const float* sums, int64_t count, int64_t d, float* weight,
                             float* accumulator, const Options& o) {
   for (int64_t u = 0; u < count; ++u) {
-    if (u + 8 < count) {
-      __builtin_prefetch(weight + rows[u + 8] * d, 1);
-      __builtin_prefetch(accumulator + rows[u + 8], 1);
+    if (u + kAhead < count) {
+      __builtin_prefetch(weight + rows[u + kAhead] * d, 1);
+      __builtin_prefetch(accumulator + rows[u + kAhead], 1);
     }
     float* w = weight + rows[u] * d;
     const float* g = sums + u * d;
