@@ -112,7 +112,7 @@ def map_head(
     check_tensor("mu", mu, shape=(tasks, d), dtype=h.dtype, device=h.device, finite=True)
     check_tensor("P", P, shape=(d, d), dtype=h.dtype, device=h.device, finite=True)
     check_number("steps", steps, low=1, high=1000, integer=True)
-    _check_values(h, base, y, w, lengths, P)
+    _check_values(*(t.detach() for t in (h, base, y, w, lengths, P)))
     found: tuple[Tensor, Tensor] = _map_head(h, base, y, w, lengths, mu, P, steps)
     return found
 
