@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from core_tensor.app.cli import device_option, emit, json_option, overwrite_option, threads_option
+from core_tensor.app.cli import device_option, emit, json_option, overwrite_option, progress, threads_option
 
 store_option = click.option(
     "--store", required=True, help="Folder (LMDB), sqlite:FOLDER, parquet:FOLDER or redis://HOST:PORT/DB?prefix=NAME:."
@@ -42,24 +42,26 @@ def generate(
     from meta_embed.generate.job import GenerateOptions
     from meta_embed.generate.job import generate as run_job
     from meta_embed.model.build import load_model
-    from meta_embed.store.address import parse
+    from meta_embed.store.address import check_writable, parse
     from meta_embed.tasks.events import parquet_files
 
     model, config, vocabulary, version = load_model(run)
     options = GenerateOptions(codec, precision, history, float("inf") if as_of is None else as_of, buckets)
     kind, folder = parse(store)
     place = work or (Path("meta-embed-redis") if kind == "redis" else folder / "generation")
+    check_writable(store)
     with ranks.join(device) as processes:
         inputs = {"version": version, "data": files.digest(*parquet_files(events)), "store": store, "options": options}
         # a finished generation that is asked for again, of other events or after a retraining, starts anew
         with RunFolder.claim(
             place, "meta-embed generate", inputs, overwrite=overwrite or _finished(place), ranks=processes
         ) as job:
-            result = run_job(
-                model.to(device), config, vocabulary, version, events, store, job.path / "parts", options,
-                device=device, ranks=processes,
-                report=lambda bucket: click.echo(f"bucket {bucket} of {buckets}", err=True),
-            )  # fmt: skip
+            first, last = processes.range(buckets)
+            with progress(range(first, last), "generate", unit="bucket") as bar:
+                result = run_job(
+                    model.to(device), config, vocabulary, version, events, store, job.path / "parts", options,
+                    device=device, ranks=processes, report=lambda _: bar.update(),
+                )  # fmt: skip
             job.finish(result)
         if processes.first:
             text = f"{result['members']} members, model {version}\nstore: {store}"

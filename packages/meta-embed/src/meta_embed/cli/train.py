@@ -41,8 +41,9 @@ def train(events: Path, config: Path, out: Path, tune: bool, seed: int, overwrit
 
                 def report(entry: dict[str, float]) -> None:
                     if processes.first:
-                        line = f"epoch {entry['epoch']:.0f}: held-back loss {entry['held_back_loss']:.5f}"
-                        click.echo(line, err=True)
+                        what = "warm start with" if "precision" in entry else ""
+                        told = " ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in entry.items())
+                        click.echo(f"{what} {told}".strip(), err=True)
 
                 run.finish(train_run(run, events, options, seed, processes, tuned=tune, report=report))
             result = run.result or {}

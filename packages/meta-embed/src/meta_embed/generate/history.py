@@ -26,7 +26,7 @@ def row_layout(schema: Schema) -> np.dtype[Any]:
 
 
 def member_layout(schema: Schema) -> np.dtype[Any]:
-    """A member's features, which stand before its events."""
+    """A member's features, which precede its events."""
     ids = sum(f.kind == "id" for f in schema.member)
     dense = sum(f.width for f in schema.member if f.kind == "dense")
     return np.dtype([("ids", "<i8", (ids,)), ("dense", "<f4", (dense,))])

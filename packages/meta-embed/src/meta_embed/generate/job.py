@@ -2,7 +2,7 @@
 
 1. The log is read once and written into buckets by member, so that each fits into memory.
 2. Each bucket becomes a part: the latest events of every member, adapted, encoded, sorted by key. A part is complete or
-   absent, and a killed job goes on with those that are missing. Under `torchrun` every process has its share of them.
+   absent, and a killed job continues with those that are missing. Under `torchrun` every process has its share of them.
 3. The parts are merged into the store, in the order of the keys, in one go.
 
 The same events give the same bytes, whatever was killed and however many processes there were.
@@ -72,7 +72,7 @@ def generate(
     *,
     device: str = "cpu",
     ranks: Ranks = ALONE,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Run the job, or what is left of it.
 

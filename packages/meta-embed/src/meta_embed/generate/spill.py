@@ -35,7 +35,7 @@ def bucket_of(keys: pa.Array, buckets: int) -> Array:
 
 
 def spill(events: Path, schema: Schema, folder: Path, buckets: range, total: int) -> str:
-    """Read the log once and write each of some buckets to a file of its own.
+    """Read the log once and write each of some buckets to its own file.
 
     Args:
         events: A Parquet file or a folder of them.

@@ -1,12 +1,14 @@
 """A model from its options, and back: what a run folder holds."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from core_tensor.app.files import atomic_path, digest, read_json, reading, write_json
+from torch import Tensor
 
 from meta_embed.adapt.map_head import MapHead
 from meta_embed.config import Config, parse_config
@@ -90,6 +92,23 @@ def save_model(folder: Path, model: Personalizer, config: Config, vocabulary: Vo
     return version
 
 
+def put_weights(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights that somebody else may have written.
+
+    Args:
+        model: Gets the weights.
+        state: Tensors by name.
+
+    Raises:
+        ValueError: If names, shapes or dtypes are not those of the model.
+    """
+    own = model.state_dict()
+    wrong = {n for n, t in own.items() if n not in state or (state[n].shape, state[n].dtype) != (t.shape, t.dtype)}
+    if wrong or len(state) != len(own):
+        raise ValueError(f"other tensors: {', '.join(sorted(wrong)) or 'more of them'}")
+    model.load_state_dict(state)
+
+
 def load_model(folder: str | Path) -> tuple[Personalizer, Config, Vocabulary, str]:
     """Read the model of a run folder.
 
@@ -113,11 +132,7 @@ def load_model(folder: str | Path) -> tuple[Personalizer, Config, Vocabulary, st
         model = build_model(config, vocabulary)
     weights = Path(folder) / MODEL
     with reading(weights, "the weights that model.json describes"):
-        state = load_file(weights)
-        wrong = {n for n, t in model.state_dict().items() if n not in state or state[n].shape != t.shape}
-        if wrong or len(state) != len(model.state_dict()):
-            raise ValueError(f"other tensors: {', '.join(sorted(wrong)) or 'more of them'}")
-        model.load_state_dict(state)
+        put_weights(model, load_file(weights))
     if model_version(model, config, vocabulary) != version:
         raise ValueError(f"{weights}: weights and {ABOUT} are not of the same version")
     return model.eval(), config, vocabulary, version

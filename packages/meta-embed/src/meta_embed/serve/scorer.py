@@ -7,20 +7,21 @@ vectors.
 """
 
 import logging
-import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from core_tensor.app import serving
+from core_tensor.app.serving.bodies import RefusalError
 
 from meta_embed.adapt.map_head import thompson
 from meta_embed.generate.vectors import unpack_precisions
 from meta_embed.model.build import load_model
 from meta_embed.serve.lookup import Found, Lookup, score
-from meta_embed.store.address import open_store, parse
+from meta_embed.store.address import open_store
 from meta_embed.tasks import encode
 from meta_embed.tasks.encode import Array, Vocabulary
 from meta_embed.tasks.schema import Feature
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _LOGGER = logging.getLogger(__name__)
+_RETRY = 1.0
+"""Seconds until a store that was refused is tried again."""
 
 
 class Scorer:
@@ -47,8 +50,7 @@ class Scorer:
     def __init__(self, run: str, store: str, ttl: float = float("inf"), allow_stale: bool = False) -> None:
         self.model, self.config, self.vocabulary, self.version = load_model(run)
         self.address, self.ttl, self.allow_stale = store, ttl, allow_stale
-        self.lock = threading.Lock()
-        self.identity = self._identity()
+        self.lock, self.retry_at = threading.Lock(), 0.0
         self.lookup = self._open()
         self.refused: str | None = None
         columns = self.config.columns
@@ -62,24 +64,17 @@ class Scorer:
     def _open(self) -> Lookup:
         return Lookup(open_store(self.address), self.version, allow_stale=self.allow_stale, ttl=self.ttl)
 
-    def _identity(self) -> object:
-        kind, folder = parse(self.address)
-        if kind == "redis":
-            return None
-        found = os.stat(folder / f"store.{kind}")  # noqa: PTH116
-        return found.st_ino if kind != "parquet" else (found.st_ino, found.st_mtime_ns)
-
     def current(self) -> Lookup:
         """The lookup; a store that was generated anew meanwhile is opened, if its version fits."""
         with self.lock:
-            try:
-                identity = self._identity()
-                if identity != self.identity:
-                    self.identity = identity
-                    self.lookup, self.refused = self._open(), None
-            except (OSError, ValueError) as error:  # the old vectors still serve
-                self.refused = str(error)
-                _LOGGER.warning("%s", error)
+            if time.monotonic() >= self.retry_at:
+                try:
+                    if self.lookup.store.replaced():
+                        self.lookup = self._open()
+                    self.refused = None
+                except (OSError, ValueError) as error:  # the old vectors still serve; do not try at every request
+                    self.refused, self.retry_at = str(error), time.monotonic() + _RETRY
+                    _LOGGER.warning("%s", error)
             return self.lookup
 
     def _find(self, rows: pa.Table) -> Found:
@@ -87,10 +82,13 @@ class Scorer:
         names = rows[columns.entity]
         if names.null_count:
             raise ValueError(f"rows: column {columns.entity}: expected a key in every row")
-        prior = None
-        if columns.member:
-            prior = self._prior(rows)
-        return self.current()(names.to_pylist(), prior)
+        prior = self._prior(rows) if columns.member else None
+        lookup, keys = self.current(), names.to_pylist()
+        lookup.store.keys_of(keys)  # a key that cannot be one is the client's fault
+        try:
+            return lookup(keys, prior)
+        except (OSError, ValueError) as error:
+            raise RefusalError(503, f"store: {error}") from error
 
     def _prior(self, rows: pa.Table) -> Array:
         """Cold starts from the members' features; a number that was not sent counts as zero."""
@@ -170,7 +168,7 @@ class Scorer:
 
     def information(self) -> dict[str, Any]:
         """What `/health` says of the model and the store."""
-        info = self.current().store.info
+        info = self.lookup.store.info
         return {
             "version": self.version, "store_version": info.version, "as_of": info.as_of, "refused_store": self.refused,
         }  # fmt: skip

@@ -1,16 +1,17 @@
 """From an address to a store: a folder (LMDB), `sqlite:folder`, `parquet:folder`, or `redis://host:port/db?prefix=`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from meta_embed.store.base import Item, Store
+from meta_embed.store.base import Item, Store, ascending
 from meta_embed.store.codec import StoreInfo
-from meta_embed.store.lmdb import LmdbStore, create_lmdb
-from meta_embed.store.parquet import ParquetStore, create_parquet
-from meta_embed.store.redis import RedisStore, create_redis
-from meta_embed.store.sqlite import SqliteStore, create_sqlite
+from meta_embed.store.files import FileStore, check_free
+from meta_embed.store.lmdb import LmdbStore
+from meta_embed.store.parquet import ParquetStore
+from meta_embed.store.redis import RedisStore, check_redis, create_redis
+from meta_embed.store.sqlite import SqliteStore
 
-KINDS = ("lmdb", "sqlite", "parquet")
+FILES: dict[str, type[FileStore]] = {"lmdb": LmdbStore, "sqlite": SqliteStore, "parquet": ParquetStore}
 
 
 def parse(uri: str | Path) -> tuple[str, Path]:
@@ -31,7 +32,7 @@ def parse(uri: str | Path) -> tuple[str, Path]:
     kind, colon, rest = text.partition(":")
     if not colon or "/" in kind or "\\" in kind:
         return "lmdb", Path(text)
-    if kind not in KINDS:
+    if kind not in FILES:
         raise ValueError(f"{text}: expected a folder, sqlite:FOLDER, parquet:FOLDER or redis://..., got kind {kind}")
     return kind, Path(rest)
 
@@ -53,10 +54,7 @@ def open_store(uri: str | Path, *, writer: bool = False) -> Store:
     kind, folder = parse(uri)
     if kind == "redis":
         return RedisStore(str(uri), writer=writer)
-
-    classes: dict[str, type[Store]] = {"lmdb": LmdbStore, "sqlite": SqliteStore, "parquet": ParquetStore}
-    open_file: Callable[..., Store] = classes[kind]
-    return open_file(folder / f"store.{kind}", writer=writer)
+    return FILES[kind](folder / f"store.{kind}", writer=writer)
 
 
 def create_store(uri: str | Path, info: StoreInfo, items: Iterable[Item]) -> None:
@@ -68,12 +66,26 @@ def create_store(uri: str | Path, info: StoreInfo, items: Iterable[Item]) -> Non
         items: Every member, in the order of the keys.
 
     Raises:
-        ValueError: If a key comes twice, or another writer holds the store.
+        ValueError: If a key comes twice or out of order, or another writer holds the store.
     """
     kind, folder = parse(uri)
     if kind == "redis":
-        create_redis(str(uri), info, items)
-        return
+        create_redis(str(uri), info, ascending(items))
+    else:
+        FILES[kind].create(folder / f"store.{kind}", info, ascending(items))
 
-    create = {"lmdb": create_lmdb, "sqlite": create_sqlite, "parquet": create_parquet}[kind]
-    create(folder / f"store.{kind}", info, items)
+
+def check_writable(uri: str | Path) -> None:
+    """Refuse a store that another writer holds, before hours of work for it.
+
+    Args:
+        uri: Its address.
+
+    Raises:
+        ValueError: If one does, or a server cannot be reached.
+    """
+    kind, folder = parse(uri)
+    if kind == "redis":
+        check_redis(str(uri))
+    else:
+        check_free(folder / f"store.{kind}")

@@ -1,10 +1,8 @@
-"""The interface that every store has, and the lock that keeps a second writer out."""
+"""The interface that every store has."""
 
-import fcntl
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,7 +52,7 @@ class Store(ABC):
         """Write records in one transaction: all of them or none.
 
         Args:
-            items: Key, record and history of each member.
+            items: Key, record and history of each member; an empty history leaves the one that is there.
             info: What the store says about itself from then on.
         """
 
@@ -69,6 +67,14 @@ class Store(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of members."""
+
+    @abstractmethod
+    def replaced(self) -> bool:
+        """Whether another store has taken this one's place since it was opened; updates do not count.
+
+        Returns:
+            If so, open it again.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -166,27 +172,37 @@ def unpack_info(raw: bytes | None, where: str) -> StoreInfo:
         raise ValueError(f"{where}: expected a store of meta-embed ({error})") from error
 
 
-class WriterLock:
-    """A file that one writer holds; the lock goes with the process, so a kill leaves none.
+def ascending(items: Iterable[Item]) -> Iterator[Item]:
+    """Pass items on, and refuse a key that comes twice or out of order.
 
     Args:
-        path: The store's file; the lock lies beside it.
+        items: Members in the order of their keys.
+
+    Yields:
+        The same items.
 
     Raises:
-        ValueError: If another writer holds it.
+        ValueError: If a key is not above the one before it.
     """
+    last: bytes | None = None
+    for item in items:
+        if last is not None and item[0] <= last:
+            what = "comes twice" if item[0] == last else "comes after a larger one"
+            raise ValueError(f"entity: the key {item[0]!r} {what}")
+        last = item[0]
+        yield item
 
-    def __init__(self, path: Path) -> None:
-        lock = path.with_name(f".{path.name}.writer")
-        self.handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self.handle)
-            if isinstance(error, BlockingIOError):
-                raise ValueError(f"{path}: held by another writer; wait for it") from error
-            raise
 
-    def release(self) -> None:
-        """Let the next writer in."""
-        os.close(self.handle)
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items in lists.
+
+    Args:
+        items: Any items.
+        size: Items of a list at most.
+
+    Yields:
+        Lists; none is empty.
+    """
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch

@@ -1,17 +1,18 @@
 """The default store: one LMDB file, memory-mapped, read by any number of processes without a server."""
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lmdb
-from core_tensor.app.files import atomic_path, reading
+from core_tensor.app.files import reading
 
-from meta_embed.store.base import Item, Store, WriterLock, pack_info, unpack_info
+from meta_embed.store.base import Item, batches, pack_info
 from meta_embed.store.codec import StoreInfo
+from meta_embed.store.files import FileStore
 
-T = TypeVar("T")
 _ABOUT = b"about"
 _START = 1 << 26  # bytes of the first map; it doubles when it is full
 _META = struct.Struct("<16xI20xI92xQQ")  # magic, page size, last page, transaction of a meta page
@@ -45,75 +46,79 @@ def _check_length(path: Path) -> None:
             raise ValueError(f"truncated: {size} bytes of {used * page}")
 
 
-def _open(path: Path, size: int, *, writable: bool) -> Any:
+def _map(path: Path, size: int, *, writable: bool) -> Any:
     """Map a file into memory."""
-    with reading(path, "an LMDB store of meta-embed"):
-        if path.exists():
-            _check_length(path)
-        try:
-            return lmdb.open(
-                str(path), subdir=False, max_dbs=3, max_readers=_READERS, map_size=size, readonly=not writable,
-                readahead=False, create=writable, metasync=writable,
-            )  # fmt: skip
-        except lmdb.Error as error:
-            if "already open in this process" not in str(error):
-                raise
-            raise ValueError(
-                f"{path}: already open in this process, which LMDB allows once: close that first"
-            ) from error
-
-
-class LmdbStore(Store):
-    """See `Store`.
-
-    Args:
-        path: The file.
-        writer: Whether to write; one process at a time.
-
-    Raises:
-        ValueError: If the file is no store, or another writer holds it.
-        FileNotFoundError: If there is none.
-    """
-
-    def __init__(self, path: Path, *, writer: bool = False) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(2, "No such store", str(path))
-        self.lock = WriterLock(path) if writer else None
-        try:
-            self.env = _open(path, max(_START, path.stat().st_size), writable=writer)
-        except BaseException:
-            self._release()
+    if path.exists():
+        _check_length(path)
+    try:
+        return lmdb.open(
+            str(path), subdir=False, max_dbs=3, max_readers=_READERS, map_size=size, readonly=not writable,
+            readahead=False, create=writable, metasync=writable,
+        )  # fmt: skip
+    except lmdb.Error as error:
+        if "already open in this process" not in str(error):
             raise
-        try:
-            self.env.reader_check()  # slots of killed readers
-            with reading(path, "an LMDB store of meta-embed"):
-                self.vectors = self.env.open_db(b"vectors", create=False)
-                self.histories = self.env.open_db(b"histories", create=False)
-                with self.env.begin() as txn:
-                    raw = txn.get(_ABOUT)
-            super().__init__(str(path), unpack_info(raw, str(path)))
-        except BaseException:
-            self.close()
-            raise
+        raise ValueError(f"{path}: already open in this process, which LMDB allows once: close that first") from error
 
-    def _read(self, what: Callable[[Any], T]) -> T:
-        """Read in a transaction; where another process has grown the file beyond this map, map it anew."""
-        with reading(Path(self.where), "an intact LMDB store"):
+
+class LmdbStore(FileStore):
+    """See `FileStore`."""
+
+    format = "LMDB"
+    env: Any = None
+
+    def _open(self, writer: bool) -> bytes | None:
+        self.env = _map(self.path, max(_START, self.path.stat().st_size), writable=writer)
+        self.env.reader_check()  # slots of killed readers
+        self.vectors = self.env.open_db(b"vectors", create=False)
+        self.histories = self.env.open_db(b"histories", create=False)
+        with self.env.begin() as txn:
+            found: bytes | None = txn.get(_ABOUT)
+            return found
+
+    def _shut(self) -> None:
+        if self.env is not None:
+            self.env.close()
+
+    @classmethod
+    def _write(cls, path: Path, info: StoreInfo, items: Iterable[Item]) -> None:
+        env = _map(path.with_name("draft"), _START, writable=True)
+        try:
+            vectors, histories = env.open_db(b"vectors"), env.open_db(b"histories")
+            _append(env, vectors, histories, [], info)
+            for batch in batches(items, 50_000):
+                _append(env, vectors, histories, batch, info)
+            with path.open("wb") as file:  # the pages in use, in the order of the keys
+                env.copyfd(file.fileno(), compact=True)
+        finally:
+            env.close()
+
+    @classmethod
+    def _before_replacing(cls, path: Path) -> None:
+        # its readers keep the old file and its table of readers; those of the new file start another
+        path.with_name(f"{path.name}-lock").unlink(missing_ok=True)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """A transaction; where another process has grown the file beyond this map, it is mapped anew."""
+        with reading(self.path, "an intact LMDB store"):
             try:
-                with self.env.begin(buffers=False) as txn:
-                    return what(txn)
+                txn = self.env.begin()
             except lmdb.MapResizedError:
                 self.env.set_mapsize(0)
-                with self.env.begin(buffers=False) as txn:
-                    return what(txn)
+                txn = self.env.begin()
+            with txn:
+                yield txn
 
     def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See `Store`."""
-        return self._read(lambda txn: [txn.get(key, db=self.vectors) for key in keys])
+        with self._reading() as txn:
+            return [txn.get(key, db=self.vectors) for key in keys]
 
     def fetch_history(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See `Store`."""
-        return self._read(lambda txn: [txn.get(key, db=self.histories) for key in keys])
+        with self._reading() as txn:
+            return [txn.get(key, db=self.histories) for key in keys]
 
     def upsert(self, items: Iterable[Item], info: StoreInfo) -> None:
         """See `Store`."""
@@ -135,52 +140,13 @@ class LmdbStore(Store):
 
     def items(self) -> Iterator[Item]:
         """See `Store`."""
-        with self.env.begin() as txn, txn.cursor(db=self.vectors) as cursor:
+        with self._reading() as txn, txn.cursor(db=self.vectors) as cursor:
             for key, value in cursor:
                 yield key, value, txn.get(key, db=self.histories) or b""
 
     def __len__(self) -> int:
-        return self._read(lambda txn: int(txn.stat(self.vectors)["entries"]))
-
-    def close(self) -> None:
-        """See `Store`."""
-        self.env.close()
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
-
-
-def create_lmdb(path: Path, info: StoreInfo, items: Iterable[Item]) -> None:
-    """Write a complete store, in place of one that may be there: the same items give the same bytes.
-
-    Args:
-        path: The file.
-        info: What it says about itself.
-        items: Every member, in the order of the keys.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = WriterLock(path)
-    try:
-        with atomic_path(path) as temporary:
-            draft = temporary.with_name("draft")
-            env = _open(draft, _START, writable=True)
-            vectors, histories = env.open_db(b"vectors"), env.open_db(b"histories")
-            batch: list[Item] = []
-            for item in items:
-                batch.append(item)
-                if len(batch) == 50_000:
-                    _append(env, vectors, histories, batch, info)
-                    batch = []
-            _append(env, vectors, histories, batch, info)
-            _compact(env, temporary)
-            env.close()
-            # its readers keep the old file and its table of readers; those of the new file start another
-            path.with_name(f"{path.name}-lock").unlink(missing_ok=True)
-    finally:
-        lock.release()
+        with self._reading() as txn:
+            return int(txn.stat(self.vectors)["entries"])
 
 
 def _append(env: Any, vectors: Any, histories: Any, batch: list[Item], info: StoreInfo) -> None:
@@ -188,17 +154,10 @@ def _append(env: Any, vectors: Any, histories: Any, batch: list[Item], info: Sto
         try:
             with env.begin(write=True) as txn:
                 for key, value, history in batch:
-                    if not txn.put(key, value, db=vectors, append=True, overwrite=False):
-                        raise ValueError(f"entity: the key {key!r} comes twice")
+                    txn.put(key, value, db=vectors, append=True)
                     if history:
                         txn.put(key, history, db=histories, append=True)
                 txn.put(_ABOUT, pack_info(info))
             return
         except lmdb.MapFullError:
             env.set_mapsize(2 * env.info()["map_size"])
-
-
-def _compact(env: Any, target: Path) -> None:
-    """Copy the pages in use, in the order of the keys."""
-    with target.open("wb") as file:
-        env.copyfd(file.fileno(), compact=True)

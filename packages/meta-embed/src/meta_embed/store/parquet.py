@@ -6,42 +6,44 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from core_tensor.app.files import atomic_path, reading
+from core_tensor.app.files import atomic_path
 
-from meta_embed.store.base import Item, Store, WriterLock, pack_info, unpack_info
+from meta_embed.store.base import Item, batches, pack_info
 from meta_embed.store.codec import StoreInfo
+from meta_embed.store.files import FileStore
 
 _COLUMNS = pa.schema([("key", pa.binary()), ("value", pa.binary()), ("history", pa.binary())])
 _ABOUT = b"meta_embed"
 
 
-class ParquetStore(Store):
-    """See `Store`.
+class ParquetStore(FileStore):
+    """See `FileStore`."""
 
-    Args:
-        path: The file.
-        writer: Whether to write; one process at a time.
+    format = "Parquet"
 
-    Raises:
-        ValueError: If the file is no store, or another writer holds it.
-        FileNotFoundError: If there is none.
-    """
+    def _open(self, writer: bool) -> bytes | None:
+        del writer
+        table = pq.read_table(self.path)
+        if table.schema.names != _COLUMNS.names:
+            raise ValueError(f"columns {', '.join(table.schema.names)}")
+        self.table = [table[name].to_pylist() for name in _COLUMNS.names]
+        return (table.schema.metadata or {}).get(_ABOUT)
 
-    def __init__(self, path: Path, *, writer: bool = False) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(2, "No such store", str(path))
-        self.path, self.lock = path, WriterLock(path) if writer else None
-        try:
-            with reading(path, "a Parquet store of meta-embed"):
-                table = pq.read_table(path)
-                if table.schema.names != _COLUMNS.names:
-                    raise ValueError(f"columns {', '.join(table.schema.names)}")
-                raw = (table.schema.metadata or {}).get(_ABOUT)
-                self.table = [table[name].to_pylist() for name in _COLUMNS.names]
-            super().__init__(str(path), unpack_info(raw, str(path)))
-        except BaseException:
-            self.close()
-            raise
+    def _shut(self) -> None:
+        pass
+
+    def _stamp(self) -> object:
+        found = self.path.stat()
+        return found.st_ino, found.st_mtime_ns  # an update writes the file anew, and readers hold its content
+
+    @classmethod
+    def _write(cls, path: Path, info: StoreInfo, items: Iterable[Item]) -> None:
+        schema = _COLUMNS.with_metadata({_ABOUT: pack_info(info)})
+        with pq.ParquetWriter(path, schema) as writer:
+            writer.write_table(schema.empty_table())
+            for batch in batches(items, 50_000):
+                columns = [pa.array(list(column), pa.binary()) for column in zip(*batch, strict=True)]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
 
     def _pick(self, column: int, keys: Sequence[bytes]) -> list[bytes | None]:
         sorted_keys, values = self.table[0], self.table[column]
@@ -65,7 +67,9 @@ class ParquetStore(Store):
         for key, value, history in items:
             merged[key] = (value, history or merged.get(key, (b"", b""))[1])
         rows = [(key, *merged[key]) for key in sorted(merged)]
-        _write(self.path, info, rows)
+        with atomic_path(self.path) as temporary:
+            self._write(temporary, info, rows)
+        self.opened = self._stamp()
         self.table = [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
         self.info = info
 
@@ -75,42 +79,3 @@ class ParquetStore(Store):
 
     def __len__(self) -> int:
         return len(self.table[0])
-
-    def close(self) -> None:
-        """See `Store`."""
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
-
-
-def create_parquet(path: Path, info: StoreInfo, items: Iterable[Item]) -> None:
-    """Write a complete store, in place of one that may be there: the same items give the same bytes.
-
-    Args:
-        path: The file.
-        info: What it says about itself.
-        items: Every member, in the order of the keys.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = WriterLock(path)
-    try:
-        _write(path, info, items)
-    finally:
-        lock.release()
-
-
-def _write(path: Path, info: StoreInfo, items: Iterable[Item]) -> None:
-    schema = _COLUMNS.with_metadata({_ABOUT: pack_info(info)})
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        batch: list[Item] = []
-        for item in items:
-            batch.append(item)
-            if len(batch) == 50_000:
-                writer.write_batch(_batch(batch, schema))
-                batch = []
-        writer.write_batch(_batch(batch, schema))
-
-
-def _batch(batch: list[Item], schema: pa.Schema) -> pa.RecordBatch:
-    columns = zip(*batch, strict=True) if batch else ((), (), ())
-    return pa.record_batch([pa.array(list(c), pa.binary()) for c in columns], schema=schema)

@@ -1,4 +1,4 @@
-"""Everything a killed training needs to go on to the same result: weights, optimizer, random state, history."""
+"""Everything a killed training needs to resume to the same result: weights, optimizer, random state, history."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ import torch
 from core_tensor.app.files import atomic_path, reading
 from torch import Tensor, nn
 
+from meta_embed.model.build import put_weights
+
 CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
 class Progress:
-    """Where a training stands.
+    """State of a training run.
 
     Attributes:
         epoch: Finished epochs of meta-training.
@@ -42,7 +44,7 @@ def save(
         model: The model.
         optimizer: Its optimizer.
         rng: Source of the episodes.
-        progress: Where the training stands.
+        progress: State of the training run.
     """
     from safetensors.torch import save_file
 
@@ -72,7 +74,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rng: 
         rng: Gets its state.
 
     Returns:
-        Where the training stands, or None.
+        State of the training run, or None.
 
     Raises:
         ValueError: If the file is broken or of another model.
@@ -88,13 +90,25 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rng: 
         for name in file.keys():  # noqa: SIM118
             kind, _, rest = name.partition(".")
             parts[kind][rest] = file.get_tensor(name)
-        model.load_state_dict(parts["model"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, rest = name.partition(".")
-            state.setdefault(int(index), {})[rest] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        put_weights(model, parts["best"])  # as a check
+        put_weights(model, parts["model"])
+        _put_state(optimizer, parts["optimizer"])
         rng.bit_generator.state = about["rng"]
         return Progress(
             int(about["epoch"]), float(about["best"]), int(about["best_epoch"]), parts["best"], list(about["history"])
         )
+
+
+def _put_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The optimizer's moments, each of its parameter's shape."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, rest = name.partition(".")
+        if rest != "step" and tensor.shape != parameters[int(index)].shape:
+            raise ValueError(f"optimizer.{name}: another shape than its parameter")
+        state.setdefault(int(index), {})[rest] = tensor
+    names = {frozenset(entry) for entry in state.values()}
+    if len(names) > 1 or set(state) - set(range(len(parameters))):
+        raise ValueError("another optimizer's state")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

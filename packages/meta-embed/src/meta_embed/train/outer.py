@@ -7,6 +7,7 @@ the tasks of each batch and gradients are summed, so that two processes do what 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def fit(
         The history, and the best epoch.
 
     Raises:
-        ValueError: If a part has no events to learn from.
+        ValueError: If a part has no events to learn from, or the training diverges.
     """
     options = config.train
     if len(events) == 0 or len(held_back) == 0:
@@ -74,19 +75,30 @@ def fit(
         ranks.broadcast_module(model)
         _measure(model, tasks, progress, 0.0, report)
     while progress.epoch < options.epochs and progress.epoch - progress.best_epoch < options.patience:
-        model.train()
-        total = weight = 0.0
-        for _ in range(options.repeats):
-            for batch, batch_weight in epoch(events, config.episodes, rng, ranks.rank, ranks.size):
-                total += outer_step(model, optimizer, batch, batch_weight, ranks)
-                weight += batch_weight
-        progress.epoch += 1
-        _measure(model, tasks, progress, total / max(weight, 1e-12), report)
+        with _diverging():
+            model.train()
+            total = weight = 0.0
+            for _ in range(options.repeats):
+                for batch, batch_weight in epoch(events, config.episodes, rng, ranks.rank, ranks.size):
+                    total += outer_step(model, optimizer, batch, batch_weight, ranks)
+                    weight += batch_weight
+            progress.epoch += 1
+            total = float(ranks.sum(torch.tensor(total, dtype=torch.float64)))
+            _measure(model, tasks, progress, total / max(weight, 1e-12), report)
         if folder and ranks.first:
             checkpoint.save(folder, model, optimizer, rng, progress)
     model.load_state_dict(progress.best_state)
     model.eval()
     return progress
+
+
+@contextmanager
+def _diverging() -> Iterator[None]:
+    """Name the rate where weights have become such that an operator refuses them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"train.lr: the training diverged ({error}); lower the rate") from error
 
 
 def outer_step(
@@ -150,7 +162,7 @@ def _measure(
     """Add an entry to the history and keep the weights if they are the best so far."""
     held_back = mean_loss(model, tasks)
     if not np.isfinite(held_back):
-        raise ValueError(f"train.lr: the loss of the held-back members became {held_back}; lower the rate")
+        raise ValueError(f"the held-back loss is {held_back}")
     entry = {"epoch": float(progress.epoch), "train_loss": train, "held_back_loss": held_back}
     progress.history.append(entry)
     if held_back < progress.best - 1e-6:

@@ -26,7 +26,7 @@ Report = Callable[[dict[str, float]], None]
 def train_run(
     run: RunFolder, events: Path, config: Config, seed: int, ranks: Ranks, *, tuned: bool, report: Report | None = None
 ) -> dict[str, Any]:
-    """Train in a claimed folder, or go on where a killed process stopped.
+    """Train in a claimed folder, or resume where a killed process stopped.
 
     Args:
         run: The folder.
@@ -35,7 +35,7 @@ def train_run(
         seed: Seed.
         ranks: The processes that share the work.
         tuned: Whether shrinkage and length of the warm start are chosen on the held-back members.
-        report: Called with every epoch's figures.
+        report: Called with every trial's and every epoch's figures.
 
     Returns:
         What the folder records: version, figures, and where the events are.
@@ -43,7 +43,7 @@ def train_run(
     table = read_table(events, config.columns)
     train, held_back, vocabulary, _ = training_parts(table, config, seed)
     if tuned and config.model.method == "map" and config.train.warm_epochs:
-        config = _tuned(run.path, train, held_back, config, vocabulary, seed, ranks)
+        config = _tuned(run.path, train, held_back, config, vocabulary, seed, ranks, report)
     model = build_model(config, vocabulary, seed)
     progress = fit(model, train, held_back, config, seed=seed, folder=run.path, ranks=ranks, report=report)
     version = save_model(run.path, model, config, vocabulary) if ranks.first else ""
@@ -81,8 +81,9 @@ def training_parts(table: pa.Table, config: Config, seed: int) -> tuple[Events, 
 
 
 def _tuned(
-    folder: Path, train: Events, held_back: Events, config: Config, vocabulary: Vocabulary, seed: int, ranks: Ranks
-) -> Config:
+    folder: Path, train: Events, held_back: Events, config: Config, vocabulary: Vocabulary, seed: int, ranks: Ranks,
+    report: Report | None,
+) -> Config:  # fmt: skip
     """Tune once on rank 0; a resumed run finds what was chosen."""
     chosen: Any = None
     if ranks.first:
@@ -90,7 +91,7 @@ def _tuned(
         if path.exists():
             chosen = read_json(path)
         else:
-            chosen = msgspec.to_builtins(tune(train, held_back, config, vocabulary, seed))
+            chosen = msgspec.to_builtins(tune(train, held_back, config, vocabulary, seed, report=report))
             write_json(path, chosen)
     return parse_config(ranks.share(chosen))
 
