@@ -1,15 +1,13 @@
 """Scores of the same queries at several support sizes, and their metrics by activity."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from meta_embed.evaluate.metrics import auc, log_loss, member_auc
+from meta_embed.evaluate.metrics import Scores
 from meta_embed.model.personalizer import Personalizer, no_grad_vectors
-from meta_embed.tasks.encode import Array
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.ragged import task_batch
 from meta_embed.tasks.split import Split, known_before, split_at
@@ -19,29 +17,6 @@ SIZES = (0, 4, 8, 16, 32)
 
 BUCKETS = ((0, 0), (1, 4), (5, 16), (17, 64), (65, 1 << 62))
 """Activity: events before the query, from and to."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Logits of query rows.
-
-    Attributes:
-        logit: Shape (R,).
-        y: Labels, shape (R,).
-        owner: Position of each row's member, shape (R,).
-    """
-
-    logit: Array
-    y: Array
-    owner: Array
-
-    def figures(self) -> dict[str, float]:
-        """AUC, log loss and the mean AUC within members."""
-        return {
-            "auc": auc(self.logit, self.y),
-            "logloss": log_loss(self.logit, self.y),
-            "member_auc": member_auc(self.logit, self.y, self.owner),
-        }
 
 
 def model_scores(model: Personalizer, events: Events, split: Split, *, adapted: bool = True) -> Scores:

@@ -6,7 +6,8 @@ from typing import Any
 
 from meta_embed.evaluate import baselines as tuned
 from meta_embed.evaluate import buckets
-from meta_embed.evaluate.buckets import SIZES, Scores, last_events, model_scores
+from meta_embed.evaluate.buckets import SIZES, last_events, model_scores
+from meta_embed.evaluate.metrics import Scores
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.split import Split, split_at
 from meta_embed.train.run import load_with_parts
@@ -22,7 +23,7 @@ def compare_run(
     Args:
         run: Run folder.
         events: Events; None for those of the training.
-        baselines: Out of `none`, `id`, `wide`.
+        baselines: Out of `none`, `id`, `deep`, `wide`.
         by_activity: By activity before each member's last events; otherwise by support size before a fixed query.
         query: Events of a query at most.
         start: Position of the fixed query.
@@ -44,8 +45,8 @@ def compare_run(
     if "none" in baselines:
         plain = tuned.no_personalization(train, held_back, config, vocabulary)
         predictors["none"] = lambda split: model_scores(plain, tested, split, adapted=False)
-    makers = {"id": tuned.id_maker, "wide": tuned.wide_maker}
-    for name in ("id", "wide"):
+    makers = {"id": tuned.id_maker, "deep": tuned.deep_maker, "wide": tuned.wide_maker}
+    for name in makers:
         if name in baselines:
             make = makers[name](config, vocabulary)
             predictors[name] = retrained(make, train, held_back, tested, judged, config.train.warm_lr)
@@ -73,7 +74,7 @@ def retrained(
     """
 
     def predict(split: Split) -> Scores:
-        choice = tuned.tune_id(make, train, held_back, judged(split), lr)
-        return tuned.retrained_id(make, train, asked, split, choice, lr)
+        found = tuned.tune_id(make, train, held_back, [judged(split)], lr)[0]
+        return tuned.retrained_id(make, train, asked, split, found.choice, lr)
 
     return predict

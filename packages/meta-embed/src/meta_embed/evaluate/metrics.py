@@ -1,5 +1,8 @@
 """AUC, log loss and their paired bootstrap over members."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from meta_embed.tasks.encode import Array
@@ -59,28 +62,97 @@ def member_auc(score: Array, y: Array, owner: Array) -> float:
     return total / weight if weight else float("nan")
 
 
-def paired_bootstrap(
-    ours: Array, peer: Array, y: Array, owner: Array, draws: int = 500, seed: int = 0
-) -> tuple[float, float, float]:
-    """Difference of two AUCs on the same rows, with a 95 % interval over members.
+@dataclass(frozen=True)
+class Scores:
+    """Logits of query rows.
+
+    Attributes:
+        logit: Shape (R,).
+        y: Labels, shape (R,).
+        owner: Position of each row's member, shape (R,).
+    """
+
+    logit: Array
+    y: Array
+    owner: Array
+
+    def figures(self) -> dict[str, float]:
+        """AUC, log loss and the mean AUC within members."""
+        return {
+            "auc": auc(self.logit, self.y),
+            "logloss": log_loss(self.logit, self.y),
+            "member_auc": member_auc(self.logit, self.y, self.owner),
+        }
+
+
+def weighted_auc(score: Array, y: Array, weights: Array) -> Array:
+    """Areas under the ROC curve where rows count more than once or not at all; ties count half.
 
     Args:
-        ours: Scores, shape (N,).
-        peer: Scores, shape (N,).
-        y: Labels, shape (N,).
-        owner: Member of every row, shape (N,).
-        draws: Samples of members, with replacement.
+        score: Scores, shape (N,).
+        y: Labels 0 or 1, shape (N,).
+        weights: One row of weights per area, shape (B, N).
+
+    Returns:
+        Shape (B,); NaN where one of the labels has no weight.
+    """
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # first of each run of ties
+    positive = y[order] > 0.5
+    w = weights[:, order]
+    up = np.add.reduceat(np.where(positive, w, 0.0), starts, axis=1)  # (B, distinct scores)
+    down = np.add.reduceat(np.where(positive, 0.0, w), starts, axis=1)
+    below = down.cumsum(1) - 0.5 * down
+    with np.errstate(invalid="ignore"):
+        area: Array = (up * below).sum(1) / (up.sum(1) * down.sum(1))
+    return area
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference with its 95 % interval.
+
+    Attributes:
+        value: Of all members, each once.
+        low: 2.5 % quantile over the draws.
+        high: 97.5 % quantile.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(ours: Sequence[Scores], peer: Sequence[Scores], draws: int = 1000, seed: int = 0) -> Difference:
+    """Difference of two predictors' AUC, with an interval over members.
+
+    Each part has models of its own, so areas are taken within a part and averaged over the parts; members are drawn
+    with replacement within their part, the same for both predictors.
+
+    Args:
+        ours: Scores, one entry per part.
+        peer: Scores of the same rows.
+        draws: Samples of members.
         seed: Seed.
 
     Returns:
-        The difference and the ends of its interval.
+        Mean difference over the parts.
+
+    Raises:
+        ValueError: If the two did not score the same rows.
     """
     rng = np.random.default_rng(seed)
-    order = np.argsort(owner, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
-    found = []
-    for _ in range(draws):
-        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-        found.append(auc(ours[rows], y[rows]) - auc(peer[rows], y[rows]))
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return auc(ours, y) - auc(peer, y), float(low), float(high)
+    values, samples = [], np.zeros(draws)
+    for one, other in zip(ours, peer, strict=True):
+        if not (np.array_equal(one.y, other.y) and np.array_equal(one.owner, other.owner)):
+            raise ValueError("peer: expected scores of the same rows in the same order")
+        _, owner = np.unique(one.owner, return_inverse=True)
+        members = int(owner.max()) + 1
+        times = rng.multinomial(members, np.full(members, 1 / members), size=draws)  # (draws, members)
+        values.append(auc(one.logit, one.y) - auc(other.logit, other.y))
+        for first in range(0, draws, 100):  # bounds the memory
+            w = times[first : first + 100, owner].astype(np.float64)
+            gain = weighted_auc(one.logit, one.y, w) - weighted_auc(other.logit, other.y, w)
+            samples[first : first + 100] += gain / len(ours)
+    low, high = np.nanpercentile(samples, [2.5, 97.5])
+    return Difference(float(np.mean(values)), float(low), float(high))

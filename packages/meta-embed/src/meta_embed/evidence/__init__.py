@@ -1,1 +1,1 @@
-"""Data whose truth is known, its near-oracle, and readers of public logs."""
+"""Data whose truth is known, its near-oracle, and what is measured on it."""

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from core_tensor.ops.map_head import map_head
 
+from meta_embed.evaluate.metrics import Scores
 from meta_embed.evidence.generator import World
 from meta_embed.tasks.encode import Array
-from meta_embed.tasks.events import ranges
+from meta_embed.tasks.events import Events, ranges
 from meta_embed.tasks.ragged import pad
 from meta_embed.tasks.split import Split
 
@@ -46,3 +47,24 @@ def near_oracle(world: World, item: Array, y: Array, split: Split) -> Array:
     points = z[:, None] + spread[:, None] * torch.from_numpy(nodes)
     probability = (points.sigmoid() * torch.from_numpy(weights / weights.sum())).sum(1)
     return np.asarray(probability.numpy())
+
+
+def oracle_scores(world: World, asked: Events, split: Split) -> Scores:
+    """The near-oracle's logits on the query rows of some members of a world.
+
+    Args:
+        world: The truth.
+        asked: Log of the members, whose keys are their positions in the world.
+        split: Tasks in that log.
+
+    Returns:
+        The scores.
+    """
+    member = asked.keys[split.members]
+    begin = np.searchsorted(np.asarray(world.table["member"]), member)  # the world is sorted as the log is
+    shift = begin - asked.offsets[:-1][split.members]
+    moved = Split(member, split.support_start + shift, split.support, split.query_start + shift, split.query)
+    item, clicked = np.asarray(world.table["item"]), np.asarray(world.table["clicked"])
+    p = np.clip(near_oracle(world, item, clicked, moved), 1e-12, 1 - 1e-12)
+    query = ranges(split.query_start, split.query)
+    return Scores(np.log(p / (1 - p)), asked.y[query], np.repeat(split.members, split.query))

@@ -5,6 +5,7 @@ shrinkage `lambda` a member's row is the MAP estimate under the prior N(mu(m), I
 the MAP head's agree where the global block is the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,17 @@ class MemberTable(nn.Module):
         return out
 
 
+Judge = Callable[[Tensor], bool]
+"""Called after each epoch with every member's vector; false ends the training."""
+
+
 def train_table(
-    model: Personalizer, events: Events, options: TableOptions, seed: int = 0, rows: Array | None = None
+    model: Personalizer,
+    events: Events,
+    options: TableOptions,
+    seed: int = 0,
+    rows: Array | None = None,
+    judge: Judge | None = None,
 ) -> Tensor:
     """Train global block, meta block and table in place.
 
@@ -64,6 +74,7 @@ def train_table(
         options: How.
         seed: Of the order of the events.
         rows: Positions of the events to learn from; None for all.
+        judge: Called after each epoch, so that one training serves all numbers of epochs up to its own.
 
     Returns:
         Every member's vector mu(m) + row, shape (M, width).
@@ -72,15 +83,21 @@ def train_table(
     personal = np.isfinite(options.shrinkage)
     table = MemberTable(len(events), model.width)
     chosen = torch.from_numpy(np.arange(len(events.time)) if rows is None else rows)
-    owner = torch.repeat_interleave(torch.arange(len(events)), torch.from_numpy(events.counts))
-    ids, dense, y, w = (torch.from_numpy(a) for a in (events.ids, events.dense, events.y, events.w))
+    owner = torch.repeat_interleave(torch.arange(len(events)), torch.from_numpy(events.counts))[chosen]
+    ids, dense, y, w = (torch.from_numpy(a)[chosen] for a in (events.ids, events.dense, events.y, events.w))
     m_ids, m_dense = torch.from_numpy(events.member_ids), torch.from_numpy(events.member_dense)
-    per_member = torch.bincount(owner[chosen], minlength=len(events)).clamp_min(1)
+    per_member = torch.bincount(owner, minlength=len(events)).clamp_min(1)
     parameters = [p for p in model.parameters() if p.requires_grad] + (list(table.parameters()) if personal else [])
-    optimizer = torch.optim.Adam(parameters, lr=options.lr)
-    model.train()
+    optimizer = torch.optim.Adam(parameters, lr=options.lr, fused=True)
+
+    def vectors() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model.prior(m_ids, m_dense) + (table.rows.weight if personal else 0.0)
+        return out
+
     for _ in range(options.epochs):
-        order = chosen[torch.randperm(len(chosen), generator=generator)]
+        model.train()
+        order = torch.randperm(len(chosen), generator=generator)
         for pick in order.split(options.batch):
             member = owner[pick]
             row = table(member)
@@ -93,7 +110,8 @@ def train_table(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        model.eval()
+        if judge is not None and not judge(vectors()):
+            break
     model.eval()
-    with torch.no_grad():
-        out: Tensor = model.prior(m_ids, m_dense) + (table.rows.weight if personal else 0.0)
-    return out
+    return vectors()

@@ -1,4 +1,4 @@
-r"""Hybrid of several predictors, mixed per activity: logits weighted by how many events the member had.
+r"""Several predictors mixed per activity: logits weighted by how many events the member had.
 
 $$ z = \sum_j a_j(n) z_j, \qquad a_j(n) \ge 0, \; \sum_j a_j(n) = 1, $$
 
