@@ -101,7 +101,7 @@ def test_text_that_is_too_short(folder, tmp_path):
 
 
 def test_formats_of_the_command_are_those_of_the_library():
-    assert set(choices.FORMATS) == set(save.FORMATS)
+    assert set(choices.FORMATS) == {*save.FORMATS, save.GGUF}
 
 
 @pytest.mark.slow

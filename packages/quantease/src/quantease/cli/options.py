@@ -26,7 +26,8 @@ format_option = click.option(
     "format_",
     type=click.Choice(FORMATS),
     help="Format of the model in OUT: compressed-tensors and gptq(_v2) are for transformers, vLLM and SGLang, dense "
-    "loads anywhere, native holds outliers and mixed bits.  [default: compressed-tensors, or native where it must be]",
+    "loads anywhere, native holds outliers and mixed bits, gguf is for llama.cpp.  [default: compressed-tensors, or "
+    "native where it must be]",
 )
 trust_option = click.option(
     "--trust-remote-code",

@@ -11,7 +11,7 @@ import torch
 from core_tensor.app.ranks import current
 from torch import nn
 
-from quantease.export.save import export_model
+from quantease.export.save import GGUF, export_model
 from quantease.model.causal_lm import CausalLM, find_blocks, open_causal_lm
 from quantease.model.plan import ModelConfig
 from quantease.model.quantize_model import quantize_model
@@ -33,6 +33,8 @@ def rehearse(lm: CausalLM, config: ModelConfig, format: str, folder: Path) -> No
     Raises:
         ValueError: If the saved model does not load, or computes something else.
     """
+    if format == GGUF:
+        return  # its layers are put into the file that the model came from, which `check_format` has looked at
     ranks = current()
     if config.layer.outliers:
         layer = replace(config.layer, algorithm="quantease-paper", sweeps=1, relax=0, shrinkage="none")

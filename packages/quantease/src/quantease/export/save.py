@@ -16,7 +16,7 @@ from core_tensor.checks import check_choice
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantease.export import compressed_tensors, dense, gptq, native
+from quantease.export import compressed_tensors, dense, gguf, gptq, native
 from quantease.model.block_stream import BlockStream
 from quantease.model.causal_lm import ACCOMPANYING, CausalLM, auto_class
 from quantease.model.plan import Blocks, ModelConfig, model_matrices
@@ -80,6 +80,10 @@ FORMATS = {
 }
 
 
+GGUF = "gguf"
+"""The one format that is a single file without `config.json`; see `export.gguf`."""
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What was saved.
@@ -117,8 +121,9 @@ def check_format(lm: CausalLM, config: ModelConfig, format: str) -> None:  # noq
     Raises:
         ValueError: If the format cannot hold it.
     """
-    check_choice("format", format, FORMATS)
-    FORMATS[format].check(lm, config, model_matrices(lm, config))
+    check_choice("format", format, (*FORMATS, GGUF))
+    check = gguf.check if format == GGUF else FORMATS[format].check
+    check(lm, config, model_matrices(lm, config))
 
 
 def export_model(
@@ -146,11 +151,13 @@ def export_model(
         ValueError: If the format cannot hold the model, the reloaded model computes something else, or the folder
             holds a model that is not ours.
     """
-    check_choice("format", format, FORMATS)
-    chosen = FORMATS[format]
-    chosen.check(quantized.lm, quantized.config, quantized.matrices)
+    check_choice("format", format, (*FORMATS, GGUF))
     folder = Path(folder)
     check_destination(folder, quantized.original.source)
+    if format == GGUF:
+        return _export_gguf(quantized, folder)
+    chosen = FORMATS[format]
+    chosen.check(quantized.lm, quantized.config, quantized.matrices)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -162,13 +169,7 @@ def export_model(
             _write_weights(unproved, _parts(quantized, chosen), shard_bytes)
             _write_config(config, quantized, chosen)
             _write_company(unproved, quantized.lm)
-            difference = logit_difference(quantized, lambda: chosen.load(unproved, quantized.lm.dtype))
-            allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
-            if not difference <= allowed:
-                raise ValueError(
-                    f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
-                    f"(allowed {allowed:.1e}); nothing was saved"
-                )
+            difference = _proved(quantized, format, lambda: chosen.load(unproved, quantized.lm.dtype))
             names = tuple(sorted(file.name for file in unproved.iterdir() if file.is_file()))
             for stale in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
                 stale.unlink(missing_ok=True)
@@ -181,6 +182,29 @@ def export_model(
     finally:
         if created and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _export_gguf(quantized: QuantizedCausalLM, folder: Path) -> ExportReport:
+    gguf.check(quantized.original, quantized.config, quantized.matrices)
+    path = folder / f"model-{gguf.TYPES[quantized.config.layer.bits][0]}.gguf"
+    with atomic_path(path) as unproved:
+        gguf.write(quantized, unproved)
+        difference = _proved(quantized, GGUF, lambda: gguf.load(unproved, quantized.lm.dtype))
+    report = ExportReport(GGUF, (path.name,), path.stat().st_size, difference)
+    write_json(folder / MARK, report.to_dict())
+    return report
+
+
+def _proved(quantized: QuantizedCausalLM, format: str, load: Callable[[], Any]) -> float:  # noqa: A002
+    """How far the reloaded model is from the one in memory, if that is not too far."""
+    difference = logit_difference(quantized, load)
+    allowed = _EPSILONS * torch.finfo(quantized.lm.dtype).eps
+    if not difference <= allowed:
+        raise ValueError(
+            f"format: the reloaded {format} model's logits differ by {difference:.2e} of the greatest "
+            f"(allowed {allowed:.1e}); nothing was saved"
+        )
+    return difference
 
 
 def check_destination(folder: Path, source: Path | None = None) -> None:

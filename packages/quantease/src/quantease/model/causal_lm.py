@@ -184,7 +184,7 @@ def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         ValueError: If it is no GGUF file, or one of an architecture that transformers does not convert.
     """
     transformers = require("transformers", "quantease[hf]")
-    require("gguf", "quantease[demo]")
+    require("gguf", "quantease[gguf]")
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _quiet_conversion(), _parsed_once(), foreign(path):
         return transformers.AutoModelForCausalLM.from_pretrained(
@@ -233,7 +233,7 @@ def _quiet_conversion() -> Iterator[None]:
 @contextmanager
 def _parsed_once() -> Iterator[None]:
     """Transformers parses a GGUF file three times, value by value through numpy: most of the time of loading."""
-    module, numpy = require("gguf", "quantease[demo]"), require("numpy", "quantease[demo]")
+    module, numpy = require("gguf", "quantease[gguf]"), require("numpy", "quantease[gguf]")
     loading = require("transformers.modeling_gguf_pytorch_utils", "quantease[hf]")
     before = module.GGUFReader, module.get_tensor_name_map, loading._gguf_parse_value
 
