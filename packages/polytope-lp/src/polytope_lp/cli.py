@@ -103,7 +103,7 @@ def solve(
     """Solve a problem folder, or a file of edges, to a certified gap.
 
     Writes primal.arrow (source, destination, x), prices.parquet, certificate.json, history.parquet, policy.npz and
-    input.json. The same command goes on where a killed run, or one that met its time limit, has stopped. Under
+    input.json. The same command resumes where a killed run, or one that reached its time limit, stopped. Under
     torchrun (torchrun --nproc-per-node 2 -m polytope_lp solve ...) the ranks share the blocks.
     """
     from core_tensor.app import figures

@@ -165,5 +165,5 @@ def test_an_objective_below_the_lower_bound_is_named(market):
     solution = solve(market, 1e-5)
     twice = 2.0 * solution.x().numpy()
     found = check_claims(market, twice, solution.lam.numpy(), solution.certificate())
-    assert any("lies below the lower bound" in line for line in found["problems"])
+    assert any("is below the lower bound" in line for line in found["problems"])
     assert any("leaves its polytope" in line for line in found["problems"])

@@ -5,7 +5,9 @@ import pytest
 from core_tensor.dev.testing import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from polytope_lp import Marketplace, MatchingProblem, box_cut, generate, solve
+from polytope_lp import Marketplace, MatchingProblem, box_cut, generate, simplex, solve
+from polytope_lp.matching.exact import _rows
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,9 +36,67 @@ def test_budgets_that_are_not_whole_are_rounded_down(oracle):
     assert solve(problem, 1e-4).rounded("exact").value == 2.0
 
 
-def test_other_problems_are_refused():
-    with pytest.raises(ValueError, match="costs and weights of one"):
-        solve(generate(Marketplace(sources=50, destinations=5, degree=2.0)), 1e-3).rounded("exact")
+def _integer_optimum(problem):
+    """The best whole allocation by HiGHS on all edges; None if there is none."""
+    matrix, b, equal = _rows(problem)
+    limit = np.floor(problem.limits(0, problem.data.blocks).numpy() + 1e-9)
+    rows = LinearConstraint(matrix, np.where(equal, b, -np.inf), b)
+    cost = problem.data.cost.double().numpy()
+    return milp(cost, integrality=np.ones(cost.size), bounds=Bounds(0, limit), constraints=rows)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_minimums_equations_and_filled_sources_are_rounded_within_every_row(units):
+    whole = 0
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        source, destination = np.nonzero(random.random((10, 4)) < 0.8)
+        source, destination = np.append(source, np.arange(10)), np.append(destination, np.full(10, 4))
+        order = np.lexsort((destination, source))
+        source, destination = source[order], destination[order]
+        cost = None if units else np.where(destination < 4, random.integers(1, 4, source.size), 1.0)
+        sense = np.array([">=", "<=", "=", "<=", "<="])[:5]
+        budgets = np.array([2.0, 3.0, 2.0, 2.0, 10.0])
+        problem = MatchingProblem.from_arrays(
+            np.searchsorted(source, np.arange(11)),
+            destination,
+            random.random(source.size),
+            cost,
+            budgets,
+            simplex(1.0, equality=seed % 2 == 0),
+            equality=sense == "=",
+            at_least=sense == ">=",
+        )
+        truth = _integer_optimum(problem)
+        solution = solve(problem, 1e-5)
+        if truth.x is None:
+            continue
+        whole += 1
+        for method in ("greedy", "exact"):
+            found = solution.rounded(method)
+            load = np.asarray(_rows(problem)[0] @ found.x)
+            assert (found.x == np.round(found.x)).all()
+            assert (load[:5] <= problem.budgets.numpy() + 1e-9).all()
+            assert found.load[2] == 2.0
+            assert (load[5:] == 1.0).all() if seed % 2 == 0 else (load[5:] <= 1.0).all()
+            assert found.value <= -truth.fun + 1e-9
+        assert found.proved
+        assert found.value == pytest.approx(-truth.fun, abs=1e-9)
+    assert whole >= 6
+
+
+def test_costs_that_are_not_whole_have_a_proved_best_allocation_too():
+    problem = generate(Marketplace(sources=60, destinations=6, degree=3.0))
+    found = solve(problem, 1e-4).rounded("exact")
+    assert found.proved
+    assert found.value == pytest.approx(-_integer_optimum(problem).fun, rel=1e-6)
+    assert (found.load <= problem.budgets.numpy()).all()
+
+
+def test_rounding_says_when_there_is_no_whole_allocation():
+    problem = MatchingProblem.from_arrays([0, 1], [0], [1.0], None, [0.5], equality=[True])
+    with pytest.raises(ValueError, match="no whole allocation"):
+        solve(problem, 1e-6).rounded()
 
 
 def test_movielens_is_matched_to_the_last_rating():

@@ -147,18 +147,19 @@ def test_wide_integer_keys_and_large_strings_are_kept():
     assert solve(from_arrow(large, {"destination": [7], "budget": [1.0]}), 1e-6).objective == pytest.approx(-2.0)
 
 
-def test_equal_rows_and_negative_costs_are_solved_with_a_residual_status(oracle):
+def test_equal_rows_and_negative_costs_are_met_exactly(oracle):
     edges = {"source": [0, 0, 1, 1], "destination": [0, 1, 0, 1], "value": [1.0, 2.0, 2.0, 1.0]}
     budgets = {"destination": [0, 1], "budget": [1.2, 0.5], "sense": ["=", "<="]}
     problem = from_arrow(edges, budgets)
     solution = solve(problem, 1e-6)
-    assert solution.status == "optimal_residual"
-    assert solution.upper_bound == float("inf")
+    assert solution.status == "optimal"
+    assert solution.load[0] == pytest.approx(1.2, rel=1e-9)
+    assert solution.upper_bound == solution.objective
     assert solution.objective == pytest.approx(oracle(problem).fun, abs=1e-5)
     assert solution.verify()["ok"]
     mixed = from_arrow(edges | {"cost": [1.0, 1.0, -0.5, 1.0]}, {"destination": [0, 1], "budget": [0.1, 0.5]})
     solution = solve(mixed, 1e-6)
-    assert solution.status == "optimal_residual"
+    assert solution.status == "optimal"
     assert solution.objective == pytest.approx(oracle(mixed).fun, abs=1e-5)
 
 

@@ -184,7 +184,7 @@ class BlockLP:
         return x
 
     def face(self, point: Array, x: Array) -> Face:
-        """The face that a projection stands on.
+        """The face that a projection is on.
 
         Args:
             point: Shape (n,).
@@ -295,7 +295,7 @@ class BlockLP:
         return np.concatenate([np.maximum(over[: self.inequalities], 0.0), np.abs(over[self.inequalities :])])
 
     def repaired(self, x: Array) -> Array:
-        """The point shrunk into the rows: every variable by the least factor of the rows it stands in.
+        """The point shrunk into the rows: every variable by the smallest factor of its rows.
 
         Args:
             x: A point of the blocks, shape (n,).

@@ -85,7 +85,7 @@ class BlockSolution:
         return pa.RecordBatchReader.from_batches(schema, batches())
 
     def certificate(self) -> dict[str, Any]:
-        """The claims of this solution as JSON; infinities stand as null.
+        """The claims of this solution as JSON; infinities become null.
 
         Returns:
             Status, bounds, gap and residuals.

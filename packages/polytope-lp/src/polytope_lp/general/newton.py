@@ -6,7 +6,7 @@ x^{k+1}, \lambda^{k+1} = \arg\min_{x \in C} \max_\lambda \; c'x + \tfrac{\gamma}
 
 The step's dual is concave and piecewise quadratic, with $x(\lambda) = \mathrm{Proj}_C(x^k - (c + A'\lambda) / \gamma)$,
 gradient $A x - b - \delta (\lambda - \lambda^k)$ and generalized Hessian $-(A P A' / \gamma + \delta I)$, P the
-projection onto the face that x stands on. Inequalities become equations with slacks in C. Blocks need not be compact.
+projection onto the face that contains x. Inequalities become equations with slacks in C. Blocks need not be compact.
 
 Source: the proximal outer loop of `continuation`, with second-order steps (semismooth Newton for LPs: Li, Sun, Toh).
 """
@@ -92,7 +92,7 @@ def solve_exact(
         gamma: First primal weight.
         deadline: Whether to stop now.
         infeasible: Whether a direction of the multipliers proves that there is no feasible point.
-        accept: Whether a point below `tol` also does in the problem's own units; if not, the method goes on.
+        accept: Whether a point below `tol` also meets it in the problem's own units; if not, the method continues.
         report: Called after every proximal step.
 
     Returns:

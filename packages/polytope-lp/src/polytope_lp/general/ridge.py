@@ -2,7 +2,7 @@ r"""The ridge-smoothed allocation to full precision, and its derivative: gradien
 
 $$ x^\star = \arg\min_x \; c'x + \tfrac{\gamma}{2} \lVert x \rVert^2 \quad \text{s.t.} \; A x \le b, \; x_i \in C_i. $$
 
-With P the projection onto the face that $x^\star$ stands on and J the rows with positive multipliers, differentiating
+With P the projection onto the face that contains $x^\star$ and J the rows with positive multipliers, differentiating
 $x = \mathrm{Proj}_C(-(c + A'\lambda)/\gamma)$ and $A_J x = b_J$ at that fixed active set gives
 
 $$ dx = -P (dc + A_J' d\lambda_J) / \gamma, \qquad A_J P A_J' \, d\lambda_J = -A_J P \, dc - \gamma \, db_J. $$

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from polytope_lp.matching import exact
+from polytope_lp.matching.evaluation import FusedDual
 from polytope_lp.matching.search import FinishedError, Search, zeros
+from polytope_lp.matching.statistics import packing_rows
 from polytope_lp.optimizers import accelerated, lbfgs, second_order
+from polytope_lp.optimizers.vectors import dot, norm
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Tuning:
         surrender: Evaluations without a halved gap after which the run counts as stalled.
         hand_over: The same where the problem is small: then HiGHS takes less time than further evaluations.
         highs_variables: Variables up to which HiGHS is asked where a run has stalled.
+        inside: Part of the tolerance that aiming inside the budgets may cost, where shrinking does not repair.
+        polish: Evaluations that may be spent on a feasible point once residuals are within tol.
+        hold: Iterations for which the center stays where it is until a point is feasible.
+        polish_ridge: Factor by which the ridge rises then: the dual becomes smooth, and the center is near already.
+        exact_variables: Variables up to which Newton steps are taken then if there are equations, which L-BFGS would
+            meet up to a few digits only.
     """
 
     first_ridge: float = 0.3
@@ -73,6 +82,11 @@ class Tuning:
     surrender: int = 2000
     hand_over: int = 400
     highs_variables: int = 100_000
+    inside: float = 0.25
+    polish: int = 400
+    hold: int = 200
+    polish_ridge: float = 100.0
+    exact_variables: int = 5_000_000
 
 
 TUNING = Tuning()
@@ -82,7 +96,7 @@ State = lbfgs.LbfgsState | accelerated.AcceleratedState | second_order.NewtonSta
 
 @dataclass
 class Stage:
-    """Where the outer loop stands: enough to resume it.
+    """State of the outer loop: enough to resume it.
 
     Attributes:
         state: State of the inner optimizer.
@@ -92,6 +106,7 @@ class Stage:
         share: Share of blocks away from a vertex at the end of the stage before.
         reached: Gap (measured, where there is no upper bound) when it last halved.
         at: Evaluation at which it did.
+        aimed: Evaluation at which rows were first aimed inside their budgets; 0 before.
     """
 
     state: State
@@ -101,6 +116,7 @@ class Stage:
     share: float = math.inf
     reached: float = math.inf
     at: int = 0
+    aimed: int = 0
 
 
 def run(search: Search, stage: Stage | None, save: Callable[[Stage], None]) -> str:
@@ -129,8 +145,8 @@ def run(search: Search, stage: Stage | None, save: Callable[[Stage], None]) -> s
         try:
             exact.finish(search)
         except FinishedError as finished:
-            return str(finished.args[0])
-    return status
+            status = str(finished.args[0])
+    return search.settled(status)
 
 
 def _fits_highs(search: Search) -> bool:
@@ -175,7 +191,7 @@ def _step(search: Search, state: State) -> State:
         def hessian(mu: Tensor) -> Tensor:
             return dual.scale[:, None] * dual.curvature(mu * dual.scale, search.gamma, search.anchor) * dual.scale
 
-        size = float((dual.scale * dual.row_unit).norm())
+        size = norm(dual.scale * dual.row_unit)
         return second_order.step(search.objective, hessian, state, dual.free, search.gamma, size)
     if isinstance(state, accelerated.AcceleratedState):
         return accelerated.step(search.objective, state, dual.free)
@@ -186,6 +202,11 @@ def _advance(search: Search, stage: Stage) -> None:
     # End the stage if it has done its work: lower the ridge, or recenter.
     smoothing, rest = search.measured()
     allowed = TUNING.share_of_tol * search.options.tol
+    if search.residual is not None and search.margin is None:
+        _aim_inside(search, stage)
+        return
+    if stage.aimed and len(search.history) - stage.aimed > TUNING.polish:
+        raise FinishedError("stalled")
     if smoothing + rest <= 0.5 * stage.reached:
         stage.reached, stage.at = smoothing + rest, len(search.history)
     small = search.dual.variables <= TUNING.small_variables and _fits_highs(search)
@@ -195,6 +216,8 @@ def _advance(search: Search, stage: Stage) -> None:
         stage.proximal = True
         search.gamma = TUNING.newton_ridge * search.dual.gamma_start
         stage.state = _start(search, stage.state.point, newton=True)
+    if stage.aimed and math.isinf(search.upper) and not stage.state.stalled and stage.iterations < TUNING.hold:
+        return
     if stage.proximal:
         moved, newton = search.moved(), isinstance(stage.state, second_order.NewtonState)
         still = moved <= 1e-3 * allowed * search.size and (not newton or rest <= allowed)
@@ -207,12 +230,39 @@ def _advance(search: Search, stage: Stage) -> None:
     _lower(search, stage, smoothing <= allowed, allowed / max(smoothing, 1e-300))
 
 
-def _newton_takes_over(search: Search, stage: Stage) -> bool:
+def _aim_inside(search: Search, stage: Stage) -> None:
+    """Lower the budgets of inequalities by a little, so that a point close to the optimum for those is feasible."""
     dual, options = search.dual, search.options
-    fits = dual.budgets.shape[0] <= TUNING.newton_rows and dual.variables <= TUNING.newton_variables
-    allowed = options.method == "auto" and options.gamma is None and options.proximal is not False
+    units = dual.budgets.abs()
+    if bool((units == 0).any()) and isinstance(dual, FusedDual):  # nothing is inside a packing row without budget
+        inside = torch.where(packing_rows(dual.problem, dual.group), 0.0, dual.row_unit)
+        units = torch.where(units > 0, units, inside)
+    units = torch.where(dual.free, 0.0, units)
+    assert search.price is not None
+    worth = dot(search.price.abs(), units) / search.size
+    search.margin = TUNING.inside * options.tol / max(worth, 1.0) * units
+    stage.reached, stage.at, stage.aimed = math.inf, len(search.history), len(search.history)
+    # A nearby center and a large ridge make the dual smooth, and the cost of the way to feasibility small.
+    search.recenter()
+    search.gamma *= TUNING.polish_ridge
+    stage.proximal = True
+    most = TUNING.exact_variables if bool(dual.free.any()) else TUNING.newton_variables
+    if isinstance(stage.state, second_order.NewtonState) or _newton_fits(search, most):
+        stage.iterations = 0
+        stage.state = _start(search, stage.state.point, newton=True)
+    else:
+        _restart(search, stage, TUNING.polish_ridge)
+
+
+def _newton_fits(search: Search, variables: int = TUNING.newton_variables) -> bool:
+    dual, options = search.dual, search.options
+    fits = dual.budgets.shape[0] <= TUNING.newton_rows and dual.variables <= variables
+    return fits and options.method == "auto" and options.gamma is None and options.proximal is not False
+
+
+def _newton_takes_over(search: Search, stage: Stage) -> bool:
     late = len(search.history) - stage.at > TUNING.patience
-    return fits and allowed and late and not isinstance(stage.state, second_order.NewtonState)
+    return late and _newton_fits(search) and not isinstance(stage.state, second_order.NewtonState)
 
 
 def _lower(search: Search, stage: Stage, small: bool, factor: float) -> None:

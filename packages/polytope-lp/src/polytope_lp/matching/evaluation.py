@@ -12,11 +12,14 @@ from torch import Tensor
 
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.statistics import Statistics, measure
+from polytope_lp.optimizers.vectors import dot
 
 KEEP = 1.0 - 1e-12
 """Budgets are met up to this factor, so that no order of summation finds them exceeded."""
 UNUSED = 2.0**-500
 """Fixed-point factor of sums that nobody reads."""
+FEASIBLE = 1e-9
+"""Where shrinking does not repair, rows hold up to this part of their unit, and what that is worth of the objective."""
 ROUND = 2.0**-53
 """Relative rounding error of one operation in float64."""
 
@@ -31,7 +34,8 @@ class Evaluation:
         value: $g_\gamma(\lambda)$.
         gradient: $A x - b$, shape (rows,), float64.
         lower: $g_0(\lambda)$ with the original costs: a lower bound of the LP's optimum.
-        upper: Cost of the repaired primal, an upper bound; infinite where shrinking does not repair.
+        upper: Cost of the repaired primal, an upper bound; where shrinking does not repair, that of the primal itself
+            if it is feasible up to `FEASIBLE`, else infinite.
         cost: $c'x$ of the primal as projected.
         shrink: Factors per row that repair the primal, shape (rows,), float64, or None.
         violation: Greatest violation of a row over its unit (`Statistics.row_unit`), before repair.
@@ -56,7 +60,7 @@ class Evaluation:
     @property
     def smoothing(self) -> float:
         r"""What the ridge costs: $\sum_i r_i'x_i - \min_{v \in C_i} r_i'v \ge 0$, zero when every x_i is LP-optimal."""
-        return self.cost + float(self.lam @ self.gradient) - (self.lower + self.rounding)
+        return self.cost + dot(self.lam, self.gradient) - (self.lower + self.rounding)
 
 
 class Dual(Protocol):
@@ -173,11 +177,11 @@ class FusedDual:
 
     def _magnitude(self, lam: Tensor) -> float:
         # Bound of the sum of |r_e| t_e at these multipliers.
-        return self.statistics.cost + float(lam.abs() @ self.statistics.load)
+        return self.statistics.cost + dot(lam.abs(), self.statistics.load)
 
     def _rounding(self, lam: Tensor, least: float) -> float:
         # Most by which float64 can have got the lower bound wrong: in the reduced costs, and in the sums.
-        products, budget = self._magnitude(lam), float(lam.abs() @ self.budgets.abs())
+        products, budget = self._magnitude(lam), dot(lam.abs(), self.budgets.abs())
         summed = (abs(least) if not self.problem.data.equality else products) + budget
         per_variable = self.problem.data.index.reshape(self.problem.data.variables, -1).shape[1] + 3
         return ROUND * (per_variable * products + self._terms * summed)
@@ -210,28 +214,33 @@ class FusedDual:
         reduced = self.budgets if self._margin is None else self.budgets - self._margin
         gradient, shrink, found = dual_bounds(sums, scale, lam, reduced, free=self._equations, keep=KEEP)
         if self._margin is not None:
-            priced = float(lam @ self._margin)
+            priced = dot(lam, self._margin)
             gradient, found["priced"] = gradient - self._margin, found["priced"] - priced
             found["budget"] += priced
         if self._empty.numel():  # their loads may be too small to show in the sums: nothing is left in them
             spent = sums[2 * self._empty + 1] / scale[2 * self._empty + 1]
             found["repaired"] -= float(spent @ shrink[self._empty])
             shrink = shrink.index_fill(0, self._empty, 0.0)
+        rounding = self._rounding(lam, found["least"])
+        lower = found["least"] - found["budget"] - rounding
+        excess = gradient if self._equations is None else torch.where(self.free, gradient.abs(), gradient)
+        excess = excess.clamp_min(0)
+        violation = float((excess / self.row_unit).max()) if excess.numel() else 0.0
         upper = math.inf
         if self.repairable:
             upper = found["repaired"] if self._one_pass_repairs else self._repaired_cost(lam, gamma, anchor, shrink)
-        rounding = self._rounding(lam, found["least"])
-        excess = gradient.clamp_min(0) if self._equations is None else torch.where(self.free, gradient.abs(), gradient)
+        elif violation <= FEASIBLE and dot(lam.abs(), excess) <= 0.5 * FEASIBLE * max(abs(lower), self.unit):
+            upper = found["cost"]
         return Evaluation(
             lam=lam,
             gamma=gamma,
             value=found["cost"] + gamma / 2 * found["square"] + found["priced"],
             gradient=gradient,
-            lower=found["least"] - found["budget"] - rounding,
+            lower=lower,
             upper=upper,
             cost=found["cost"],
             shrink=shrink if self.repairable else None,
-            violation=max(float((excess / self.row_unit).max()), 0.0) if excess.numel() else 0.0,
+            violation=violation,
             fractional=round(found["fractional"]),
             nonzero=round(found["nonzero"]),
             rounding=rounding,

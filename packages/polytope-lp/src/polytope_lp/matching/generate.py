@@ -49,7 +49,7 @@ class Marketplace:
 
     @property
     def rows_per_edge(self) -> int:
-        """Coupling rows in which an edge stands."""
+        """Coupling rows that contain an edge."""
         return 2 if self.kind == "pacing" else 1
 
 
@@ -115,7 +115,7 @@ class Budgets:
 
 
 def edge_batches(market: Marketplace) -> Iterator[EdgeBatch]:
-    """The edges as a stream; every batch has a seed of its own, so batches can be made in any order.
+    """The edges as a stream; every batch has its own seed, so batches can be made in any order.
 
     Args:
         market: What to generate.

@@ -212,7 +212,7 @@ class MatchingProblem:
         """Contiguous runs of blocks with about so many variables each.
 
         Args:
-            variables: Variables per run; a longer block is a run of its own.
+            variables: Variables per run; a longer block is its own run.
 
         Yields:
             First block and the block after the last.
@@ -319,7 +319,7 @@ class MatchingProblem:
             missing = np.flatnonzero(~used)
             raise ValueError(
                 f"budgets: {missing.size} without any edge, such as {self.destination_name(int(missing[0]))} "
-                "(allow_unused lets them pass)"
+                "(allow_unused accepts them)"
             )
 
     def source_name(self, block: int) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytope_lp.matching.evaluation import Dual, Evaluation
 from polytope_lp.matching.options import Options
+from polytope_lp.optimizers.vectors import dot
 
 HISTORY = (
     *("evaluation", "seconds", "gamma", "proximal", "lower", "upper", "gap", "violation", "smoothing", "fractional"),
@@ -66,6 +67,9 @@ class Search:
         history: One entry per evaluation.
         before: Seconds of the runs that this one resumes.
         engine: What the points come from: `dual` (ascent), or `highs`.
+        residual: Last point whose violation and residual gap are within tol, where shrinking repairs nothing.
+        margin: How far inside their budgets rows are aimed at, shape (rows,), float64, so that a point which is almost
+            optimal for those is feasible; None before there is a `residual`.
     """
 
     dual: Dual
@@ -80,6 +84,8 @@ class Search:
     history: list[dict[str, Any]] = field(default_factory=list)
     before: float = 0.0
     engine: str = "dual"
+    residual: Incumbent | None = None
+    margin: Tensor | None = None
 
     @property
     def size(self) -> float:
@@ -107,7 +113,10 @@ class Search:
         """
         found = self.dual.evaluate(mu * self.dual.scale, self.gamma, self.anchor)
         self._record(found)
-        return -found.value, -(found.gradient * self.dual.scale)
+        value, gradient = found.value, found.gradient
+        if self.margin is not None:
+            value, gradient = value + dot(found.lam, self.margin), gradient + self.margin
+        return -value, -(gradient * self.dual.scale)
 
     def _record(self, found: Evaluation) -> None:
         self.last = found
@@ -139,15 +148,29 @@ class Search:
         if self.gap <= tol:
             # Bounds that cross by more than rounding contradict each other: nothing is claimed.
             raise FinishedError("optimal" if self.gap >= -CROSSED else "stalled")
-        if math.isinf(found.upper) and found.violation <= tol and abs(found.cost - self.lower) <= tol * self.size:
-            self.incumbent = Incumbent(found, self.anchor)
-            raise FinishedError("optimal_residual")
+        within = found.violation <= tol and abs(found.cost - self.lower) <= tol * self.size
+        if within and found.shrink is None:
+            self.residual = Incumbent(found, self.anchor)
         if self.lower > self.dual.ceiling:
             raise FinishedError("infeasible")
         if self.options.time_limit is not None and seconds >= self.options.time_limit:
             raise FinishedError("time_limit")
         if len(self.history) >= self.options.evaluations:
             raise FinishedError("evaluation_limit")
+
+    def settled(self, status: str) -> str:
+        """The status of a run that found no feasible point within tol, but one whose residuals are.
+
+        Args:
+            status: How the run ended.
+
+        Returns:
+            `optimal_residual` with that point as the incumbent, where there is one; else the status.
+        """
+        if self.residual is None or status not in {"stalled", "time_limit", "evaluation_limit"}:
+            return status
+        self.incumbent = self.residual
+        return "optimal_residual"
 
     def recenter(self) -> None:
         """Move the proximal center to the primal of the last evaluation."""
@@ -163,7 +186,7 @@ class Search:
         found = self.last
         if found is None:
             return 0.0
-        priced = float(found.lam @ found.gradient)
+        priced = dot(found.lam, found.gradient)
         moved = found.value - found.cost - priced
         return moved if moved > 1e-14 * (abs(found.value) + abs(found.cost) + abs(priced)) else 0.0
 

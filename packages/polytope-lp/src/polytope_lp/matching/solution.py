@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from core_tensor.checks import check_choice
 from numpy.typing import NDArray
 from torch import Tensor
 
 from polytope_lp.matching.evaluation import FusedDual, primal_piece
-from polytope_lp.matching.exact import whole_allocation
+from polytope_lp.matching.exact import takes_units, whole_allocation, whole_within_rows
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.search import Search
 from polytope_lp.matching.statistics import Presolved
@@ -25,13 +26,13 @@ class Solution:
     r"""A primal and dual pair of $\min c'x$, $A x \le b$, $x_i \in C_i$, with bounds that certify it.
 
     Attributes:
-        status: `optimal` (gap certified), `optimal_residual` (no repair is possible; violation and residual gap are
-            within tol), `infeasible` (a lower bound exceeds every value the objective can take), `time_limit`,
-            `evaluation_limit` or `stalled` (float64 allows no further progress).
+        status: `optimal` (gap certified), `optimal_residual` (violation and residual gap are within tol, and no
+            feasible point was found; never where shrinking repairs), `infeasible` (a lower bound exceeds every value
+            the objective can take), `time_limit`, `evaluation_limit` or `stalled` (float64 allows no further progress).
         lam: Prices: multipliers of the best lower bound, shape (rows,), float64.
         objective: Cost $c'x$ of the primal.
         lower_bound: Certified lower bound of the optimum.
-        upper_bound: Cost of the feasible primal, infinite if shrinking cannot repair one.
+        upper_bound: Cost of the feasible primal, infinite if there is none.
         gap: (upper - lower) / max(|lower|, unit).
         max_violation: Greatest violation of a row by the primal, over its unit (the budget; without a repair the
             greatest of the budget and what one edge can take from it); zero after repair.
@@ -234,19 +235,30 @@ class Solution:
         return -self.lower_bound + float(self.lam @ (self.problem.row_sign * other - self.problem.budgets))
 
     def rounded(self, method: str = "greedy", seed: int = 0) -> "Rounded":
-        """Whole amounts within every budget; see `polytope_lp.serving.rounding.round_allocation`.
+        """Whole amounts within every budget and source.
+
+        Where shrinking repairs, amounts are rounded down and units given back, see
+        `polytope_lp.serving.rounding.round_allocation`. Elsewhere (minimums, equations, sources that must be filled)
+        the sources with fractions are decided by integer programs, see
+        `polytope_lp.matching.exact.whole_within_rows`.
 
         Args:
-            method: `greedy`, `random`, or `exact` where every edge takes one unit from one budget: the best there are.
+            method: `greedy`, `random` (where shrinking repairs), or `exact`: the best there are. That is quick where
+                every edge takes one unit from one budget, and else an integer program of the edges that can matter.
             seed: Seed of `random`.
 
         Returns:
             Amounts, value, and how far it is at most from the best.
         """
-        x, lam = self.x().numpy(), self.lam.numpy()
+        problem, x, lam = self.problem, self.x().numpy(), self.lam.numpy()
+        if not problem.nonnegative or problem.data.equality:
+            check_choice("method", method, ("greedy", "exact"))
+            return whole_within_rows(problem, x, lam, -self.lower_bound, exact=method == "exact")
         if method == "exact":
-            return whole_allocation(self.problem, x, lam, -self.lower_bound)
-        return round_allocation(self.problem, x, lam, -self.lower_bound, method, seed)
+            if takes_units(problem):
+                return whole_allocation(problem, x, lam, -self.lower_bound)
+            return whole_within_rows(problem, x, lam, -self.lower_bound, exact=True)
+        return round_allocation(problem, x, lam, -self.lower_bound, method, seed)
 
     def pacing(self, spent: Any, elapsed: float) -> pa.Table:
         """Live spending against this plan; see `polytope_lp.serving.pacing.pacing_report`.
@@ -259,6 +271,11 @@ class Solution:
             One row per budget.
         """
         return pacing_report(self.prices(), spent, elapsed)
+
+    @property
+    def policy_lam(self) -> Tensor:
+        """Prices at which a policy allocates, shape (rows,): those of the primal; with a center, of the best bound."""
+        return self.primal_lam if self.anchor is None else self.lam
 
     def policy_ridge(self) -> float:
         """The ridge at which the prices alone allocate best.
@@ -274,7 +291,7 @@ class Solution:
         grid = [first * 10.0**-k for k in range(5)]
         if not dual.repairable:
             return grid[2]
-        return min(grid, key=lambda gamma: dual.evaluate(self.primal_lam, gamma).upper)
+        return min(grid, key=lambda gamma: dual.evaluate(self.policy_lam, gamma).upper)
 
     def destination_keys(self) -> NDArray[Any] | None:
         """What a policy calls the destinations.
@@ -286,7 +303,7 @@ class Solution:
         return None if keys is None else policy_keys(keys)
 
     def certificate(self) -> dict[str, Any]:
-        """The claims of this solution as JSON; infinities stand as null.
+        """The claims of this solution as JSON; infinities become null.
 
         Returns:
             Status, bounds, gap, violation and sizes.

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ LOOSE_COST = 2.0
 """Presolve pays when it lowers the bound of the objective by this factor: the digits of all sums depend on it."""
 LOOSE_ROW, LOOSE_EDGES = 2.0**14, 0.5
 """Presolve pays when it lowers the sum of squares of rows by this factor (their prices are off by the root), and this
-share of the edges stands in such rows."""
+share of the edges is in such rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +196,16 @@ def measure(problem: MatchingProblem, group: Any = None) -> Statistics:
             largest.scatter_reduce_(0, at.long(), tighter.ravel(), "amax")
         if lower is not None:
             lowered.fill_(1.0)
-        totals += torch.stack([(c * u).sum(), (c * t).sum(), u.square().sum(), c.sum(), u.sum(), *_sizes(part)])
+        parts = [
+            _sum(c * u),
+            _sum(c * t),
+            _sum(u.square()),
+            _sum(c),
+            _sum(u),
+            float(part.blocks),
+            float(part.variables),
+        ]
+        totals += torch.tensor(parts, dtype=torch.float64)
         unit.copy_(torch.maximum(unit, (c * t).amax() if c.numel() else unit))
         if a is not None and bool((a == 0).any()):
             free.fill_(1.0)
@@ -248,8 +258,9 @@ def _loose_edges(problem: MatchingProblem, packing: Tensor | None, repairable: b
     return float(edges[wide > LOOSE_ROW * tight].sum())
 
 
-def _sizes(part: Any) -> tuple[Tensor, Tensor]:
-    return torch.tensor(part.blocks, dtype=torch.float64), torch.tensor(part.variables, dtype=torch.float64)
+def _sum(values: Tensor) -> float:
+    # numpy's order of summation does not depend on the number of threads
+    return float(np.add.reduce(values.numpy()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from polytope_lp.optimizers.lbfgs import Objective
+from polytope_lp.optimizers.vectors import dot, norm
 
 
 @dataclass(frozen=True)
 class AcceleratedState:
-    """Where a run stands.
+    """State of a run.
 
     Attributes:
         point: Current point, shape (n,), float64.
@@ -58,7 +59,7 @@ def step(objective: Objective, state: AcceleratedState, free: Tensor, trials: in
 
     Args:
         objective: Value and gradient of a point.
-        state: Where the run stands.
+        state: State of the run.
         free: Coordinates without a sign, shape (n,), bool.
         trials: Most doublings of the Lipschitz constant.
 
@@ -71,14 +72,14 @@ def step(objective: Objective, state: AcceleratedState, free: Tensor, trials: in
         point = torch.where(free, raw, raw.clamp_min(0))
         move = point - y
         momentum = (1 + (1 + 4 * state.momentum**2) ** 0.5) / 2
-        uphill = float((y - point) @ (point - state.point)) > 0
+        uphill = dot(y - point, point - state.point) > 0
         weight = 0.0 if uphill else (state.momentum - 1) / momentum
         ahead = point + weight * (point - state.point)
         ahead = torch.where(free, ahead, ahead.clamp_min(0))
         value, gradient = objective(ahead)
         # Curvature between y and the next point; both gradients are at hand, so no second evaluation is needed.
         change, gone = gradient - state.gradient, ahead - y
-        if float(change @ gone) <= lipschitz * float(gone @ gone) * (1 + 1e-9) or float(gone.norm()) == 0:
+        if dot(change, gone) <= lipschitz * dot(gone, gone) * (1 + 1e-9) or norm(gone) == 0:
             return AcceleratedState(
                 point,
                 value,
@@ -86,7 +87,7 @@ def step(objective: Objective, state: AcceleratedState, free: Tensor, trials: in
                 gradient,
                 1.0 if uphill else momentum,
                 lipschitz * 0.95,
-                lipschitz / 2 * float(move @ move),
+                lipschitz / 2 * dot(move, move),
             )
         lipschitz *= 2.0
     return replace(state, stalled=True)

@@ -1,6 +1,6 @@
 r"""Limited-memory BFGS for a smooth convex function over $\mu \ge 0$ (some coordinates free), by two-metric projection.
 
-Coordinates that stand at zero and whose gradient pushes them down are held; the quasi-Newton direction is formed on
+Coordinates at zero whose gradient pushes them down are held; the quasi-Newton direction is formed on
 the others, with the pairs (s, y) restricted to them. All state is explicit, so a run can be stopped, written to disk
 and taken up again without changing a bit of its course.
 
@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from polytope_lp.optimizers.vectors import dot, norm
+
 Objective = Callable[[Tensor], tuple[float, Tensor]]
 
 
 @dataclass(frozen=True)
 class LbfgsState:
-    """Where a run stands.
+    """State of a run.
 
     Attributes:
         point: Current point, shape (n,), float64.
@@ -59,7 +61,7 @@ def step(objective: Objective, state: LbfgsState, free: Tensor, first: float, me
 
     Args:
         objective: Value and gradient of a point.
-        state: Where the run stands.
+        state: State of the run.
         free: Coordinates without a sign, shape (n,), bool.
         first: Length by which the gradient is multiplied while there is no memory.
         memory: Pairs to keep.
@@ -69,7 +71,7 @@ def step(objective: Objective, state: LbfgsState, free: Tensor, first: float, me
     """
     held = ~free & (state.point <= 0) & (state.gradient >= 0)
     direction = -_inverse_hessian(state, ~held, first)
-    slope = float(direction @ state.gradient)
+    slope = dot(direction, state.gradient)
     found = _line_search(objective, state, direction, free) if slope < 0 else None
     if found is None:
         if not state.steps:
@@ -78,7 +80,7 @@ def step(objective: Objective, state: LbfgsState, free: Tensor, first: float, me
     point, value, gradient = found
     s, y = point - state.point, gradient - state.gradient
     steps, changes = state.steps, state.changes
-    if float(s @ y) > 1e-14 * float(s.norm() * y.norm()):
+    if dot(s, y) > 1e-14 * norm(s) * norm(y):
         steps, changes = (*steps, s)[-memory:], (*changes, y)[-memory:]
     return LbfgsState(point, value, gradient, steps, changes, -slope / 2, False)
 
@@ -89,20 +91,20 @@ def _inverse_hessian(state: LbfgsState, moving: Tensor, first: float) -> Tensor:
     pairs = []
     for s, y in zip(state.steps, state.changes, strict=True):
         s, y = torch.where(moving, s, 0.0), torch.where(moving, y, 0.0)
-        curvature = float(s @ y)
-        if curvature > 1e-12 * float(s.norm() * y.norm()) and curvature > 0:
+        curvature = dot(s, y)
+        if curvature > 1e-12 * norm(s) * norm(y) and curvature > 0:
             pairs.append((s, y, curvature))
     if not pairs:
         return first * q
     weights = []
     for s, y, curvature in reversed(pairs):
-        alpha = float(s @ q) / curvature
+        alpha = dot(s, q) / curvature
         weights.append(alpha)
         q = q - alpha * y
     _, y, curvature = pairs[-1]
-    q = q * (curvature / float(y @ y))
+    q = q * (curvature / dot(y, y))
     for (s, y, curvature), alpha in zip(pairs, reversed(weights), strict=True):
-        q = q + (alpha - float(y @ q) / curvature) * s
+        q = q + (alpha - dot(y, q) / curvature) * s
     return q
 
 
@@ -118,11 +120,11 @@ def _line_search(
     for _ in range(trials):
         point = torch.where(free, state.point + t * direction, (state.point + t * direction).clamp_min(0))
         move = point - state.point
-        expected = float(move @ state.gradient)
+        expected = dot(move, state.gradient)
         if expected >= 0:
             return best
         value, gradient = objective(point)
-        slope = float(move @ gradient)  # of the path's chord, times t
+        slope = dot(move, gradient)  # of the path's chord, times t
         decreased = value <= state.value + 1e-4 * expected
         decreased |= value <= state.value + noise and slope <= -0.8 * expected
         if not decreased:

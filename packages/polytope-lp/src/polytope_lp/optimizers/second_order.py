@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from polytope_lp.optimizers.lbfgs import Objective
+from polytope_lp.optimizers.vectors import dot, norm
 
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-4, 1e6
 """Damping, in units of `NewtonState.damping`: lowered after whole steps, raised where none goes down."""
@@ -25,7 +26,7 @@ FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-4, 1e6
 
 @dataclass(frozen=True)
 class NewtonState:
-    """Where a run stands.
+    """State of a run.
 
     Attributes:
         point: Current point, shape (n,), float64.
@@ -71,7 +72,7 @@ def step(
     Args:
         objective: Value and gradient of a point.
         hessian: Generalized Hessian at a point, shape (n, n), float64.
-        state: Where the run stands.
+        state: State of the run.
         free: Coordinates without a sign, shape (n,), bool.
         gamma: Weight of the ridge: 1 / gamma bounds the curvature of scaled rows.
         size: What gradients are relative to: the norm of the right-hand sides in the same scale.
@@ -82,10 +83,10 @@ def step(
     held = ~free & (state.point <= 0) & (state.gradient >= 0)
     moving = torch.nonzero(~held).ravel()
     rest = state.gradient[moving]
-    if not moving.numel() or float(rest.norm()) <= 1e-15 * size:
+    if not moving.numel() or norm(rest) <= 1e-15 * size:
         return replace(state, stalled=True)
     H = hessian(state.point)[moving][:, moving].numpy()
-    relative = min(float(rest.norm()) / size, 1.0)
+    relative = min(norm(rest) / size, 1.0)
     damping = state.damping
     while damping <= MOST_DAMPING:
         damped = H.copy()
@@ -102,7 +103,7 @@ def step(
         if found is not None:
             t, point, value, gradient = found
             change = 0.1 if t == 1.0 else 1.0 if t > 0.1 else 10.0
-            decrement = -float(direction @ state.gradient) / 2
+            decrement = -dot(direction, state.gradient) / 2
             return NewtonState(point, value, gradient, max(damping * change, LEAST_DAMPING), decrement)
         damping *= 100.0
     return replace(state, stalled=True)
@@ -117,12 +118,12 @@ def _backtrack(
         point = state.point + t * direction
         point = torch.where(free, point, point.clamp_min(0))
         move = point - state.point
-        expected = float(move @ state.gradient)
+        expected = dot(move, state.gradient)
         if expected >= 0:
             return None
         value, gradient = objective(point)
         enough = value <= state.value + 1e-4 * expected
-        if enough or (value <= state.value + noise and float(move @ gradient) <= -0.8 * expected):
+        if enough or (value <= state.value + noise and dot(move, gradient) <= -0.8 * expected):
             return t, point, value, gradient
         curve = value - state.value - expected
         t *= min(max(-expected / (2 * curve), 0.1), 0.5) if curve > 0 else 0.5

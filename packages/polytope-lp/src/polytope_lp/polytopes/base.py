@@ -20,7 +20,7 @@ class Face:
     """An element of the generalized Jacobian of a projection, P = diag(free) - U U' + Q Q'.
 
     Attributes:
-        free: Entries that move by themselves, shape (n,), bool.
+        free: Entries that move freely, shape (n,), bool.
         cuts: U, orthonormal columns supported on free entries, one per tight cut; shape (n, cuts), or None.
         spans: Q, orthonormal columns supported off the free entries, which span the directions inside the face of
             blocks that are known by vertices; shape (n, spans), or None.
@@ -115,7 +115,7 @@ class Polytope(ABC):
 
     @abstractmethod
     def face(self, values: Tensor, x: Tensor, offsets: Tensor) -> Face:
-        """The face of each block that a projection stands on.
+        """The face of each block that a projection is on.
 
         Args:
             values: Points, shape (variables,), float64.
@@ -152,10 +152,10 @@ def each_block(function: Callable[[Array], Array], values: Tensor, offsets: Tens
 
 
 def face_with_cuts(free: Tensor, normal: Tensor, offsets: Tensor) -> Face:
-    """The face of blocks that stand on one cut each at most.
+    """The face of blocks with at most one active cut each.
 
     Args:
-        free: Entries that move by themselves, shape (variables,), bool.
+        free: Entries that move freely, shape (variables,), bool.
         normal: Normals of the tight cuts, zero off the free entries and in blocks without one, shape (variables,).
         offsets: Bounds of the blocks, shape (blocks + 1,), int64.
 

@@ -21,7 +21,7 @@ class CappedBox(Polytope):
 
     Attributes:
         cap: Right-hand side d: one number, or shape (blocks,); infinite for a plain box.
-        upper: Upper bounds u: one number, shape (variables,), or None for no bound of their own.
+        upper: Upper bounds u: one number, shape (variables,), or None for no bound.
         weight: Positive weights w, shape (variables,), or None for ones.
         equality: Whether the cut is an equation.
     """
@@ -147,7 +147,7 @@ class CappedBox(Polytope):
         """The polytope as JSON, for problems whose bounds do not vary.
 
         Returns:
-            `{"cap": ..., "upper": ..., "equality": ...}`; values that vary stand as `"column"`.
+            `{"cap": ..., "upper": ..., "equality": ...}`; values that vary become `"column"`.
         """
 
         def plain(value: Values | None) -> Any:

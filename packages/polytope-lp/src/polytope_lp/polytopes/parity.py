@@ -2,7 +2,7 @@ r"""The parity polytope, the hull of the 0-1 vectors with an even (or odd) numbe
 
 Of the exponentially many facets $\sum_{i \in F} (1 - x_i) + \sum_{i \notin F} x_i \ge 1$ (F of odd size for even
 parity) at most one can be violated by a point of the cube: F holds the entries above 1/2, and if its size is even the
-entry nearest 1/2 changes sides. Where it is violated, the projection lies on that facet, which after $x_i \to 1 - x_i$
+entry nearest 1/2 changes sides. Where it is violated, the projection is on that facet, which after $x_i \to 1 - x_i$
 on F is the probability simplex.
 
 Source: the oracle of arXiv 2103.05277 (sort and flip); the projection is that of Wasson and Draper (2015).

@@ -25,7 +25,7 @@ class Rows:
     equation: NDArray[np.bool_]
 
     def face(self, x: Array) -> tuple[NDArray[np.bool_], Array]:
-        """The face that a point stands on.
+        """The face that a point is on.
 
         Args:
             x: A point of the polytope, shape (n,).

@@ -94,8 +94,9 @@ def save(path: Path, search: Search, stage: Stage, mark: str) -> None:
         arrays["steps"], arrays["changes"] = torch.stack(state.steps), torch.stack(state.changes)
     if search.anchor is not None:
         arrays["anchor"] = search.anchor
-    if search.price is not None:
-        arrays["price"] = search.price
+    for name in ("price", "margin"):
+        if getattr(search, name) is not None:
+            arrays[name] = getattr(search, name)
     meta: dict[str, Any] = {
         "mark": mark,
         "kind": type(state).__name__,
@@ -110,15 +111,16 @@ def save(path: Path, search: Search, stage: Stage, mark: str) -> None:
         "share": repr(stage.share),
         "reached": repr(stage.reached),
         "at": stage.at,
+        "aimed": stage.aimed,
     }
     if search.last is not None:
         _put("last", search.last, arrays, meta)
-    best = search.incumbent
-    if best is not None:
-        _put("best", best.evaluation, arrays, meta)
-        if best.anchor is not None and best.anchor is not search.anchor:
-            arrays["best_anchor"] = best.anchor
-    meta["best_anchored"] = best is not None and best.anchor is not None
+    for name, point in (("best", search.incumbent), ("residual", search.residual)):
+        if point is not None:
+            _put(name, point.evaluation, arrays, meta)
+            if point.anchor is not None and point.anchor is not search.anchor:
+                arrays[f"{name}_anchor"] = point.anchor
+        meta[f"{name}_anchored"] = point is not None and point.anchor is not None
     plain: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
     plain["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     if getattr(search.dual, "group", None) is not None and path.exists():
@@ -182,14 +184,14 @@ def load(path: Path | None, search: Search, problem: MatchingProblem) -> Stage |
 def _check(arrays: dict[str, Tensor], meta: dict[str, Any], search: Search) -> None:
     rows = search.dual.budgets.shape[0]
     for name, array in arrays.items():
-        anchor, pairs = name in {"anchor", "best_anchor"}, name in {"steps", "changes"}
+        anchor, pairs = name.endswith("anchor"), name in {"steps", "changes"}
         shape = (arrays["steps"].shape[0], rows) if pairs else (search.dual.own_variables if anchor else rows,)
         if tuple(array.shape) != shape or not array.is_floating_point() or not bool(torch.isfinite(array).all()):
             raise ValueError(f"{name}: expected finite numbers of shape {shape}, got {tuple(array.shape)}")
     entries = [entry for entry in meta["history"] if set(entry) == set(HISTORY)]
     if len(entries) != len(meta["history"]) or not isinstance(meta["stalled"], bool):
         raise ValueError("history or state of another form")
-    float(entries[-1]["seconds"] + entries[-1]["fractional"] + meta["iterations"] + meta["at"])
+    float(entries[-1]["seconds"] + entries[-1]["fractional"] + meta["iterations"] + meta["at"] + meta["aimed"])
 
 
 def _restored(search: Search, meta: dict[str, Any], arrays: dict[str, Tensor]) -> Stage:
@@ -205,13 +207,11 @@ def _restored(search: Search, meta: dict[str, Any], arrays: dict[str, Tensor]) -
     else:
         state = accelerated.AcceleratedState(**vectors, **numbers, stalled=meta["stalled"])  # type: ignore[arg-type]
     search.gamma, search.lower = float(meta["gamma"]), float(meta["lower"])
-    search.anchor, search.price = arrays.get("anchor"), arrays.get("price")
+    search.anchor, search.price, search.margin = (arrays.get(name) for name in ("anchor", "price", "margin"))
     search.history = meta["history"]
     search.before = search.history[-1]["seconds"] if search.history else 0.0
     search.last = _get("last", arrays, meta)
-    best = _get("best", arrays, meta)
-    if best is not None:
-        search.incumbent = Incumbent(best, arrays.get("best_anchor", search.anchor) if meta["best_anchored"] else None)
+    search.incumbent, search.residual = (_point(name, search, arrays, meta) for name in ("best", "residual"))
     return Stage(
         state,
         meta["proximal"],
@@ -220,7 +220,15 @@ def _restored(search: Search, meta: dict[str, Any], arrays: dict[str, Tensor]) -
         float(meta["share"]),
         float(meta["reached"]),
         meta["at"],
+        meta["aimed"],
     )
+
+
+def _point(name: str, search: Search, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Incumbent | None:
+    found = _get(name, arrays, meta)
+    if found is None:
+        return None
+    return Incumbent(found, arrays.get(f"{name}_anchor", search.anchor) if meta[f"{name}_anchored"] else None)
 
 
 def _put(name: str, found: Evaluation, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m polytope_lp solve problem/ -o out/
 
 Each rank maps or reads the problem and keeps a contiguous run of its chunks; an evaluation takes one allreduce. Every
-rank checkpoints its own state: after a failure the same command goes on from it.
+rank checkpoints its own state: after a failure the same command resumes from it.
 """
 
 import dataclasses

@@ -94,7 +94,7 @@ class Policy:
             "weights": data.weight is not None,
         }
         return cls(
-            (solution.problem.row_sign * solution.primal_lam).numpy(),
+            (solution.problem.row_sign * solution.policy_lam).numpy(),
             gamma,
             float(data.cap[0]) if data.cap.numel() else math.inf,
             float(data.upper[0]) if fixed and data.upper is not None else None,

@@ -43,8 +43,8 @@ class Rounded:
 
     @property
     def gap(self) -> float:
-        """(bound - value) / max(1, |bound|): at most this much was lost."""
-        return (self.bound - self.value) / max(1.0, abs(self.bound))
+        """(bound - value) / |bound|: at most this part was lost."""
+        return (self.bound - self.value) / (abs(self.bound) or 1.0)
 
 
 def round_allocation(

@@ -26,6 +26,9 @@ class Columns:
         budget: Right-hand side, in the table of budgets.
         sense: `<=`, `=` or `>=` (the budget is a minimum), in the table of budgets; where the column "sense" is absent,
             `<=`. A tuple where budgets of one destination have different senses: one column for each.
+        minimum: Least that a destination must get, beside its budget, in the table of budgets: the row is a range.
+            Nulls stand for 0, and so does an absent column "minimum". Only where destinations have one budget with
+            sense `<=`.
         upper: Greatest amount of an edge; where the column "upper" is absent, the polytope's own.
         weight: Weight of an edge in its source's cap; where the column "weight" is absent, one.
         cap: Cap of a source, in the table of sources.
@@ -37,6 +40,7 @@ class Columns:
     cost: Names = "cost"
     budget: Names = "budget"
     sense: Names = "sense"
+    minimum: str = "minimum"
     upper: str = "upper"
     weight: str = "weight"
     cap: str = "cap"
@@ -65,7 +69,7 @@ class Columns:
             ValueError: If it is absent although the user named it.
         """
         there = schema.get_field_index(name) >= 0
-        if not there and name not in {"cost", "sense", "upper", "weight"}:
+        if not there and name not in {"cost", "sense", "minimum", "upper", "weight"}:
             raise ValueError(f"{table}: expected a column {name!r}, got {', '.join(schema.names)}")
         return bool(there)
 
@@ -86,7 +90,7 @@ def columns_of(described: dict[str, Any]) -> Columns:
     """The columns that a `problem.json` names.
 
     Args:
-        described: Attributes of `Columns`; lists stand for tuples.
+        described: Attributes of `Columns`; lists become tuples.
 
     Returns:
         The columns.

@@ -13,7 +13,7 @@ KINDS = "integers, strings, UUIDs, dates or timestamps"
 
 
 def plain_keys(name: str, column: Any) -> Any:
-    """A column of keys in the one type that stands for its kind.
+    """A column of keys in the one type used for its kind.
 
     Integers of any width and decimals without places become int64, every kind of text `large_string`, timestamps UTC
     microseconds; dictionaries (categoricals, enums) are decoded, and extension types (UUID) are their storage.
@@ -129,7 +129,7 @@ def key_column(table: pa.Table, title: str, name: str) -> pa.Array:
         One array, in the type of `plain_keys`.
 
     Raises:
-        ValueError: If the column is absent, a key missing, or one stands twice.
+        ValueError: If the column is absent, a key is missing, or one appears twice.
     """
     column = plain_keys(f"{title}.{name}", require(table.schema, table, title, name))
     keys = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -139,7 +139,7 @@ def key_column(table: pa.Table, title: str, name: str) -> pa.Array:
 
 
 def places(name: str, column: Any, keys: pa.Array, missing: str) -> NDArray[np.int64]:
-    """Where keys stand among known ones of the same kind.
+    """Positions of keys among known ones of the same kind.
 
     Args:
         name: What the column is called in an error.

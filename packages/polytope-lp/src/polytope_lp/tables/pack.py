@@ -23,7 +23,7 @@ def pack(
         path: As in `read_problem`.
         out: Folder to write; that of the same call is taken up again.
         budgets: As in `read_problem`.
-        overwrite: Whether a packed problem that lies there is replaced.
+        overwrite: Whether an existing packed problem is replaced.
         **reading: Further arguments of `read_problem`.
 
     Returns:

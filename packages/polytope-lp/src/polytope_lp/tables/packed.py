@@ -40,7 +40,7 @@ def write_packed(problem: MatchingProblem, folder: Path, mapped: dict[int, tuple
     Args:
         problem: The problem.
         folder: Where to.
-        mapped: Arrays that lie in files of the folder already, by address: the file and the array.
+        mapped: Arrays already in files of the folder, by address: the file and the array.
     """
     arrays = {name: getattr(problem.data, name) for name in _BLOCKS}
     arrays |= {name: getattr(problem, name) for name in (*_REST, "at_least")}

@@ -23,6 +23,7 @@ Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """Makes an array of the edges from its name, shape and dtype: in memory, or in a file."""
 
 _OBJECTIVE = ""
+_LIMIT, _GUARANTEE = "sense of the budget", "sense of the minimum"
 SENSES = ("<=", "=", ">=")
 ON_PROBLEM = ("polytope", "columns")
 """What a `problem.json` may say."""
@@ -89,7 +90,7 @@ def read_problem(
     A folder that `polytope_lp.pack` wrote is mapped, not read.
 
     A folder may also hold `sources.parquet` (source and cap), and `problem.json` the names of columns in `columns`.
-    Edges may lie in subfolders such as `edges/date=2026-01-31/`, whose names then stand for a column; files may differ
+    Edges may be in subfolders such as `edges/date=2026-01-31/`, whose names then become a column; files may differ
     in the order of their columns and in the width of their numbers. Keys in CSV files are text.
 
     Edges are streamed; nothing is held twice when they are sorted by source.
@@ -188,7 +189,7 @@ def input_hashes(path: str | Path, budgets: str | Path | None, sources: str | Pa
 
 
 def overridden(path: str | Path, budgets: str | Path | None, cap: float | None, upper: float | None) -> dict[str, Any]:
-    """What a `problem.json` says of the polytope, with a cap or an upper bound in place of its own.
+    """What a `problem.json` says of the polytope, with its cap or upper bound replaced.
 
     Args:
         path: As in `read_problem`.
@@ -211,7 +212,7 @@ def polytope_of(described: dict[str, Any]) -> CappedBox:
     """The polytope that a `problem.json` describes.
 
     Args:
-        described: `{"cap": 1.0, "upper": null, "equality": false}`; a cap of null stands for none.
+        described: `{"cap": 1.0, "upper": null, "equality": false}`; a cap of null means none.
 
     Returns:
         The polytope.
@@ -323,6 +324,7 @@ def _assemble(
     allow_unused: bool,
     allocate: Allocate,
 ) -> MatchingProblem:
+    table, names = _ranges(table, names)
     keys = Keys(table, names)
     budgets = names_of(names.budget)
     b = [numbers(f"budgets.{n}", require(table.schema, table, "budgets", n), np.float64) for n in budgets]
@@ -377,6 +379,30 @@ def _refuse_equal_edges(offsets: NDArray[np.int64], first: NDArray[np.int32], so
         at = order[int(np.flatnonzero(equal)[0])]
         source, row = source_keys[int(block[at])].as_py(), keys.keys[int(first[at])].as_py()
         raise ValueError(f"edges: the edge from source {source} to first destination {row} appears twice")
+
+
+def _ranges(table: pa.Table, names: Columns) -> tuple[pa.Table, Columns]:
+    # A budget with a minimum beside it is two budgets of one cost, a limit and a guarantee.
+    if not names.optional(names.minimum, table.schema, "budgets"):
+        return table, names
+    rows, costs, budgets = names_of(names.destination), names_of(names.cost), names_of(names.budget)
+    senses = set(table.column(names.sense).to_pylist()) if names.sense in table.schema.names else {"<="}
+    if len(rows) > 1 or len(budgets) > 1 or senses - {"<="}:
+        raise ValueError(f"budgets.{names.minimum}: expected one budget per destination, with sense <=")
+    least = numbers(f"budgets.{names.minimum}", table.column(names.minimum).fill_null(0), np.float64)
+    most = numbers(f"budgets.{budgets[0]}", require(table.schema, table, "budgets", budgets[0]), np.float64)
+    if (least > most).any():
+        at = int(np.flatnonzero(least > most)[0])
+        raise ValueError(f"budgets.{names.minimum}: {least[at]} in row {at} is above the budget {most[at]}")
+    table = table.set_column(table.schema.names.index(names.minimum), names.minimum, pa.array(least))
+    for name, sense in ((_LIMIT, "<="), (_GUARANTEE, ">=")):
+        table = table.append_column(name, pa.array([sense] * table.num_rows))
+    both: dict[str, Any] = {
+        "budget": (budgets[0], names.minimum),
+        "cost": (costs[0], costs[0]),
+        "sense": (_LIMIT, _GUARANTEE),
+    }
+    return table, dataclasses.replace(names, **both)
 
 
 def _senses(table: pa.Table, names: Columns) -> dict[str, NDArray[np.bool_]]:
