@@ -27,7 +27,6 @@ from meta_embed.evaluate.metrics import Scores
 from meta_embed.model.build import build_model
 from meta_embed.model.personalizer import Personalizer
 from meta_embed.tasks.encode import Vocabulary, build_vocabulary
-from meta_embed.tasks.episodes import EpisodeOptions
 from meta_embed.tasks.events import Events, build_events
 from meta_embed.tasks.schema import Schema
 from meta_embed.tasks.split import Split, by_key, split_at
@@ -35,7 +34,8 @@ from meta_embed.train.outer import fit
 from meta_embed.train.tune import tune
 
 QUERY, START = 40, 32
-PRECISIONS = baselines.SHRINKAGES
+PRECISIONS = (3.0, 10.0, 30.0)
+"""Of a member's prior, for the MAP head and for the rows of ID models."""
 SUPPORTS = tuple(n for n in SIZES if n > 0)
 
 
@@ -97,8 +97,7 @@ def make_draw(
     config = Config(
         columns=schema,
         model=ModelOptions(width=width, hidden=hidden),
-        episodes=EpisodeOptions(tasks=64 if table.num_rows < 150_000 else 128),
-        train=TrainOptions(epochs=4 if quick else 40, patience=4),
+        train=TrainOptions(epochs=4 if quick else 25, patience=3),
     )
     empty: dict[str, list[Any]] = {f.name: [] for f in (*schema.row, *schema.member)}
     keys = build_events(table, schema, empty).keys
@@ -132,7 +131,9 @@ def retrained(maker: Callable[[Config, Vocabulary], baselines.Maker]) -> Callabl
     def run(draw: Draw) -> Found:
         make, lr = maker(draw.config, draw.vocabulary), draw.config.train.warm_lr
         splits = [draw.split(draw.held_back, n) for n in SUPPORTS]
-        tuned = baselines.tune_id(make, draw.train, draw.held_back, splits, lr, epochs=draw.epochs)
+        tuned = baselines.tune_id(
+            make, draw.train, draw.held_back, splits, lr, epochs=draw.epochs, shrinkages=PRECISIONS
+        )
         found = Found({})
         for n, best in zip(SUPPORTS, tuned, strict=True):
             split = draw.split(draw.tested, n)

@@ -30,28 +30,12 @@ LABELS = {
     "fold_in": "MAP head without meta-training",
     "map": "MAP head",
     "maml": "MAML, second order",
-    "maml_first_order": "MAML, first order",
-    "anil": "ANIL",
     "hybrid": "ID and MAP head, mixed per n",
     "two_heads": "two MAP heads, mixed per n",
 }
-METHODS = {
-    "movielens": (
-        "none",
-        "id",
-        "deep",
-        "wide",
-        "fold_in",
-        "map",
-        "map_again",
-        "maml",
-        "maml_first_order",
-        "anil",
-    ),
-    "amazon": ("none", "id", "deep", "wide", "map", "map_again", "maml"),
-}
+METHODS = ("none", "id", "deep", "wide", "fold_in", "map", "map_again", "maml")
 QUICK = ("none", "id", "map", "maml")
-AGAINST = ("none", "id", "deep", "wide", "best_id", "fold_in", "maml", "maml_first_order", "anil")
+AGAINST = ("none", "id", "deep", "wide", "best_id", "fold_in", "maml")
 
 
 def one_draw(draw: _study.Draw, methods: tuple[str, ...], work: Path, prefix: str) -> dict[str, Found]:
@@ -187,7 +171,7 @@ def main() -> None:
             parts = 5 if options.quick else options.draws
             draw = _study.make_draw(table, schema, part, parts, options.quick)
             prefix = f"{name}-{part}-of-{parts}"
-            draws.append(one_draw(draw, QUICK if options.quick else METHODS[name], work, prefix))
+            draws.append(one_draw(draw, QUICK if options.quick else METHODS, work, prefix))
             results[name] = report(draws)
             results["bars"] = bars(results)
             write_json(out, results)
