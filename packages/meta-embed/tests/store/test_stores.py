@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,8 +195,29 @@ def test_int8_is_within_half_a_step(n, width, scale, shift, seed):
     assert info.vector_bytes == width + 4
 
 
+def test_descriptions_that_no_store_has():
+    for changes in ({"width": 0}, {"width": 6}, {"history": -1}):  # the cold vector has five numbers
+        with pytest.raises(ValueError, match="expected"):
+            _info(**changes)
+
+
+def test_a_parquet_file_with_other_columns_or_order_is_refused(address, tmp_path):
+    info = _info()
+    create_store(address("parquet"), info, _items([1, 2], info))
+    path = tmp_path / "a" / "store.parquet"
+    table = pq.read_table(path)
+    for bad in (
+        table.take([1, 0]),
+        table.set_column(1, "value", pa.array([b"x", None])),
+        table.drop_columns(["value"]),
+    ):
+        pq.write_table(bad.replace_schema_metadata(table.schema.metadata), path)
+        with pytest.raises(ValueError, match=r"store\.parquet: expected a Parquet store of meta-embed"):
+            open_store(address("parquet"))
+
+
 def test_int8_takes_less_than_a_third_of_float32():
-    at_32 = {codec: _info(width=32, codec=codec).vector_bytes for codec in ("int8", "float32")}
+    at_32 = {codec: _info(width=32, codec=codec, cold=()).vector_bytes for codec in ("int8", "float32")}
     assert at_32["float32"] / at_32["int8"] >= 3.2
 
 
@@ -209,7 +232,7 @@ def test_vectors_of_another_width_or_version(address):
     create_store(address("lmdb"), info, _items([1], info))
     with open_store(address("lmdb"), writer=True) as store:
         with pytest.raises(ValueError, match="holds vectors of width 5, got width 6"):
-            store.put([1], _records(1, _info(width=6)))
+            store.put([1], _records(1, _info(width=6, cold=())))
         with pytest.raises(ValueError, match="model version v1, but the global block is v2"):
             check_version(store.info, "v2", store.where)
         check_version(store.info, "v2", store.where, allow_stale=True)

@@ -141,9 +141,16 @@ class Store(ABC):
 
         Returns:
             Pairs, in the order of the keys.
+
+        Raises:
+            ValueError: If a key is corrupt.
         """
         for key, value, _ in self.items():
-            yield decode_key(key, self.info.key), value
+            try:
+                decoded = decode_key(key, self.info.key)
+            except ValueError as error:
+                raise ValueError(f"{self.where}: corrupt key ({error})") from error
+            yield decoded, value
 
 
 def pack_info(info: StoreInfo) -> bytes:

@@ -12,6 +12,8 @@ Key = int | str
 _HEAD = struct.Struct("<dI")  # time of the newest event, events of the support
 LONGEST_KEY = 511
 """Bytes; LMDB takes no longer ones."""
+WIDEST = 1 << 16
+"""Numbers of a vector."""
 
 
 class StoreInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,6 +40,13 @@ class StoreInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     as_of: float = 0.0
     support: int = 32
     history: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a layout that no store has."""
+        if not 1 <= self.width <= WIDEST or self.support < 0 or self.history < 0:
+            raise ValueError(f"expected a width of 1 to {WIDEST} and support, history >= 0")
+        if len(self.cold) not in {0, self.width}:
+            raise ValueError(f"cold: expected {self.width} numbers, got {len(self.cold)}")
 
     @property
     def precision_floats(self) -> int:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,9 +25,11 @@ class ParquetStore(FileStore):
     def _open(self, writer: bool) -> bytes | None:
         del writer
         table = pq.read_table(self.path)
-        if table.schema.names != _COLUMNS.names:
-            raise ValueError(f"columns {', '.join(table.schema.names)}")
+        if not table.schema.equals(_COLUMNS) or any(column.null_count for column in table.columns):
+            raise ValueError(f"columns {', '.join(f'{f.name} ({f.type})' for f in table.schema)}")
         self.table = [table[name].to_pylist() for name in _COLUMNS.names]
+        if any(one >= other for one, other in pairwise(self.table[0])):
+            raise ValueError("keys out of order")
         return (table.schema.metadata or {}).get(_ABOUT)
 
     def _shut(self) -> None:

@@ -55,13 +55,20 @@ class SqliteStore(FileStore):
         finally:
             connection.close()
 
+    def _rows(self, query: str, arguments: Sequence[bytes] = ()) -> Iterator[tuple[bytes, ...]]:
+        """Rows of bytes; a corrupt file can hold anything."""
+        with reading(self.path, "an intact SQLite store"):
+            for row in self._sql.execute(query, arguments):
+                if not all(isinstance(value, bytes) for value in row):
+                    raise ValueError("a value that is no bytes")
+                yield row
+
     def _select(self, column: str, keys: Sequence[bytes]) -> list[bytes | None]:
         found: dict[bytes, bytes] = {}
-        with reading(self.path, "an intact SQLite store"):
-            for first in range(0, len(keys), _ASKED_AT_ONCE):
-                part = keys[first : first + _ASKED_AT_ONCE]
-                marks = ",".join("?" * len(part))
-                found.update(self._sql.execute(f"SELECT key, {column} FROM members WHERE key IN ({marks})", part))
+        for first in range(0, len(keys), _ASKED_AT_ONCE):
+            part = keys[first : first + _ASKED_AT_ONCE]
+            marks = ",".join("?" * len(part))
+            found.update(self._rows(f"SELECT key, {column} FROM members WHERE key IN ({marks})", part))  # type: ignore[arg-type]
         return [found.get(key) for key in keys]
 
     def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -81,8 +88,7 @@ class SqliteStore(FileStore):
 
     def items(self) -> Iterator[Item]:
         """See `Store`."""
-        with reading(self.path, "an intact SQLite store"):
-            yield from self._sql.execute("SELECT key, value, history FROM members ORDER BY key")
+        yield from self._rows("SELECT key, value, history FROM members ORDER BY key")  # type: ignore[misc]
 
     def __len__(self) -> int:
         with reading(self.path, "an intact SQLite store"):

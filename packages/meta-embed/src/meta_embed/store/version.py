@@ -61,7 +61,10 @@ def freshness(store: Store, now: float, ttl: float) -> Freshness:
     values: list[bytes] = []
 
     def drain() -> None:
-        ages.append(now - decode_records(values, store.info).times)
+        try:
+            ages.append(now - decode_records(values, store.info).times)
+        except ValueError as error:
+            raise ValueError(f"{store.where}: {error}") from error
         values.clear()
 
     for _, value, _ in store.items():

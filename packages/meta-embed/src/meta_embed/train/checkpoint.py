@@ -105,8 +105,12 @@ def _put_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, rest = name.partition(".")
-        if rest != "step" and tensor.shape != parameters[int(index)].shape:
-            raise ValueError(f"optimizer.{name}: another shape than its parameter")
+        like = parameters[int(index)]
+        fits = tensor.shape == like.shape and tensor.dtype == like.dtype
+        if rest == "step":
+            fits = tensor.numel() == 1 and tensor.dtype == torch.float32 and 1 <= float(tensor) < 2**24
+        if not fits:
+            raise ValueError(f"optimizer.{name}: expected what belongs to its parameter")
         state.setdefault(int(index), {})[rest] = tensor
     names = {frozenset(entry) for entry in state.values()}
     if len(names) > 1 or set(state) - set(range(len(parameters))):
