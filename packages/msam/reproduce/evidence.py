@@ -4,10 +4,11 @@
     python packages/msam/reproduce/evidence.py --data mnist1d --sensitivity
     python packages/msam/reproduce/evidence.py --data mnist1d --label-noise 0.3
     python packages/msam/reproduce/evidence.py --data digits --portrait
+    python packages/msam/reproduce/evidence.py --quick -o /tmp/evidence    # a look at the whole thing in a minute
 
-Writes one JSON file and one picture per data set to `results/`. Every finished run is written at once, and a run that
-is there already is not repeated, so a killed evidence run goes on where it stopped. Seeds for choosing rho (100, 101)
-are not among those that are reported (0, 1, ...).
+Writes one JSON file and one picture per data set to the folder of `-o` (`results/`). Every finished run is written at
+once, and a run that is there already is not repeated, so a killed evidence run goes on where it stopped. Seeds for
+choosing rho (100, 101) are not among those that are reported (0, 1, ...).
 """
 
 import argparse
@@ -29,14 +30,17 @@ EXAMPLES = {"cifar": 1000, "polarity": 1000}
 """Examples of the Hessian where all of them would take longer than the training."""
 
 
-def compare(ledger: Ledger, task: Task, radii: tuple[float, ...], seeds: int, tuning_seeds: int, m: int) -> None:
+def compare(
+    ledger: Ledger, task: Task, radii: tuple[float, ...], seeds: int, tuning_seeds: int, m: int, epochs: int | None
+) -> None:
     """Each method at its own best rho, over fresh seeds."""
     chosen, runs = {}, []
-    grids = {"sgd": (0.0,), "sam": radii, "asam": tuple(10 * rho for rho in radii), "msam": radii}
+    doubled = tuple(2 * rho for rho in radii)  # a direction that is a step old does about half as much
+    grids = {"sgd": (0.0,), "sam": radii, "asam": tuple(10 * rho for rho in radii), "msam": radii, "chained": doubled}
     for method, grid in grids.items():
         means = {
             rho: statistics.fmean(
-                ledger.run(task, Job(method, rho, m, seed, sharpness=False)).validation
+                ledger.run(task, Job(method, rho, m, seed, sharpness=False), epochs=epochs).validation
                 for seed in TUNING_SEEDS[:tuning_seeds]
             )
             for rho in grid
@@ -45,7 +49,7 @@ def compare(ledger: Ledger, task: Task, radii: tuple[float, ...], seeds: int, tu
         ledger.content.setdefault("validation", {})[method] = {f"{rho:g}": value for rho, value in means.items()}
     for method, rho in chosen.items():
         jobs = [Job(method, rho, m, seed) for seed in range(seeds)]
-        runs += [ledger.run(task, job, examples=EXAMPLES.get(task.name, 4000)) for job in jobs]
+        runs += [ledger.run(task, job, examples=EXAMPLES.get(task.name, 4000), epochs=epochs) for job in jobs]
     rows = summarise(runs)
     sam = {run.seed: run for run in runs if run.method == "sam"}
     for row in rows:
@@ -84,18 +88,26 @@ def main() -> None:
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong training labels")
     parser.add_argument("--sensitivity", action="store_true", help="the grid over m and rho instead of the comparison")
     parser.add_argument("--portrait", action="store_true", help="only draw cosines, sharpness gap and landscape")
+    parser.add_argument("--quick", action="store_true", help="two radii, two seeds and six epochs of one data set")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help="folder for what is written")
     options = parser.parse_args()
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick: expected -o, so that it does not mix with the results of the documentation")
     torch.set_num_threads(1)
     task = noisy(load(options.data, options.folder), options.label_noise)
     if options.portrait:
-        draw_portrait(task, 0.1, options.micro_batches, RESULTS / f"{task.name}_portrait.png")
+        options.out.mkdir(parents=True, exist_ok=True)
+        draw_portrait(task, 0.1, options.micro_batches, options.out / f"{task.name}_portrait.png")
         return
-    ledger = Ledger(RESULTS / f"{task.name}.json", {"data": task.name, "label_noise": options.label_noise})
+    options.out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(options.out / f"{task.name}.json", {"data": task.name, "label_noise": options.label_noise})
     if options.sensitivity:
         sensitivity(ledger, task, options.seeds)
-    else:
-        radii = tuple(float(rho) for rho in options.radii.split(","))
-        compare(ledger, task, radii, options.seeds, options.tuning_seeds, options.micro_batches)
+        return
+    radii, seeds, tuning_seeds = tuple(map(float, options.radii.split(","))), options.seeds, options.tuning_seeds
+    if options.quick:
+        radii, seeds, tuning_seeds = (0.1, 0.2), 2, 1
+    compare(ledger, task, radii, seeds, tuning_seeds, options.micro_batches, 6 if options.quick else None)
 
 
 if __name__ == "__main__":

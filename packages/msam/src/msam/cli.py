@@ -43,7 +43,7 @@ folder_option = click.option(
 )
 noise_option = click.option("--label-noise", default=0.0, type=float, help="Share of training labels made wrong.")
 epochs_option = click.option("--epochs", type=click.IntRange(1), help="Passes over the training part; else the task's.")
-runs_option = out_option("Folder for every run; the same command goes on from it, with more seeds too.", folder=True)
+runs_option = out_option("Folder for every run; the same command continues from it, also with more seeds.", folder=True)
 plot_option = click.option("--plot", type=click.Path(path_type=Path), callback=_picture, help="Picture to write.")
 
 

@@ -37,7 +37,6 @@ BATCH = (torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
         ({"num_micro_batches": 2, "bn": "second"}, "bn"),
         ({"num_micro_batches": 2, "rng": "other"}, "rng"),
         ({"num_micro_batches": 2, "clip_norm": 0.0}, "clip_norm"),
-        ({"num_micro_batches": 2, "mode": "ghost", "ascent": "chained"}, "mode: 'ghost' cannot"),
         ({"num_micro_batches": 2, "mode": "ghost", "adaptive": True}, "mode: 'ghost' cannot"),
         ({"num_micro_batches": 2, "mode": "vmap", "ascent": "half"}, "mode: 'vmap' goes with"),
         ({"num_micro_batches": 2, "ascent": "norm"}, "normalization layers, got none"),

@@ -319,13 +319,14 @@ def test_plain_steps_keep_frozen_statistics(seeded, oracle):
     assert moved == [0, 0]
 
 
-def test_chained_ascent_costs_one_pass_and_perturbs(seeded, oracle):
+@pytest.mark.parametrize(("mode", "passes"), [("ghost", 1), ("sequential", 3)])
+def test_chained_ascent_costs_one_pass_and_perturbs(seeded, oracle, mode, passes):
     make_model, make_batch = oracle.CASES["mlp"]
     model, batch, calls = make_model(), make_batch(), []
-    opt = MSAM(model, torch.optim.SGD, lr=0.01, num_micro_batches=3, ascent="chained")
+    opt = MSAM(model, torch.optim.SGD, lr=0.01, num_micro_batches=3, ascent="chained", mode=mode)
     for _ in range(2):
         opt.step(lambda part: calls.append(1) or oracle.loss_of(model)(part), batch)
-    assert len(calls) == 6
+    assert len(calls) == 2 * passes
     assert bool((opt.record.gradient_norms > 0).all())
 
 

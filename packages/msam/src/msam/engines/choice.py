@@ -1,4 +1,4 @@
-"""Which engine computes a gradient: ghost where it can and is not slower, and what stands in for it."""
+"""Which engine computes a gradient: ghost where it can and is not slower, and its fallback."""
 
 import statistics
 import time
@@ -24,6 +24,7 @@ from msam.engines.sequential import (
 )
 from msam.engines.vectorised import vectorised_gradient
 from msam.step.batches import Shards
+from msam.step.chain import Chain
 from msam.step.options import Options
 from msam.step.passes import Generators, is_sharded, norm_layers, remembered, unsynchronised
 from msam.step.perturbation import Tracked
@@ -53,12 +54,16 @@ class Engines:
         options: mSAM's options.
         trainable: All parameters with gradients.
 
+    Attributes:
+        chain: What a chained ascent hands from step to step.
+        winners: The faster engine for batches cut into micro-batches of some sizes; None where nothing is timed.
+
     Raises:
         ValueError: If a sharded (FSDP2) model is to be perturbed in weight space.
     """
 
     def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
-        possible = options.ascent != "chained" and options.scaling != "element"
+        possible = options.scaling != "element"
         if is_sharded(model) and (options.mode in {"sequential", "vmap"} or not possible):
             raise ValueError(
                 "mode: a model sharded by FSDP2 has no whole weights to perturb; expected mode='ghost' with an "
@@ -67,9 +72,10 @@ class Engines:
             )
         self._model = model
         self._options = options
-        self._sequential = Sequential(model, options, trainable)
+        self.chain = Chain()
+        self._sequential = Sequential(model, options, trainable, self.chain)
         wanted = options.mode in {"auto", "ghost"} and possible
-        self._ghost: Ghost | None = Ghost(model, options, trainable) if wanted else None
+        self._ghost: Ghost | None = Ghost(model, options, trainable, self.chain) if wanted else None
         # Processes of a group have to take the same engine, which timing would not promise.
         alone = not (isinstance(model, DistributedDataParallel) or is_sharded(model))
         self.winners: dict[tuple[int, ...], str] | None = {} if options.mode == "auto" and wanted and alone else None
@@ -86,7 +92,7 @@ class Engines:
         Returns:
             The engine, told of them.
         """
-        self._sequential.retrain(trainable())
+        self._sequential.trainable = trainable()
         return self._sequential
 
     def perturbed(
@@ -137,6 +143,10 @@ class Engines:
         for trial in range(1 + TRIALS):
             for engine, taken in seconds.items():
                 with self.rehearsal(trainable()) as spent:
+                    if self._options.ascent == "chained":  # which follows a step before
+                        for stretch in cut_up:
+                            self._one(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
+                        spent.clear()
                     before, start = torch.get_rng_state(), _now(self._devices)
                     for stretch in cut_up:
                         self._one(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
@@ -204,15 +214,6 @@ class Engines:
             loss = loss + (losses * losses.new_tensor(stretch.shares)).sum()
         return StepRecord("plain", 0.0, loss, loss, torch.empty(0))
 
-    @property
-    def previous(self) -> list[list[Tensor]]:
-        """Every slot's gradient of the last step, for a chained ascent."""
-        return self._sequential.previous
-
-    @previous.setter
-    def previous(self, slots: Sequence[Sequence[Tensor]]) -> None:
-        self._sequential.previous = [list(slot) for slot in slots]
-
     @contextmanager
     def rehearsal(self, trainable: Sequence[Tensor]) -> Iterator[list[float]]:
         """Leave gradients (anybody's), the model's state, generators and what a step leaves for the next as they were.
@@ -223,7 +224,7 @@ class Engines:
         Yields:
             Seconds that it takes itself, as they are spent.
         """
-        kept, generators = list(self.previous), Generators(self._devices)
+        links, generators = list(self.chain.links), Generators(self._devices)
         state, restore = State(self._model, copies=True), remembered(norm_layers(self._model))
         drawer = GradientDrawer(trainable)
         try:
@@ -231,7 +232,7 @@ class Engines:
                 yield spent
         finally:
             drawer.close()
-            self.previous = kept
+            self.chain.links = links
             state.restore()
             restore()
             generators.rewind()
@@ -251,14 +252,16 @@ def _record(found: Sequence[tuple[Piece, tuple[float, ...]]], tracked: Tracked) 
     shares = [share for _, own in found for share in own]
 
     def mean(values: Sequence[Tensor]) -> Tensor:
-        joined = torch.cat([v.to(values[0].device) for v in values])
-        return (joined * joined.new_tensor(shares)).sum() if len(shares) > 1 else joined[0]
+        joined = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
+        return torch.dot(joined, joined.new_tensor(shares)) if len(shares) > 1 else joined[0]
 
-    norms = torch.cat([piece.norms for piece in pieces])
+    norms = pieces[0].norms if len(pieces) == 1 else torch.cat([piece.norms for piece in pieces])
     sizes = None
     if not tracked.uniform:
         unknown = [torch.full_like(p.norms, torch.nan) if p.sizes is None else p.sizes for p in pieces]
         sizes = torch.cat(unknown)
     mode = "ghost" if all(piece.mode == "ghost" for piece in pieces) else "sequential"
-    losses, late = mean([p.losses for p in pieces]), mean([p.perturbed_losses for p in pieces])
+    losses = late = mean([p.losses for p in pieces])
+    if any(p.losses is not p.perturbed_losses for p in pieces):
+        late = mean([p.perturbed_losses for p in pieces])
     return StepRecord(mode, tracked.radii[0], losses, late, norms, any(p.skipped for p in pieces), sizes)

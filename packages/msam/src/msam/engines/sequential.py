@@ -9,7 +9,6 @@ not divide consistent.
 """
 
 import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from msam.step.batches import Shards, narrow
+from msam.step.chain import Chain
 from msam.step.checks import check_loss
+from msam.step.gradients import Gradients
 from msam.step.options import Options
 from msam.step.passes import Generators, norm_layers, statistics, unsynchronised
 from msam.step.perturbation import Moved, Tracked, norm_of, perturbation, size_of
@@ -197,7 +198,7 @@ def stretches(batch: Any, shards: Shards, options: Options) -> list[Stretch]:
     Returns:
         One or two stretches, as a rule.
     """
-    shares = shard_shares(shards.parts(batch), shards, options)
+    shares = shard_shares(batch, shards, options)
     found = []
     for first, count, size in shards.runs:
         part = batch if count == shards.count else narrow(batch, shards.starts[first], count * size)
@@ -234,25 +235,17 @@ class Sequential:
         model: The model whose buffers and wrappers the passes respect.
         options: mSAM's options.
         trainable: All parameters with gradients.
+        chain: What a chained ascent hands from step to step.
     """
 
-    def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor], chain: Chain) -> None:
         self._model = model
         self._options = options
+        self._chain = chain
         self.trainable = trainable
         self._norms = norm_layers(model)
         self._devices = {p.device for p in trainable}
         self._reentrant: bool | None = None  # whether the first loss went through reentrant checkpointing
-        self.previous: list[list[Tensor]] = []  # chained ascent: every slot's gradient of the last step
-
-    def retrain(self, trainable: Sequence[Tensor]) -> None:
-        """Take note of the parameters with gradients; slots of a chained ascent with other ones are void.
-
-        Args:
-            trainable: All parameters with gradients.
-        """
-        if len(trainable) != len(self.trainable) or not all(map(operator.is_, trainable, self.trainable)):
-            self.trainable, self.previous = trainable, []
 
     def chained(self, tracked: Tracked, slot: int) -> tuple[list[Tensor | None], Tensor]:
         """The perturbation of a chained ascent.
@@ -264,10 +257,14 @@ class Sequential:
         Returns:
             As `perturbation` of the slot's gradient in the last step; nothing moves before there was one.
         """
-        if slot >= len(self.previous):
-            return [None] * len(tracked.parameters), torch.zeros(())
-        last = dict(zip(map(id, self.trainable), self.previous[slot], strict=True))
-        return perturbation(tracked, [last[id(p)].clone() for p in tracked.parameters])
+        self._chain.follow(tracked.parameters)
+        gradients, weights = self._chain.take(slot, 1)
+        whole = gradients.whole()
+        last = [whole[i][0] / weights[0] if i in whole else None for i in range(len(tracked.parameters))]
+        there = [g for g in last if g is not None]
+        if not there or not math.isfinite(norm_of(there)):  # as after a step that a GradScaler has skipped
+            return [None] * len(last), torch.zeros(())
+        return perturbation(tracked, last)
 
     def accumulate(
         self, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, *, scale: Scale | None, weight: float
@@ -304,7 +301,7 @@ class Sequential:
                 if loss is not None and self._options.rng == "same":
                     generators.rewind()
                 last = stretch.last and j == stretch.count - 1
-                late = self._descend(loss_fn, part, share * weight, scale, slot, last=last)
+                late = self._descend(loss_fn, part, tracked, share * weight, scale, slot, last=last)
             finally:
                 weights.restore()
                 if after is not None:
@@ -374,8 +371,9 @@ class Sequential:
             drawer.close()
 
     def _descend(
-        self, loss_fn: LossFunction, part: Any, share: float, scale: Scale | None, slot: int, last: bool
-    ) -> Tensor:
+        self, loss_fn: LossFunction, part: Any, tracked: Tracked, share: float, scale: Scale | None, slot: int,
+        last: bool,
+    ) -> Tensor:  # fmt: skip
         chained = self._options.ascent == "chained"
         drawer = GradientDrawer(self.trainable) if chained else None
         # A chained step has a single pass, which then moves the statistics.
@@ -386,26 +384,22 @@ class Sequential:
             loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
             backward(loss, scale, factor=share)
         if drawer is not None:
-            self._keep(slot, share if scale is None else scale(loss.new_full((), share)))
+            dense = {i: p.grad.detach()[None].clone() for i, p in enumerate(tracked.parameters) if p.grad is not None}
+            factor = share if scale is None else share * float(scale(loss.new_ones(())))
+            self._chain.put(slot, Gradients(1, dense=dense), [factor or 1.0])
             own = [p.grad for p in self.trainable]
             drawer.close()
             for p, g in zip(self.trainable, own, strict=True):
                 p.grad = g if p.grad is None else p.grad if g is None else p.grad + g
         return loss.detach()
 
-    def _keep(self, slot: int, factor: float | Tensor) -> None:
-        """Note the slot's own gradient for the next step, without the factor that its loss was multiplied with."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() / factor for p in self.trainable]
-        if math.isfinite(norm_of(gradients)):
-            self.previous[slot : slot + 1] = [gradients]
 
-
-def shard_shares(parts: Sequence[Any], shards: Shards, options: Options) -> list[float]:
+def shard_shares(batch: Any, shards: Shards, options: Options) -> list[float]:
     """Shares n_j / n of the micro-batches in the mean loss.
 
     Args:
-        parts: The micro-batches.
-        shards: Their sizes.
+        batch: Tree of tensors, examples first.
+        shards: How it is cut.
         options: Whose `shard_weight` weighs a micro-batch; without it examples count. Sums of losses have no shares.
 
     Returns:
@@ -417,7 +411,7 @@ def shard_shares(parts: Sequence[Any], shards: Shards, options: Options) -> list
     if options.reduction == "sum":
         return [1.0] * shards.count
     weigh = options.shard_weight
-    weights = [float(size) for size in shards.sizes] if weigh is None else [float(weigh(part)) for part in parts]
+    weights = [float(n) for n in shards.sizes] if weigh is None else [float(weigh(p)) for p in shards.parts(batch)]
     total = sum(weights)
     if not (min(weights) >= 0 and 0 < total < float("inf")):
         raise ValueError(f"shard_weight: expected weights >= 0 with a positive sum, got {weights}")

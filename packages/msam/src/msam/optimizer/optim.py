@@ -41,7 +41,7 @@ class MSAM(Optimizer):
         model: The model that the loss function calls; DDP and FSDP2 models as wrapped.
         optimizer: Base optimizer: a class (or function) called as `optimizer(params, **base)`, or an instance.
         params: Parameters or parameter groups; all of the model's if None. A group may hold `perturb=False` (it is
-            trained, not perturbed) and `rho` (a radius of its own).
+            trained, not perturbed) and `rho` (its own radius).
         rho: See `Options`, as are all options below.
         num_micro_batches: Micro-batches per batch and process.
         micro_batch_size: Examples per micro-batch (exactly one of the two).
@@ -145,7 +145,7 @@ class MSAM(Optimizer):
         if model is self.model:
             return
         engines = Engines(model, self.options, self.trainable())
-        engines.previous = self.engines.previous
+        engines.chain.links = self.engines.chain.links
         self.model, self.engines, self._by_hand = model, engines, ByHand(model, self.options)
 
     def trainable(self) -> list[Tensor]:
@@ -160,7 +160,7 @@ class MSAM(Optimizer):
         """The parameters that are perturbed, with the radius of each one's group.
 
         Args:
-            rho: Radius of groups without one of their own.
+            rho: Radius of groups that set none.
 
         Returns:
             Parameters, radii and scaling.
@@ -374,7 +374,7 @@ class MSAM(Optimizer):
         """
         state = self.base.state_dict()
         if self.options.stateful:
-            state["msam"] = {"steps": self._steps, "previous": self.engines.previous}
+            state["msam"] = {"steps": self._steps, "chain": self.engines.chain.state()}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -396,7 +396,7 @@ class MSAM(Optimizer):
         self._alias()
         if own is not None:
             self._steps = int(own["steps"])
-            self.engines.previous = own["previous"]
+            self.engines.chain.load(own["chain"], self.tracked(0.0).parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copying and pickling take the model along, which both passes need; copy a model and its optimizer together.
@@ -406,7 +406,7 @@ class MSAM(Optimizer):
         Returns:
             A function and its arguments, as in Python's copy protocol.
         """
-        kept = (self.engines.previous, self.engines.winners)
+        kept = (self.engines.chain.state(), self.engines.winners)
         parts = (self.model, self.base, self.options, self._own, self._steps, *kept)
         return _remade, (type(self), *parts)
 
@@ -438,7 +438,7 @@ class MSAM(Optimizer):
 
 
 def _remade(
-    kind: type[MSAM], model: nn.Module, base: Optimizer, options: Options, own: list[Own], steps: int, previous: Any,
+    kind: type[MSAM], model: nn.Module, base: Optimizer, options: Options, own: list[Own], steps: int, chain: Any,
     winners: Any,
 ) -> MSAM:  # fmt: skip
     """Put an `MSAM` together from copies of another one's parts, which share their parameters.
@@ -449,7 +449,8 @@ def _remade(
     for group, mine in zip(base.param_groups, own, strict=True):
         group |= mine._asdict()
     made = kind(model, base, **vars(options))
-    made._steps, made.engines.previous, made.engines.winners = steps, previous, winners
+    made._steps, made.engines.winners = steps, winners
+    made.engines.chain.load(chain, made.tracked(0.0).parameters)
     return made
 
 

@@ -180,7 +180,7 @@ def check(optimizer: MSAM, loss_fn: Callable[[Any], Tensor], batch: Any) -> Chec
     mean_gap = sum(s * g for s, g in zip(shares, told.sharpness_gaps, strict=True))
     radius = sum(told.perturbation_norms) / len(told.perturbation_norms)
     own = {p.dtype for p in tracked.parameters}
-    waiting = optimizer.options.ascent == "chained" and not optimizer.engines.previous
+    waiting = optimizer.options.ascent == "chained" and not optimizer.engines.chain.links
     if max(tracked.radii) > 0 and size > 0 and not waiting and change <= (floor := _eps(own) ** 0.75):
         raise RuntimeError(
             f"msam: the perturbation changes nothing (||eps|| = {radius:.3g}, relative change of the gradient "
@@ -247,7 +247,7 @@ def _plan(optimizer: MSAM, batch: Any) -> tuple[Shards, Tracked, list[Any], list
     options = optimizer.options
     shards = cut(batch_size(batch), options.num_micro_batches, options.micro_batch_size)
     parts = shards.parts(batch)
-    return shards, optimizer.reach(shards.count), parts, shard_shares(parts, shards, options)
+    return shards, optimizer.reach(shards.count), parts, shard_shares(batch, shards, options)
 
 
 def _dry_run(

@@ -14,7 +14,7 @@ class Own(NamedTuple):
 
     Attributes:
         perturb: Whether its parameters are perturbed.
-        rho: A radius of its own, or None.
+        rho: The group's radius, or None.
     """
 
     perturb: bool = True

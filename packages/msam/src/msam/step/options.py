@@ -26,7 +26,8 @@ class Options:
             at once with a copy of the weights each) or `"auto"`: ghost, or sequential where ghost does not apply or
             took longer in the first steps.
         ascent: `"full"`; `"half"` takes the ascent direction from half of each micro-batch; `"norm"` perturbs
-            normalization layers only (arXiv 2306.04226); `"chained"` takes each slot's gradient of the last step.
+            normalization layers only (arXiv 2306.04226); `"chained"` has a single pass: each slot (place in the
+            batch) follows its gradient of the last step.
         adaptive: False, or the scaling T of ASAM (arXiv 2102.11600): `"element"` (also True), `"filter"`, `"layer"`.
         every: Perturb on each `every`-th step only; the steps between are plain, with a single pass.
         bn: Running statistics of batch norms move in the `"first"` pass only, in `"both"`, or are `"frozen"`. With
@@ -77,10 +78,10 @@ class Options:
             raise ValueError(
                 "mode: 'vmap' goes with ascent='full' and adaptive=False only; use 'sequential' or 'ghost'"
             )
-        if self.mode == "ghost" and (self.ascent == "chained" or self.scaling == "element"):
+        if self.mode == "ghost" and self.scaling == "element":
             raise ValueError(
-                "mode: 'ghost' cannot do ascent='chained' or element-wise adaptive scaling, got "
-                f"ascent={self.ascent!r}, adaptive={self.adaptive!r}; use 'sequential' or adaptive='filter'"
+                f"mode: 'ghost' cannot scale by elements, got adaptive={self.adaptive!r}; use 'sequential' or "
+                "adaptive='filter'"
             )
 
     @property

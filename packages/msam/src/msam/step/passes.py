@@ -67,10 +67,10 @@ def remembered(norms: Sequence[_NormBase]) -> Callable[[], None]:
     buffers = [b for m in norms for b in m.buffers(recurse=False)]
     before = [b.clone() for b in buffers]
 
-    @torch.no_grad()
     def restore() -> None:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     return restore
 

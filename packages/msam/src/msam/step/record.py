@@ -16,7 +16,7 @@ class StepRecord:
             that `every` skipped).
         rho: Radius of the step, with several that of the first perturbed parameter; 0 in a plain step.
         loss: Mean loss at the weights, scalar tensor; NaN by hand, where only the caller knows it. A chained ascent has
-            no pass at the weights: `perturbed_loss` stands here too.
+            no pass at the weights: this is `perturbed_loss` too.
         perturbed_loss: Mean loss at the perturbed weights, scalar tensor; equals `loss` in a plain step.
         gradient_norms: ||g_j|| (of T g_j under ASAM, of the last step's g_j in a chained ascent) of every micro-batch,
             shape (m,); empty in a plain step. By hand they include the scale of a GradScaler.

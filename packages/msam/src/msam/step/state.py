@@ -1,6 +1,7 @@
 """What a loss writes into the modules of a model, which a second pass must not write again."""
 
 import operator
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,9 @@ class State:
     def __init__(self, model: nn.Module, earlier: "State | None" = None, *, copies: bool = False) -> None:
         self._model = model
         found = list(model.modules())
-        self._sharded = any(map(is_sharded, found))  # whose parameters come and go
+        self._sharded = "torch.distributed.fsdp" in sys.modules and any(
+            map(is_sharded, found)
+        )  # parameters come and go
         self._modules = [m for m in found if not _keeps_nothing(m)]
         self._tables = [tuple(map(dict, self._tables_of(m))) for m in self._modules]
         self._versions: dict[int, tuple[Tensor, int]] = {}

@@ -100,7 +100,7 @@ _FIGURES = ("rho", "validation", "test", "train_loss", "step_ms", "lambda_max", 
 
 
 def as_row(run: Run) -> dict[str, Any]:
-    """A run for JSON, without its history; None stands for a figure that is not finite.
+    """A run for JSON, without its history; None means a figure that is not finite.
 
     Args:
         run: The run.
@@ -143,7 +143,7 @@ class Job:
 
 
 class Ledger:
-    """Finished runs of one task, kept in a JSON file: a killed job goes on where it stopped.
+    """Finished runs of one task, kept in a JSON file: a killed job resumes where it stopped.
 
     Args:
         path: JSON file, created at the first run; None keeps the runs in memory.

@@ -283,7 +283,7 @@ def polarity(folder: str | Path, train: int = 5000, length: int = 24, vocabulary
         folder: Holds `nlp_classification/sentence_polarity.zip`.
         train: Training sentences that are used.
         length: Tokens that are kept of a sentence.
-        vocabulary: Tokens that are told apart, by frequency; 0 is padding and 1 any other token.
+        vocabulary: Tokens in the vocabulary, by frequency; 0 is padding and 1 any other token.
         seed: Of the split.
 
     Returns:

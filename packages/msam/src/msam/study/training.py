@@ -76,7 +76,7 @@ def make_optimizer(
     alone = method in {"sam", "asam"}
     return MSAM(
         model, made, rho=rho, num_micro_batches=1 if alone else num_micro_batches,
-        mode="sequential" if method in {"sam", "asam", "msam-sequential", "chained"} else "auto",
+        mode="sequential" if method in {"sam", "asam", "msam-sequential"} else "auto",
         ascent="half" if method == "half" else "chained" if method == "chained" else "full",
         adaptive=method == "asam", **arguments,
     )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from core_tensor import ghost_norms
 from torch import Tensor
 
-from msam.engines.ghost.factors import Factors, Kept, LowRank, Tokens, cast, high, joined
+from msam.engines.ghost.factors import Kept, LowRank, Tokens, cast, high, joined
+from msam.step.gradients import Factors, Gradients
 from msam.step.perturbation import Tracked, scale_of
 
 KAPPA = 1 / 3
@@ -22,13 +23,20 @@ SMALL = 1024
 """Elements up to which a materialised direction is copied together with others to measure them in one reduction."""
 
 
+def pays(rows: int, shape: torch.Size, count: int) -> bool:
+    """Whether a direction of so many rows in each of the micro-batches is cheaper in factors than materialised."""
+    first, second = shape[0], shape[1:].numel()
+    work = rows * (first + second)
+    return work < KAPPA * first * second or work * rows * count <= FEW
+
+
 @dataclass
 class Plan:
-    """Collects the contributions of all uses, then holds the directions.
+    """Directions of all micro-batches.
 
     Attributes:
         tracked: Parameters, radii, scaling.
-        count: Micro-batches m.
+        gradients: What the directions follow; the plan changes it.
         norms: ||T g_j|| of every micro-batch, once finished.
         low_rank: Directions in factors, by parameter.
         tokens: Directions of embeddings, by parameter.
@@ -37,53 +45,20 @@ class Plan:
     """
 
     tracked: Tracked
-    count: int
+    gradients: Gradients
     norms: list[float] = field(init=False)
     kept: dict[int, Kept] = field(default_factory=dict)
     low_rank: dict[int, LowRank] = field(default_factory=dict)
     tokens: dict[int, Tokens] = field(default_factory=dict)
     biases: set[int] = field(default_factory=set)
-    _shapes: dict[int, torch.Size] = field(default_factory=dict)
-    _factors: dict[int, list[Factors]] = field(default_factory=dict)
-    _tokens: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    _dense: dict[int, Tensor] = field(default_factory=dict)
     _coefficients: dict[float, Tensor] = field(default_factory=dict)
     _device: torch.device = field(init=False)
     _own: dict[int, Tensor] = field(default_factory=dict)
 
-    # -- collecting ---
-
-    def add_dense(self, index: int, gradient: Tensor) -> None:
-        """Add every micro-batch's gradient of a parameter.
-
-        Args:
-            index: Index of the parameter.
-            gradient: Shape (m, *shape).
-        """
-        self._dense[index] = gradient if index not in self._dense else self._dense[index] + gradient
-
-    def add_factors(self, index: int, shape: torch.Size, factors: Factors) -> None:
-        """Add a matrix's gradient factors.
-
-        Args:
-            index: Index of the parameter.
-            shape: Its whole shape; dimensions after the first count as one.
-            factors: The factors.
-        """
-        self._shapes[index] = shape
-        self._factors.setdefault(index, []).append(factors)
-
-    def add_tokens(self, index: int, shape: torch.Size, keys: Tensor, rows: Tensor) -> None:
-        """Add an embedding's gradient rows.
-
-        Args:
-            index: Index of the parameter.
-            shape: (V, d).
-            keys: micro-batch * V + token, shape (n,).
-            rows: Gradient rows, shape (n, d).
-        """
-        self._shapes[index] = shape
-        self._tokens.setdefault(index, []).append((keys, rows))
+    @property
+    def count(self) -> int:
+        """Micro-batches m."""
+        return self.gradients.count
 
     # -- deciding and measuring ---
 
@@ -93,13 +68,14 @@ class Plan:
         These few numbers come to the host, once per step: their check reads them anyway, and what is made of them takes
         a fraction there of the time of half a dozen calls on tensors of m elements.
         """
-        users = [bias for uses in self._factors.values() for bias in {use.bias for use in uses}]
-        for index, uses in [(i, uses) for i, uses in self._factors.items() if not self._pays(i, uses, users)]:
-            self._materialise(index, uses)
-        for index in [i for i in self._tokens if i in self._dense or i in self._factors]:
-            self._tokens_to_rest(index)
-        squares = [self._low_rank_squares()] if self._factors else []
-        squares += [self._token_squares(index, parts) for index, parts in self._tokens.items()]
+        g = self.gradients
+        users = [bias for uses in g.factors.values() for bias in {use.bias for use in uses}]
+        for index in [i for i, uses in g.factors.items() if not self._keeps(i, uses, users)]:
+            g.materialise(index)
+        for index in [i for i in g.tokens if i in g.dense or i in g.factors]:
+            g.fold_tokens(index)
+        squares = [self._low_rank_squares()] if g.factors else []
+        squares += [self._token_squares(index, parts) for index, parts in g.tokens.items()]
         squares += self._dense_squares()  # last: biases of scaled matrices have joined by now
         total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.count)]).sum(0)
         self.norms = [math.sqrt(max(square, 0.0)) for square in total.tolist()]  # NaN stays NaN
@@ -108,7 +84,7 @@ class Plan:
         for index, direction in self.low_rank.items():
             direction.coefficient = cast(self._coefficient(index), direction.left.dtype)
         for index, found in self.tokens.items():
-            found.rows = found.rows * self._coefficient(index)[found.keys // self._shapes[index][0]][:, None]
+            found.rows = found.rows * self._coefficient(index)[found.keys // g.shapes[index][0]][:, None]
 
     def per_micro_batch(self, values: list[float]) -> Tensor:
         """Numbers where the directions live, in the parameters' type, but at least float32.
@@ -132,49 +108,16 @@ class Plan:
     def _coefficient(self, index: int) -> Tensor:
         return self._coefficients[self.tracked.radii[index]]
 
-    def _pays(self, index: int, uses: list[Factors], users: list[int | None]) -> bool:
-        """Whether low rank is cheaper, and the matrix and its bias, which matrices use, serve only each other.
-
-        Returns:
-            True if the direction keeps its factors.
-        """
-        first, second = self._shapes[index][0], self._shapes[index][1:].numel()
+    def _keeps(self, index: int, uses: list[Factors], users: list[int | None]) -> bool:
+        """Whether low rank is cheaper, and the matrix and its bias, which matrices use, serve only each other."""
         rows = sum(use.left.shape[1] for use in uses)
-        work = rows * (first + second)
-        products = work * rows * self.count
-        if (work >= KAPPA * first * second and products > FEW) or index in self._dense:
+        if index in self.gradients.dense or not pays(rows, self.gradients.shapes[index], self.count):
             return False
         bias = uses[0].bias
         if any(use.bias != bias or (bias is not None and use.flipped != uses[0].flipped) for use in uses):
             return False
-        alone = users.count(bias) == 1 and bias not in self._dense and index not in self._tokens
+        alone = users.count(bias) == 1 and bias not in self.gradients.dense and index not in self.gradients.tokens
         return bias is None or (alone and self.tracked.radii[index] > 0)
-
-    def _materialise(self, index: int, uses: list[Factors]) -> None:
-        for use in uses:
-            self.add_dense(index, torch.bmm(use.left.mT, use.right).view(-1, *self._shapes[index]))
-            self._bias_sums(use)
-        del self._factors[index]
-
-    def _bias_sums(self, use: Factors) -> None:
-        if use.bias is not None:
-            self.add_dense(use.bias, (use.right if use.flipped else use.left).sum(1))
-
-    def _tokens_to_rest(self, index: int) -> None:
-        """An embedding tied to a linear layer: its rows join the layer's direction."""
-        vocabulary, width = self._shapes[index]
-        for keys, rows in self._tokens.pop(index):
-            if index in self._dense:
-                flat = self._dense[index].reshape(-1, width).index_add(0, keys, rows)
-                self._dense[index] = flat.view(-1, vocabulary, width)
-                continue
-            slots = keys // vocabulary
-            inside = [(slots == j).nonzero()[:, 0] for j in range(self.count)]
-            longest = max(len(i) for i in inside)
-            pick = torch.stack([torch.nn.functional.pad(i, (0, longest - len(i))) for i in inside])
-            valid = torch.stack([torch.arange(longest, device=i.device) < len(i) for i in inside])
-            left = torch.nn.functional.one_hot(keys[pick] % vocabulary, vocabulary).to(rows) * valid[..., None]
-            self._factors[index].append(Factors(left, rows[pick]))
 
     # -- squared norms, each (m,) ---
 
@@ -190,7 +133,7 @@ class Plan:
             Shape (m,), float64.
         """
         outer, inner, biases = [], [], []  # by matrix, the result's side and the input's
-        for index, uses in self._factors.items():
+        for index, uses in self.gradients.factors.items():
             left, moved, right, bias = self._factors_of(index, uses)
             biases.append(0.0 if bias is None else 1.0)  # a bias is one more input that is always 1
             ratio = 0.0 if bias is None else self.tracked.radii[bias] / self.tracked.radii[index]
@@ -212,12 +155,13 @@ class Plan:
         if scale is None:
             return left, left, right, uses[0].bias
         for use in uses:  # the bias then needs another left factor than the matrix
-            self._bias_sums(use)
+            if use.bias is not None:
+                self.gradients.add_dense(use.bias, use.bias_sums())
         left = left * scale.flatten().to(left)
         return left, left * scale.flatten().to(left), right, None
 
     def _token_squares(self, index: int, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-        vocabulary, width = self._shapes[index]
+        vocabulary, width = self.gradients.shapes[index]
         keys, inverse = torch.unique(torch.cat([k for k, _ in parts]), return_inverse=True)
         rows = high(torch.cat([r for _, r in parts]))
         rows = rows.new_zeros(len(keys), width).index_add_(0, inverse, rows)
@@ -232,7 +176,7 @@ class Plan:
 
     def _dense_squares(self) -> list[Tensor]:
         found, small = [], []
-        for index, dense in self._dense.items():
+        for index, dense in self.gradients.dense.items():
             scale = self._scale(index)
             flat = high(dense if scale is None else dense * scale).reshape(len(dense), -1)
             if flat.shape[1] > SMALL:
@@ -254,7 +198,7 @@ class Plan:
         Returns:
             True if so.
         """
-        return index in self._dense or index in self._own
+        return index in self.gradients.dense or index in self._own
 
     def perturbed(self, index: int | None, parameter: Tensor) -> Tensor:
         """Every micro-batch's own copy of a parameter, differentiable with respect to the shared one.
@@ -268,8 +212,8 @@ class Plan:
         """
         if index in self._own:
             return parameter + (self._own[index] - parameter).detach()
-        if index in self._dense:
-            gradient, scale = self._dense[index], self._scale(index)
+        if index in self.gradients.dense:
+            gradient, scale = self.gradients.dense[index], self._scale(index)
             if scale is not None:
                 gradient = gradient * scale.square()
             c = self._coefficient(index).view(-1, *[1] * parameter.ndim)
@@ -329,10 +273,10 @@ class Plan:
         if index not in self._own:
             with torch.no_grad():
                 self._own[index] = self.perturbed(index, parameter)
-            self._dense.pop(index, None)
+            self.gradients.dense.pop(index, None)
         return self._own[index]
 
     def release(self) -> None:
         """Drop the directions: what the second backward pass needs of them is in its graph, and goes with it."""
-        self.low_rank, self.tokens, self.kept = {}, {}, {}
-        self._factors, self._tokens, self._dense, self._own = {}, {}, {}, {}
+        self.low_rank, self.tokens, self.kept, self._own = {}, {}, {}, {}
+        self.gradients = Gradients(self.count)

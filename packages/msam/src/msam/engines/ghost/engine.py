@@ -16,9 +16,11 @@ from msam.engines.ghost.errors import UnsupportedError
 from msam.engines.ghost.sharded import sharded
 from msam.engines.ghost.tape import Tape
 from msam.engines.ghost.uses.rules import RULES
-from msam.engines.sequential import Piece, Stretch, poison, taken
+from msam.engines.sequential import Piece, Stretch, nodes_of, poison, taken
 from msam.step.batches import halves
+from msam.step.chain import Chain
 from msam.step.checks import check_finite_loss, check_finite_norms
+from msam.step.gradients import Gradients
 from msam.step.options import Options
 from msam.step.passes import Generators, is_sharded, norm_layers, remembered, statistics, unsynchronised
 from msam.step.perturbation import Tracked
@@ -35,11 +37,13 @@ class Ghost:
         model: The model whose buffers and wrappers the passes respect.
         options: mSAM's options.
         trainable: All parameters with gradients.
+        chain: What a chained ascent hands from step to step.
     """
 
-    def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, options: Options, trainable: Sequence[Tensor], chain: Chain) -> None:
         self._model = model
         self._options = options
+        self._chain = chain
         self._devices = {p.device for p in trainable}
         self._norms = norm_layers(model)
         self._sharded = any(map(is_sharded, model.modules()))
@@ -67,12 +71,17 @@ class Ghost:
         """
         generators, state = Generators(self._devices), State(self._model, copies=not self._seen)
         restore = remembered(self._norms)
+        # Compiled code would keep its uses of parameters out of sight.
+        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         try:
-            return self._both_passes(loss_fn, stretch, tracked, scale, weight, generators, state)
+            with uncompiled:
+                if self._options.ascent == "chained":
+                    return self._single_pass(loss_fn, stretch, tracked, scale, weight, state)
+                return self._both_passes(loss_fn, stretch, tracked, scale, weight, generators, state)
         except UnsupportedError:
             restore()
             state.restore()
-            generators.rewind()  # whatever stands in draws the same numbers
+            generators.rewind()  # the fallback draws the same numbers
             raise
 
     def _both_passes(
@@ -93,16 +102,78 @@ class Ghost:
         # 2. the gradients there
         if self._options.rng == "same":
             generators.rewind()
-        with self._around(stretch, first=False):
-            tape = Tape(_index_of(tracked), stretch.count, RULES, plan)
-            late = tape.run(loss_fn, stretch.batch, stretch.size, self._sharding(tape, tracked))
+        tape = Tape(_index_of(tracked), stretch.count, RULES, plan)
+        late = self._descend(tape, loss_fn, stretch, tracked, scale, weight, state)
+        return Piece("ghost", early, late, told)
+
+    def _single_pass(
+        self, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, scale: Scale | None, weight: float,
+        state: State,
+    ) -> Piece:  # fmt: skip
+        """A step of a chained ascent: the last step's gradients are the directions, this one's those of the next."""
+        self._chain.follow(tracked.parameters)
+        gradients, weights = self._chain.take(stretch.first, stretch.count)
+        plan = Plan(tracked, gradients.copy())
+        plan.finish()
+        if not all(map(math.isfinite, plan.norms)):  # as after a step that a GradScaler has skipped
+            plan = Plan(tracked, gradients.without([j for j, n in enumerate(plan.norms) if not math.isfinite(n)]))
+            plan.finish()
+        told = plan.per_micro_batch([norm / factor for norm, factor in zip(plan.norms, weights, strict=True)])
+        tape = Tape(_index_of(tracked), stretch.count, RULES, plan, keep=True)
+        late = self._descend(tape, loss_fn, stretch, tracked, scale, weight, state)
+        factor = weight if scale is None else weight * float(scale(torch.ones((), device=late.device)))
+        assert tape.found is not None
+        self._chain.put(stretch.first, tape.found, [factor * share or 1.0 for share in stretch.shares])
+        return Piece("ghost", late, late, told)
+
+    def _descend(
+        self, tape: Tape, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, scale: Scale | None,
+        weight: float, state: State,
+    ) -> Tensor:  # fmt: skip
+        """The pass whose gradients are accumulated.
+
+        Returns:
+            The losses, shape (m,).
+        """
+        alone, gathered = tape.found is not None, None
+        with self._around(stretch, first=alone, synchronised=True):
+            losses = self._run(tape, loss_fn, stretch.batch, stretch.size, tracked, first=alone)
+            if alone:
+                if self._options.check_finite and scale is None:
+                    check_finite_loss(losses.detach().sum())
+                self._refuse_hidden_uses(losses, tape)
+                gathered = tape.listen()
             self._refuse_writes(state)
-            plan.release()
+            if tape.plan is not None:
+                tape.plan.release()
+            if alone:
+                self._chain.drop(stretch.first, stretch.count)
             self._seen = True
-            total = (late * late.new_tensor([weight * share for share in stretch.shares])).sum()
+            shares = losses.new_tensor([weight * share for share in stretch.shares])
             with nullcontext() if stretch.last else unsynchronised(self._model):
-                torch.autograd.backward(total if scale is None else scale(total))
-        return Piece("ghost", early, late.detach(), told)
+                torch.autograd.backward(losses if scale is None else scale(losses), shares)
+            if gathered is not None:
+                gathered()
+        return losses.detach()
+
+    def _run(
+        self, tape: Tape, loss_fn: LossFunction, batch: Any, size: int, tracked: Tracked, first: bool
+    ) -> Tensor:  # fmt: skip
+        """The losses of a pass; in the first one, what has to be said about them."""
+        tape.watching = first and not self._seen and "torch._dynamo" in sys.modules
+        losses = tape.run(loss_fn, batch, size, self._sharding(tape, tracked))
+        if tape.compiled:
+            warnings.warn(
+                "msam: ghost mode runs compiled code uncompiled; mode='sequential' keeps it compiled", stacklevel=8
+            )
+        if first and tape.uneven and self._options.shard_weight is None and not self._told:
+            self._told = True
+            warnings.warn(
+                "msam: micro-batches have unequal numbers of valid targets, and weigh by their examples all the same; "
+                "give shard_weight (such as the number of valid targets) for the mean over all of them",
+                stacklevel=8,
+            )
+        return losses
 
     def _ascend(
         self, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, scale: Scale | None
@@ -112,33 +183,21 @@ class Ghost:
         if self._options.ascent == "half":
             batch, size = halves(batch, stretch.count, size), -(-size // 2)
         tape = Tape(_index_of(tracked), stretch.count, RULES)
-        tape.watching = not self._seen and "torch._dynamo" in sys.modules
-        losses = tape.run(loss_fn, batch, size, self._sharding(tape, tracked))
-        if tape.compiled:
-            warnings.warn(
-                "msam: ghost mode runs compiled code uncompiled; mode='sequential' keeps it compiled", stacklevel=8
-            )
+        losses = self._run(tape, loss_fn, batch, size, tracked, first=True)
         if self._options.check_finite and scale is None:
             check_finite_loss(losses.detach().sum())
-        if tape.uneven and self._options.shard_weight is None and not self._told:
-            self._told = True
-            warnings.warn(
-                "msam: micro-batches have unequal numbers of valid targets, and weigh by their examples all the same; "
-                "give shard_weight (such as the number of valid targets) for the mean over all of them",
-                stacklevel=8,
-            )
-        total, targets = losses.sum(), [use.target for use in tape.uses]
+        targets = [use.target for use in tape.uses]
         # Parameters reached without the tape, as by a custom autograd function, would be perturbed by nobody.
-        gradients = _gradients(total if scale is None else scale(total), [*targets, *tracked.parameters])
+        gradients = _gradients(losses if scale is None else scale(losses), [*targets, *tracked.parameters])
         for parameter, gradient in zip(tracked.parameters, gradients[len(targets) :], strict=True):
             if gradient is not None:
-                name = self._name_of(parameter)
-                raise UnsupportedError(f"{name} is used out of sight, as by a custom autograd function")
+                self._refuse_hidden(parameter)
         taken(gradients)
-        plan = Plan(tracked, stretch.count, kept=tape.kept if self._options.ascent != "half" else {})
+        found = Gradients(stretch.count)
         for use, gradient in zip(tape.uses, gradients, strict=False):
             if gradient is not None:
-                use.contribute(plan, gradient)
+                use.contribute(found, gradient)
+        plan = Plan(tracked, found, kept=tape.kept if self._options.ascent != "half" else {})
         plan.finish()
         return plan, losses.detach()
 
@@ -154,6 +213,17 @@ class Ghost:
         names = [name for name, p in self._model.named_parameters() if p is parameter]
         return f"parameter {names[0]}" if names else f"a parameter of shape {tuple(parameter.shape)}"
 
+    def _refuse_hidden(self, parameter: Tensor) -> None:
+        raise UnsupportedError(f"{self._name_of(parameter)} is used out of sight, as by a custom autograd function")
+
+    def _refuse_hidden_uses(self, losses: Tensor, tape: Tape) -> None:
+        """The same for a single pass, in which parameters themselves are in the graph."""
+        for node in nodes_of(losses):
+            for following, _ in node.next_functions:
+                leaf = getattr(following, "variable", None)
+                if leaf is not None and tape.find(leaf) is not None and node not in tape.ours:
+                    self._refuse_hidden(leaf)
+
     def _refuse_writes(self, state: State) -> None:
         changed = state.changed()
         if changed:
@@ -161,12 +231,10 @@ class Ghost:
                 f"the loss writes {', '.join(changed[:3])} of the model, which would happen once for all micro-batches"
             )
 
-    def _around(self, stretch: Stretch, first: bool) -> AbstractContextManager[object]:
-        """What must hold around a pass. Compiled code in it would keep its uses of parameters out of sight."""
+    def _around(self, stretch: Stretch, first: bool, synchronised: bool = False) -> AbstractContextManager[object]:
+        """What must hold around a pass."""
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if first:
+            if not synchronised:
                 stack.enter_context(unsynchronised(self._model))
             if self._norms:
                 stack.enter_context(statistics(self._norms, self._options.bn, first=first))
@@ -178,9 +246,9 @@ def _index_of(tracked: Tracked) -> dict[int, int]:
     return {id(p): i for i, p in enumerate(tracked.parameters)}
 
 
-def _gradients(total: Tensor, targets: Sequence[Any]) -> tuple[Tensor | None, ...]:
+def _gradients(losses: Tensor, targets: Sequence[Any]) -> tuple[Tensor | None, ...]:
     try:
-        return torch.autograd.grad(total, targets, allow_unused=True)
+        return torch.autograd.grad(losses, targets, torch.ones_like(losses), allow_unused=True)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"the loss cannot be differentiated for all micro-batches at once ({reason})") from error

@@ -1,4 +1,4 @@
-"""Why ghost mode cannot go on with a model."""
+"""Why ghost mode cannot continue with a model."""
 
 
 class UnsupportedError(RuntimeError):

@@ -1,27 +1,10 @@
-"""What passes of ghost mode hand on: factors of gradients, directions in factors, products of the batch itself."""
+"""What pass 1 of ghost mode hands to pass 2: directions in factors or rows, products of the batch itself."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-@dataclass
-class Factors:
-    r"""Gradient factors of one use of a matrix, $g_j = L_j^\top R_j$.
-
-    Attributes:
-        left: Rows on the side of the matrix's first dimension, (m, r, d_0).
-        right: Rows on the side of its second, (m, r, d_1).
-        bias: Index of the bias that the use adds to the result, or None.
-        flipped: Whether the result lies on the second dimension's side (`x @ W` instead of `x @ W.T`).
-    """
-
-    left: Tensor
-    right: Tensor
-    bias: int | None = None
-    flipped: bool = False
 
 
 @dataclass
@@ -33,7 +16,7 @@ class LowRank:
         right: Factors (m, r, d_1).
         bias: Radius of the bias that moves along over the matrix's own; 0 if there is none.
         owner: Index of that bias, or None.
-        flipped: Whether the result lies on the second dimension's side.
+        flipped: Whether the result is on the second dimension's side.
         coefficient: c_j, (m,); set once the norms are known.
     """
 

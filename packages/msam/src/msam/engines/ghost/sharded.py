@@ -16,7 +16,7 @@ from msam.step.passes import is_sharded
 def sharded(model: nn.Module, tape: Tape, names: dict[str, int]) -> Iterator[None]:
     """Let a model with modules sharded by FSDP2 run in a pass; without any this does nothing.
 
-    Before and after each of these modules FSDP2's hooks swap whole parameters in and out and put functions of their own
+    Before and after each of these modules FSDP2's hooks swap whole parameters in and out and put their own functions
     into the graph, which `vmap` cannot follow. So further hooks around them take `vmap`'s level away for their time.
 
     Args:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from msam.engines.ghost.errors import DisagreeError, UnsupportedError
 from msam.step.batches import tree_map
 from msam.step.checks import check_losses
+from msam.step.gradients import Gradients
 
 if TYPE_CHECKING:
     from msam.engines.ghost.directions import Plan
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 Rule = Callable[["Tape", Any, Sequence[Any], Mapping[str, Any]], Any]
 """Computes a torch function of tracked parameters, or returns `NotImplemented`: then replicas take their place."""
 
-Contribution = Callable[["Plan", Tensor], None]
-"""Adds what a use's gradient says about the directions to a plan."""
+Contribution = Callable[[Gradients, Tensor], None]
+"""Adds what the gradient at a use says about its parameters' gradients."""
 
 _NOTHING = nullcontext()
 _HOOKS = "activation checkpointing or offloading runs parts of the model again, out of sight"
@@ -43,7 +44,7 @@ class Use(NamedTuple):
 
     Attributes:
         target: Edge of the result, or the leaf with one replica of the parameter per micro-batch.
-        contribute: Takes the plan and the gradient at the target.
+        contribute: Takes the gradients so far and the one at the target.
     """
 
     target: GradientEdge | Tensor
@@ -54,19 +55,24 @@ class Tape(TorchFunctionMode):
     """A torch function mode for one pass over m micro-batches of one size.
 
     Inside, every tensor that depends on the batch is one of `vmap`'s, of which the loss function sees one micro-batch:
-    no operation can reach another one. Rules work on what lies below: all micro-batches, in the first dimension.
+    no operation can reach another one. Rules work on what is below: all micro-batches, in the first dimension.
 
     Args:
         index: Index of every tracked parameter, by identity.
         count: Micro-batches m.
         rules: By torch function.
         plan: Directions to apply; None to record the uses at the weights themselves.
+        keep: Whether to record them with directions too, for those of the next step.
     """
 
-    def __init__(self, index: dict[int, int], count: int, rules: Mapping[Any, Rule], plan: Plan | None = None) -> None:
+    def __init__(
+        self, index: dict[int, int], count: int, rules: Mapping[Any, Rule], plan: Plan | None = None, keep: bool = False
+    ) -> None:
         super().__init__()
         self.count = count
         self.plan = plan
+        self.found = Gradients(count) if keep else None  # what the backward pass leaves for the next step
+        self.ours: set[Any] = set()  # nodes of the graph through which rules reach parameters
         self.uses: list[Use] = []
         self.kept: dict[int, Kept] = {}
         self.position = -1
@@ -180,7 +186,7 @@ class Tape(TorchFunctionMode):
         return self._index.get(id(value))
 
     def know(self, parameter: Tensor, index: int) -> None:
-        """Take note of the whole parameter that stands for a sharded one."""
+        """Record the whole parameter that replaces a sharded one."""
         if id(parameter) not in self._index:
             self._index[id(parameter)] = index
             self._known.append(parameter)
@@ -225,6 +231,39 @@ class Tape(TorchFunctionMode):
         """Record a use whose gradient is read off at its result; its edge, since the result may be overwritten."""
         self.uses.append(Use(get_gradient_edge(result), contribute))
 
+    def shared(self, parameter: Any) -> Any:
+        """A parameter as rules use it in pass 2: if something else reaches it, the graph shows that."""
+        if self.found is None or not isinstance(parameter, Tensor) or not parameter.requires_grad:
+            return parameter
+        found = parameter.view_as(parameter)
+        self.ours.add(found.grad_fn)
+        return found
+
+    def listen(self) -> Callable[[], Gradients]:
+        """Take down the gradients at all uses in the backward pass to come.
+
+        Returns:
+            Gives what the micro-batches' gradients are, once it is over.
+        """
+        heard: list[Tensor | None] = [None] * len(self.uses)
+        found = self.found
+        assert found is not None
+        for i, use in enumerate(self.uses):
+            assert isinstance(use.target, GradientEdge)  # no leaves in pass 2
+
+            def hear(gradients: tuple[Tensor | None, ...], i: int = i, number: int = use.target.output_nr) -> None:
+                heard[i] = gradients[number]
+
+            use.target.node.register_prehook(hear)
+
+        def gathered() -> Gradients:
+            for use, gradient in zip(self.uses, heard, strict=True):
+                if gradient is not None:
+                    use.contribute(found, gradient)
+            return found
+
+        return gathered
+
     def replica(self, index: int, parameter: Tensor) -> Tensor:
         """Every micro-batch's own copy of a parameter: leaves in pass 1, perturbed in pass 2.
 
@@ -244,11 +283,22 @@ class Tape(TorchFunctionMode):
 
     def _replicas_below(self, index: int, parameter: Tensor) -> Tensor:
         if self.plan is not None:
-            own = self.plan.perturbed(index, parameter)
-            return own if len(own) == self.count else own.expand(self.count, *parameter.shape)
+            own = self.plan.perturbed(index, self.shared(parameter))
+            own = own if len(own) == self.count else own.expand(self.count, *parameter.shape)
+            if self.found is not None:
+                self.record(own, _replica_gradients(index))
+            return own
         own = parameter.detach().expand(self.count, *parameter.shape).clone().requires_grad_()
-        self.uses.append(Use(own, lambda plan, gradient: plan.add_dense(index, gradient)))
+        self.uses.append(Use(own, _replica_gradients(index)))
         return own
+
+
+def _replica_gradients(index: int) -> Contribution:
+    def contribute(found: Gradients, gradient: Tensor) -> None:
+        # Of a single micro-batch, autograd hands the same memory on as the parameter's gradient.
+        found.add_dense(index, gradient.clone() if found.count == 1 else gradient)
+
+    return contribute
 
 
 class _Outside:
@@ -262,9 +312,11 @@ class _Outside:
 
 
 def _called_by_compiled_code() -> bool:
+    """Whether a wrapper of `torch.compile` is on the way from the loss function to here."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not Tape.run.__code__:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+        wrapper = frame.f_code.co_qualname.startswith("_TorchDynamoContext.__call__.<locals>.")
+        if wrapper and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
             return True
         frame = frame.f_back
     return False

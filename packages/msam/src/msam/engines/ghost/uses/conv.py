@@ -1,5 +1,6 @@
 """Perturbed convolutions: unfolded to a matrix product where low rank pays, otherwise one kernel per micro-batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,9 @@ class ShardedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, own: Tensor, bounds: list[tuple[int, int]], geometry: Geometry
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, own: Tensor, bounds: list[tuple[int, int]], geometry: Geometry,
+        each: Callable[[Tensor], None] | None,
+    ) -> Tensor:  # fmt: skip
         """Convolve micro-batch by micro-batch.
 
         Args:
@@ -105,16 +107,17 @@ class ShardedConvolution(torch.autograd.Function):
             own: W + E, shape (m, *kernel).
             bounds: First and last example of every micro-batch.
             geometry: The convolution.
+            each: Takes the kernel's gradients of all micro-batches in the backward pass, or None.
 
         Returns:
             Shape (N, C_out, *positions).
         """
         ctx.save_for_backward(x, weight)
-        ctx.own, ctx.bounds, ctx.geometry = own, bounds, geometry
+        ctx.own, ctx.bounds, ctx.geometry, ctx.each = own, bounds, geometry, each
         return torch.cat([geometry.run(x[a:b], own[j], None) for j, (a, b) in enumerate(bounds)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """Gradients of x and W.
 
         Args:
@@ -128,15 +131,16 @@ class ShardedConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         own, ctx.own = ctx.own, None
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.cat([
-                geometry.backward(dy[a:b], x[a:b], own[j], (True, False))[0]
-                for j, (a, b) in enumerate(ctx.bounds)
-            ])  # fmt: skip
-        if ctx.needs_input_grad[1]:
-            dw = geometry.backward(dy, x, weight, (False, True))[1]
-        return dx, dw, None, None, None
+        wanted = ctx.needs_input_grad[0]
+        if ctx.each is None:
+            dw = geometry.backward(dy, x, weight, (False, True))[1] if ctx.needs_input_grad[1] else None
+            parts = [(dy[a:b], x[a:b], own[j]) for j, (a, b) in enumerate(ctx.bounds)] if wanted else []
+            dx = torch.cat([geometry.backward(*part, (True, False))[0] for part in parts]) if wanted else None
+            return dx, dw, None, None, None, None
+        found = [geometry.backward(dy[a:b], x[a:b], own[j], (wanted, True)) for j, (a, b) in enumerate(ctx.bounds)]
+        kernels = torch.stack([kernel for _, kernel in found])
+        ctx.each(kernels)
+        return torch.cat([dx for dx, _ in found]) if wanted else None, kernels.sum(0), None, None, None, None
 
 
 def kernel_gradients(

@@ -1,11 +1,15 @@
 r"""Perturbed matrix products, $y_j = x_j (W + E_j)^\top + b + e_j$, with E in factors or materialised."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from core_tensor import low_rank_add
 from torch import Tensor
+
+Totals = tuple[Tensor, Tensor | None]
+"""Gradients of a shared W and b."""
 
 
 class Step(Protocol):
@@ -33,6 +37,18 @@ class Step(Protocol):
 
         Returns:
             dx, shape (rows, d_in).
+        """
+        ...
+
+    def totals(self, dy: Tensor, x: Tensor) -> Totals | None:
+        """Gradients of the shared weights, where those of every micro-batch have to be formed anyway.
+
+        Args:
+            dy: Gradient of y, contiguous.
+            x: Input.
+
+        Returns:
+            Gradients of W and b, or None.
         """
         ...
 
@@ -83,6 +99,11 @@ class LowRankStep:
         """
         return low_rank_add(None, dy, self.outer, self.inner, self.coefficient, 0.0).addmm_(dy, weight)
 
+    def totals(self, dy: Tensor, x: Tensor) -> Totals | None:
+        """See `Step.totals`."""
+        del dy, x
+        return None
+
 
 @dataclass
 class OwnWeights:
@@ -91,10 +112,12 @@ class OwnWeights:
     Attributes:
         weights: W + E, shape (m, d_out, d_in).
         biases: b + e, shape (m or 1, d_out), or None.
+        each: Takes dy and x of all micro-batches, keeps their gradients for the next step, and may return the sums.
     """
 
     weights: Tensor
     biases: Tensor | None
+    each: Callable[[Tensor, Tensor], Totals | None] | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Step.forward`.
@@ -129,6 +152,10 @@ class OwnWeights:
         """
         del weight
         return torch.bmm(dy.view(len(self.weights), -1, dy.shape[-1]), self.weights).flatten(0, 1)
+
+    def totals(self, dy: Tensor, x: Tensor) -> Totals | None:
+        """See `Step.totals`."""
+        return None if self.each is None else self.each(dy, x)
 
 
 class PerturbedProduct(torch.autograd.Function):
@@ -167,5 +194,7 @@ class PerturbedProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         step, ctx.step = ctx.step, None  # frees the perturbation layer by layer
         dx = step.backward(dy, weight) if ctx.needs_input_grad[0] else None
-        dw = dy.t().mm(x) if ctx.needs_input_grad[1] else None
-        return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None, None
+        totals = step.totals(dy, x)
+        if totals is None:
+            totals = dy.t().mm(x), dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, *totals, None

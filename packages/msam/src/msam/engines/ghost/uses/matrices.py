@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from msam.engines.ghost.directions import KAPPA, Plan
-from msam.engines.ghost.factors import Factors, Kept, cast
-from msam.engines.ghost.tape import Tape
+from msam.engines.ghost.directions import KAPPA, pays
+from msam.engines.ghost.factors import Kept, cast
+from msam.engines.ghost.tape import Contribution, Tape
 from msam.engines.ghost.uses.conv import Geometry, ShardedConvolution, kernel_gradients
-from msam.engines.ghost.uses.linear import LowRankStep, OwnWeights, PerturbedProduct
+from msam.engines.ghost.uses.linear import LowRankStep, OwnWeights, PerturbedProduct, Totals
+from msam.step.gradients import Factors, Gradients
 
 _NOTHING = nullcontext()
 
@@ -52,27 +55,42 @@ def _product(
     tape.position += 1
     shape = (*x.shape[:-1], weight.shape[1 if flipped else 0])
     if tape.plan is not None:
-        return _perturbed(tape, x, (weight, bias), owners, flipped).view(shape)
+        moved = (tape.shared(weight), tape.shared(bias))
+        return _perturbed(tape, x, moved, owners, flipped, weight.shape).view(shape)
     recorded = torch.is_grad_enabled()
     shared = weight.detach().requires_grad_() if recorded else weight
-    y = _multiply(x, shared, None if bias is None else bias.detach() if owners[1] is not None else bias, flipped)
+    # Rows make a result that is no view: writing to a view would lead the graph past the recorded edge.
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = _multiply(rows, shared, None if bias is None else bias.detach() if owners[1] is not None else bias, flipped)
     if not recorded:
-        return y
+        return y.view(shape)
     if x.requires_grad:
         x = x.detach()
     elif not (flipped or torch.is_autocast_enabled(x.device.type)):
         tape.kept[tape.position] = Kept(x, y.detach(), (x._version, y._version))
-    w, b = owners
-    size, count = weight.shape, tape.count
+    tape.record(y, contribution(x, weight.shape, owners, flipped, tape.count))
+    return y.view(shape)
 
-    def contribute(plan: Plan, gradient: Tensor) -> None:
+
+def contribution(
+    x: Tensor, shape: torch.Size, owners: tuple[int, int | None], flipped: bool, count: int
+) -> Contribution:
+    """What a product with input x adds to the gradients: its factors."""
+    w, b = owners
+
+    def contribute(found: Gradients, gradient: Tensor) -> None:
         inputs = cast(x, gradient.dtype).reshape(count, -1, x.shape[-1])
         outputs = gradient.reshape(count, -1, gradient.shape[-1])
         left, right = (inputs, outputs) if flipped else (outputs, inputs)
-        plan.add_factors(w, size, Factors(left, right, b, flipped))
+        found.add_factors(w, shape, Factors(left, right, b, flipped))
 
-    tape.record(y, contribute)
-    return y
+    return contribute
+
+
+def held(x: Tensor) -> Tensor:
+    """An input to hold until the next step; a copy where it is data or a parameter, which others overwrite."""
+    owner = x if x._base is None else x._base
+    return x.clone() if owner.is_leaf else x.detach()
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
@@ -100,38 +118,73 @@ def precision(x: Tensor) -> tuple[torch.dtype, AbstractContextManager[object]]:
 
 
 def _perturbed(
-    tape: Tape,
-    x: Tensor,
-    parameters: tuple[Tensor, Tensor | None],
-    owners: tuple[int, int | None],
-    flipped: bool,
-) -> Tensor:
-    """The product in pass 2, shape (m * rows of each, d_out)."""
+    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None], flipped: bool,
+    whole: torch.Size,
+) -> Tensor:  # fmt: skip
+    """The product in pass 2.
+
+    Args:
+        tape: The running pass.
+        x: Shape (m, ..., d_in).
+        parameters: Matrix and bias.
+        owners: Their indices.
+        flipped: Orientation of the matrix.
+        whole: Shape of the parameter that the matrix is, or a flattened kernel is made of.
+
+    Returns:
+        Shape (m * rows of each, d_out).
+    """
     (weight, bias), (w, b), plan = parameters, owners, tape.plan
     assert plan is not None
     found = plan.low_rank.get(w)
     dtype, without_autocast = precision(x)
     rows = _rows(cast(x, dtype))
-    step: LowRankStep | OwnWeights
+    step: LowRankStep | OwnWeights | None = None
     shift = None
     if found is not None:
         kept = plan.kept.pop(tape.position, None)
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
-        known = _rows(kept.y) if kept is not None and kept.serves(x) else None
+        known = kept.y if kept is not None and kept.serves(x) else None
         along = b is not None and b == found.owner  # another use of the matrix may have no bias, or another one
         step = LowRankStep(inner, outer, found.coefficient, found.bias if along else 0.0, known)
         shift = None if along else plan.shift(b, bias)
     elif plan.moves(w):
         own = cast(plan.own(w, weight), dtype)
         moved = None if bias is None else cast(plan.perturbed(b, bias).detach(), dtype)
-        step = OwnWeights(own.mT if flipped else own, moved)
-    else:  # the matrix itself does not move
-        return _shifted(_multiply(rows, weight, bias, flipped), plan.shift(b, bias))
-    with without_autocast:
-        y = PerturbedProduct.apply(
-            rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
-        )
+        each = None if tape.found is None else keeper(tape.found, whole, owners, flipped)
+        step = OwnWeights(own.mT if flipped else own, moved, each)
+    if step is None:  # the matrix itself does not move
+        y, shift = _multiply(rows, weight, bias, flipped), plan.shift(b, bias)
+    else:
+        with without_autocast:
+            y = PerturbedProduct.apply(
+                rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
+            )
+    if tape.found is not None and not isinstance(step, OwnWeights) and y.requires_grad:
+        tape.record(y, contribution(held(x), whole, owners, flipped, tape.count))
     return _shifted(y, shift)
+
+
+def keeper(
+    found: Gradients, shape: torch.Size, owners: tuple[int, int | None], flipped: bool
+) -> Callable[[Tensor, Tensor], Totals | None]:
+    """Keeps every micro-batch's gradient of a matrix whose direction is materialised; the shared one is their sum."""
+    w, b = owners
+
+    def each(dy: Tensor, x: Tensor) -> Totals | None:
+        outputs, inputs = dy.view(found.count, -1, dy.shape[-1]), x.view(found.count, -1, x.shape[-1])
+        if pays(outputs.shape[1], shape, found.count):
+            contribution(held(inputs), shape, owners, flipped, found.count)(found, outputs)
+            return None
+        gradient = torch.bmm(outputs.mT, inputs)  # (m, d_out, d_in)
+        found.add_dense(w, gradient.mT if flipped else gradient)
+        if b is None:
+            return gradient.sum(0), dy.sum(0)
+        sums = outputs.sum(1)
+        found.add_dense(b, sums)
+        return gradient.sum(0), sums.sum(0)
+
+    return each
 
 
 def _shifted(y: Tensor, step: Tensor | None) -> Tensor:
@@ -170,22 +223,24 @@ def _embedding(tape: Tape, index: int, ids: Tensor, weight: Tensor, padding: int
     vocabulary, tokens = weight.shape[0], ids.flatten()
     slots = torch.arange(tape.count, device=ids.device).repeat_interleave(len(tokens) // tape.count)
     keys = slots * vocabulary + tokens
-    padding = None if padding is None else padding % vocabulary
+    padding, size = None if padding is None else padding % vocabulary, weight.shape
+
+    def contribute(found: Gradients, gradient: Tensor) -> None:
+        rows = gradient.flatten(0, -2)
+        keep = slice(None) if padding is None else tokens != padding
+        found.add_tokens(index, size, keys[keep], rows[keep])
+
     if tape.plan is None:
         recorded = torch.is_grad_enabled()
         y = F.embedding(ids, weight.detach().requires_grad_() if recorded else weight, padding)
         if recorded:
-            size = weight.shape
-
-            def contribute(plan: Plan, gradient: Tensor) -> None:
-                rows = gradient.flatten(0, -2)
-                keep = slice(None) if padding is None else tokens != padding
-                plan.add_tokens(index, size, keys[keep], rows[keep])
-
             tape.record(y, contribute)
         return y
-    y = F.embedding(ids, weight, padding)
-    return y + _token_steps(tape, index, weight.detach(), keys, tokens, y).view_as(y)
+    y = F.embedding(ids, tape.shared(weight), padding)
+    y = y + _token_steps(tape, index, weight.detach(), keys, tokens, y).view_as(y)
+    if tape.found is not None and y.requires_grad:
+        tape.record(y, contribute)
+    return y
 
 
 def _token_steps(tape: Tape, index: int, weight: Tensor, keys: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
@@ -249,34 +304,59 @@ def _convolution(
         if recorded:
             tape.record(y, _convolution_contribution(tape, x.detach(), weight.shape, (w, b), bounds, geometry))
         return y
+    return _moved_convolution(tape, x, (tape.shared(weight), tape.shared(bias)), (w, b), bounds, geometry)
+
+
+def _moved_convolution(
+    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None],
+    bounds: list[tuple[int, int]], geometry: Geometry,
+) -> Tensor:  # fmt: skip
+    """A convolution in pass 2."""
+    (weight, bias), (w, b), plan, found = parameters, owners, tape.plan, tape.found
+    assert plan is not None
     if w in plan.low_rank:
         patches = geometry.unfold(x, tuple(weight.shape[2:]))  # (N, positions, C_in * kernel)
-        rows = _perturbed(tape, patches, (weight.flatten(1), bias), (w, b), flipped=False)
-        rows = rows.view(x.shape[0], -1, weight.shape[0])
-        return rows.mT.reshape(x.shape[0], weight.shape[0], *geometry.positions(x.shape[2:], weight.shape[2:]))
-    moves = plan.moves(b)
-    if plan.moves(w):
+        rows = _perturbed(tape, patches, (weight.flatten(1), bias), owners, flipped=False, whole=weight.shape)
+        size = (x.shape[0], weight.shape[0], *geometry.positions(x.shape[2:], weight.shape[2:]))
+        return rows.view(x.shape[0], -1, weight.shape[0]).mT.reshape(size)
+    own, moves = plan.moves(w), plan.moves(b)
+    if own:
         dtype, without_autocast = precision(x)
+        each = None if found is None else partial(found.add_dense, w)
         with without_autocast:
-            y = ShardedConvolution.apply(x.to(dtype), weight.to(dtype), plan.own(w, weight).to(dtype), bounds, geometry)
-        y = y if bias is None or moves else y + bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
+            y: Tensor = ShardedConvolution.apply(
+                x.to(dtype), weight.to(dtype), plan.own(w, weight).to(dtype), bounds, geometry, each
+            )
     else:
         y = geometry.run(x, weight, None if moves else bias)
-    if bias is None or not moves:
+    if found is not None and y.requires_grad:
+        if not own:
+            tape.record(y, _convolution_contribution(tape, held(x), weight.shape, owners, bounds, geometry))
+        elif b is not None:
+            tape.record(y, lambda found, gradient: found.add_dense(b, _channel_sums(gradient, found.count)))
+    if bias is None or not (own or moves):
         return y
+    if not moves:
+        return y + bias.to(y.dtype).view(-1, *[1] * (x.ndim - 2))
     shift = plan.perturbed(b, bias).to(y.dtype)  # (m, C_out)
     shifted: Tensor = y.unflatten(0, (tape.count, -1)) + shift.view(tape.count, 1, -1, *[1] * (x.ndim - 2))
     return shifted.flatten(0, 1)
 
 
+def _channel_sums(gradient: Tensor, count: int) -> Tensor:
+    """Gradients of a convolution's bias, shape (m, C_out)."""
+    sums = gradient.sum(tuple(range(2, gradient.ndim)))
+    return sums.view(count, -1, sums.shape[1]).sum(1)
+
+
 def _convolution_contribution(
     tape: Tape, x: Tensor, shape: torch.Size, owners: tuple[int, int | None], bounds: list[tuple[int, int]],
     geometry: Geometry,
-) -> Any:  # fmt: skip
-    """What a convolution adds to the plan: factors where low rank pays, else every micro-batch's kernel gradient."""
+) -> Contribution:  # fmt: skip
+    """What a convolution adds to the gradients: factors where low rank pays, else the kernel's of each micro-batch."""
     (w, b), count = owners, tape.count
 
-    def contribute(plan: Plan, gradient: Tensor) -> None:
+    def contribute(found: Gradients, gradient: Tensor) -> None:
         inputs = x.to(gradient.dtype)
         rows = (bounds[0][1] - bounds[0][0]) * gradient.shape[2:].numel()
         outer, inner = shape[0], shape[1:].numel()
@@ -284,11 +364,10 @@ def _convolution_contribution(
         if plain and rows * (inner + outer) < KAPPA * inner * outer:
             patches, flat = geometry.unfold(inputs, tuple(shape[2:])), gradient.flatten(2).mT
             left, right = flat.reshape(count, -1, outer), patches.reshape(count, -1, inner)
-            plan.add_factors(w, shape, Factors(left, right, b))
+            found.add_factors(w, shape, Factors(left, right, b))
             return
-        plan.add_dense(w, kernel_gradients(gradient, inputs, shape, bounds, geometry))
+        found.add_dense(w, kernel_gradients(gradient, inputs, shape, bounds, geometry))
         if b is not None:
-            sums = gradient.sum(tuple(range(2, gradient.ndim)))
-            plan.add_dense(b, sums.view(count, -1, sums.shape[1]).sum(1))
+            found.add_dense(b, _channel_sums(gradient, count))
 
     return contribute

@@ -12,6 +12,7 @@ from msam.engines.ghost.tape import Rule, Tape
 from msam.engines.ghost.uses import attention as attention_module
 from msam.engines.ghost.uses.conv import Geometry
 from msam.engines.ghost.uses.matrices import convolution, embedding, product
+from msam.engines.ghost.uses.recurrent import RECURRENT
 
 
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
@@ -187,4 +188,5 @@ RULES: dict[Any, Rule] = {
     F.multi_head_attention_forward: _attention,
     F.scaled_dot_product_attention: _scaled_attention,
     F.cross_entropy: _class_loss, F.nll_loss: _class_loss,
+    **RECURRENT,
 }  # fmt: skip
