@@ -10,6 +10,7 @@ from core_tensor.app.cli import emit, json_option, table, threads_option
 LABELS = {
     "none": "no personalization",
     "id": "ID embedding, retrained",
+    "deep": "ID embedding and MLP, retrained",
     "wide": "wide-and-deep ID, retrained",
     "ours": "meta-embed",
 }
@@ -20,7 +21,9 @@ LABELS = {
 @click.option("--by-activity", is_flag=True, help="By events before each member's last ones, not by support size.")
 @click.option("--events", type=click.Path(path_type=Path), help="Events. [default: those of the training]")
 @click.option(
-    "--baselines", default="none,id", help="Comma-separated, out of none, id, wide; each tuned on held-back members."
+    "--baselines",
+    default="none,id",
+    help="Comma-separated, out of none, id, deep, wide; each tuned on held-back members.",
 )
 @click.option("--query", default=40, type=click.IntRange(1), help="Events each member is asked about.")
 @click.option("--start", default=32, type=click.IntRange(0), help="Events before the query, without --by-activity.")
@@ -33,9 +36,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Gain of RUN's model on its test members over tuned baselines, by activity."""
     names = [name.strip() for name in baselines.split(",") if name.strip()]
-    unknown = [name for name in names if name not in {"none", "id", "wide"}]
+    unknown = [name for name in names if name not in LABELS or name == "ours"]
     if unknown or len(set(names)) != len(names):
-        raise ValueError(f"baselines: expected different ones out of none, id, wide, got {baselines!r}")
+        raise ValueError(f"baselines: expected different ones out of none, id, deep, wide, got {baselines!r}")
     if plot is not None:
         figures.check(plot, "meta-embed[plot]")
     from meta_embed.evaluate.buckets import finite

@@ -39,7 +39,7 @@ def bucket_plot(
         axis.set_xlabel("events of the member before the query")
         axis.grid(axis="y", linewidth=0.4, alpha=0.6)
     left.set_ylabel("AUC on later events")
-    right.set_ylabel(f"gain over {names[first]}, 0.001 AUC")
+    right.set_ylabel(f"gain over {names[first]},\nthousandths of AUC")
     left.set_title(title)
     right.set_title(note or "gain by activity")
     left.legend(fontsize=8)

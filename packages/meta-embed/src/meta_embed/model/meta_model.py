@@ -60,10 +60,9 @@ class MetaModel(nn.Module):
         """
         check_adaptable(self)
         padded = tuple(pad(t, lengths) for t in rows)
-        inside = pad(torch.ones_like(w), lengths) * pad(w, lengths)
-        task = (*member, *padded, pad(y, lengths), inside)
+        task = (*member, *padded, pad(y, lengths), pad(w, lengths))  # rows behind a length weigh nothing
         count = len(member)
-        if inside.shape[1] == 0:  # nobody has an event
+        if task[-1].shape[1] == 0:  # nobody has an event
             return self.vectors({}, member)
         if self.inner.adapt == "embedding":
             start = {VECTOR: self.vectors({}, member)}

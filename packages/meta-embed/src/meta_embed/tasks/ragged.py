@@ -74,6 +74,8 @@ def pad(rows: Tensor, lengths: Tensor) -> Tensor:
         Shape (T, longest, ...), zeros behind each length.
     """
     tasks, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
+    if len(rows) == tasks * longest:  # all of one length
+        return rows.reshape(tasks, longest, *rows.shape[1:])
     inside = torch.arange(longest, device=rows.device) < lengths[:, None]  # (T, longest)
     out = rows.new_zeros(tasks, longest, *rows.shape[1:])
     return out.index_put((inside,), rows) if rows.requires_grad else _filled(out, inside, rows)
