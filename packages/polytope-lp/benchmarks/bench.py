@@ -20,7 +20,7 @@ import torch.distributed as dist
 from core_tensor import project_blocks
 from core_tensor.dev.benchmarking import compare, run_bars, seconds
 from core_tensor.dev.testing import run_ranks
-from polytope_lp import Assignment, Marketplace, MatchingProblem, Policy, generate, solve
+from polytope_lp import Assignment, Marketplace, MatchingProblem, Policy, generate, solve, solve_many
 from polytope_lp.matching.evaluation import FusedDual
 
 GAMMA = 1e-3
@@ -283,6 +283,16 @@ def _multiplier(v: Any, x: Any, u: Any, w: Any) -> float:
     return low if low <= high else (low + high) / 2
 
 
+def many_small(quick: bool) -> dict[str, Any]:
+    """Problems of a thousand edges in one call against one by one, CPU time."""
+    problems = [generate(Marketplace(sources=100, destinations=10, seed=seed)) for seed in range(20 if quick else 100)]
+    found = compare(
+        lambda: solve_many(problems), lambda: [solve(problem) for problem in problems], pairs=3 if quick else 7
+    )
+    each = statistics.median(found.ours) / len(problems)
+    return {"many_vs_single": round(found.speedup, 1), "many_vs_single_detail": {"ms_each": round(1e3 * each, 2)}}
+
+
 def _evaluations(rank: int, world_size: int) -> float:
     torch.set_num_threads(1)
     problem = generate(Marketplace(sources=1_000_000))
@@ -315,6 +325,7 @@ if __name__ == "__main__":
             "verify_false_rejects": campaign.claims,
             "scale_invariance_max": campaign.scale_invariance,
             "netlib_solved": campaign.netlib,
+            "many_vs_single": many_small,
             "bandwidth_fraction": bandwidth,
             "solve_10m_seconds": ten_million,
             "assignment_vs_clarabel": assignment,

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from polytope_lp.general.block_lp import BlockLP
     from polytope_lp.general.block_solution import BlockSolution, linprog_blocks
     from polytope_lp.general.ridge import ridge_allocation
+    from polytope_lp.many import solve_many
     from polytope_lp.matching.generate import Marketplace, generate
     from polytope_lp.matching.options import Options
     from polytope_lp.matching.problem import MatchingProblem
@@ -64,6 +65,7 @@ __all__ = [
     "ridge_allocation",
     "simplex",
     "solve",
+    "solve_many",
 ]
 
 __getattr__, __dir__, _ = lazy(__name__)
