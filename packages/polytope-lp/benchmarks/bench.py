@@ -6,6 +6,7 @@ PDLP is given the loosest tolerance of 1, 0.1, 0.01 times the target that reache
 """
 
 import multiprocessing
+import shutil
 import statistics
 import tempfile
 import time
@@ -122,11 +123,18 @@ def _solve_packed(folder: str, tol: float, threads: int, queue: Any) -> None:
     problem = read_problem(folder)
     start = time.monotonic()
     solution = solve(problem, tol)
+    seconds, peak = time.monotonic() - start, _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    settled, start = _resident(), time.monotonic()
+    verified = solution.verify()["ok"]
     queue.put(
         {
-            "seconds": time.monotonic() - start,
-            "bytes": _resident()["VmHWM"] - before,
-            "peak_bytes": _resident()["VmHWM"],
+            "seconds": seconds,
+            "bytes": peak["VmHWM"] - before,
+            "peak_bytes": peak["VmHWM"],
+            "verified": verified,
+            "verify_seconds": time.monotonic() - start,
+            "verify_bytes": _resident()["VmHWM"] - settled["VmRSS"],
             "variables": problem.data.variables,
             "status": solution.status,
             "gap": solution.gap,
@@ -140,16 +148,32 @@ def solve_apart(sources: int, tol: float, threads: int) -> dict[str, Any]:
     from polytope_lp.runs.folders import write_marketplace
     from polytope_lp.tables.pack import pack
 
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
         write_marketplace(Marketplace(sources=sources), f"{folder}/problem")
+        generated = time.monotonic() - start
         pack(f"{folder}/problem", f"{folder}/packed")
+        packed = time.monotonic() - start - generated
+        shutil.rmtree(f"{folder}/problem")
         context = multiprocessing.get_context("spawn")
         queue = context.Queue()
         child = context.Process(target=_solve_packed, args=(f"{folder}/packed", tol, threads, queue))
         child.start()
         result: dict[str, Any] = queue.get()
         child.join()
-    return result
+    return result | {"generate_seconds": generated, "pack_seconds": packed}
+
+
+def stages(found: dict[str, Any]) -> dict[str, float]:
+    """How a run's stages compare: generation per million variables, the first evaluation's share, verification."""
+    return {
+        "generate_seconds_per_million": found["generate_seconds"] / found["variables"] * 1e6,
+        "pack_seconds_per_million": found["pack_seconds"] / found["variables"] * 1e6,
+        "first_evaluation_share": found["history"][0]["seconds"] / found["history"][-1]["seconds"],
+        "verify_vs_solve_time": found["verify_seconds"] / found["seconds"],
+        "verify_bytes_per_variable": found["verify_bytes"] / found["variables"],
+    }
 
 
 def ten_million(quick: bool) -> dict[str, Any]:
@@ -161,6 +185,7 @@ def ten_million(quick: bool) -> dict[str, Any]:
         "solve_10m_detail": {name: found[name] for name in ("status", "gap", "variables")}
         | {"evaluations": len(found["history"])},
         "bytes_per_variable": round(found["bytes"] / found["variables"], 2),
+        **{name: round(value, 3) for name, value in stages(found).items()},
     }
 
 
@@ -174,6 +199,7 @@ def hundred_million(quick: bool) -> dict[str, Any]:
         "solve_100m_seconds": round(found["seconds"], 1),
         "solve_100m_peak_gb": round(found["peak_bytes"] / 1e9, 3),
         "solve_100m_detail": {name: found[name] for name in ("status", "gap", "variables")},
+        "first_evaluation_share_99m": round(stages(found)["first_evaluation_share"], 3),
         "solve_100m_curve": curve,
     }
 

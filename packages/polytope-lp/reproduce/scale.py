@@ -2,7 +2,7 @@
 
     python packages/polytope-lp/reproduce/scale.py [--sources 100000 --sources 1000000 --sources 10000000]
 
-Every size is generated, packed and then solved in a process of its own from the mapped files: the memory is that
+Every size is generated, packed and then solved and verified in a process of its own from the mapped files: the memory is that
 process's growth over what it had before it opened the problem, mapped pages included. Two threads, wall seconds. Sizes
 that were run before stay in the file.
 """
@@ -16,7 +16,7 @@ from core_tensor.app.figures import pyplot
 from core_tensor.app.files import atomic_path, read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from bench import solve_apart
+from bench import solve_apart, stages
 
 RESULTS = Path(__file__).parent / "results"
 TOL = 1e-4
@@ -34,6 +34,11 @@ def measure(sources: int) -> dict[str, Any]:
         "seconds": found["seconds"],
         "bytes_per_variable": found["bytes"] / found["variables"],
         "peak_gb": found["peak_bytes"] / 1e9,
+        "verified": found["verified"],
+        "generate_seconds": found["generate_seconds"],
+        "pack_seconds": found["pack_seconds"],
+        "verify_seconds": found["verify_seconds"],
+        **stages(found),
         "curve": [{name: entry[name] for name in ("evaluation", "seconds", "gap")} for entry in found["history"]],
     }
 

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from polytope_lp.matching.choices import KINDS, SOURCES_PER_BATCH
 from polytope_lp.matching.problem import MatchingProblem
 
+GUIDES = 1 << 14
+"""Intervals in which a drawn number finds its destination, so that no search is made for each."""
+
 
 @dataclass(frozen=True)
 class Marketplace:
@@ -91,9 +94,10 @@ class Budgets:
         """
         m = self.market.destinations
         key = batch.cost if self.market.kind == "tied" else batch.value
-        order = np.lexsort((-key, batch.source))
-        first = np.flatnonzero(np.diff(batch.source[order], prepend=-1))
-        best = order[first]
+        change = np.diff(batch.source, prepend=-1) > 0
+        block = np.cumsum(change) - 1
+        best = np.flatnonzero(key == np.maximum.reduceat(key, np.flatnonzero(change))[block]) if key.size else block
+        best = best[np.diff(block[best], prepend=-1) > 0]  # the first of equals
         self.greedy += np.bincount(batch.destination[best], batch.cost[best], m)
         self.total += np.bincount(batch.destination, batch.cost, m)
         self.count += np.bincount(batch.destination, minlength=m)
@@ -128,15 +132,17 @@ def edge_batches(market: Marketplace) -> Iterator[EdgeBatch]:
     breadth = random.lognormal(0.0, 1.0, m).cumsum()
     scale = random.lognormal(0.0, 1.0, m)
     value = random.lognormal(-4.0, 0.75, m)
+    guide = np.searchsorted(breadth, np.arange(GUIDES) * (breadth[-1] / GUIDES), side="right")
     for number, begin in enumerate(range(0, market.sources, SOURCES_PER_BATCH)):
         random = np.random.default_rng([market.seed, 2, number])
         count = min(SOURCES_PER_BATCH, market.sources - begin)
         affinity = random.lognormal(0.0, 0.5, count)
         lengths = np.minimum(random.poisson(market.degree, count), m)
         block = np.repeat(np.arange(count), lengths)
-        drawn = np.searchsorted(breadth, random.uniform(0.0, breadth[-1], block.size), side="right")
-        key = np.unique(block * m + np.minimum(drawn, m - 1))
-        block, destination = key // m, key % m
+        drawn = _drawn(breadth, guide, random.uniform(0.0, breadth[-1], block.size))
+        key = np.sort(block * m + drawn)
+        key = key[np.diff(key, prepend=-1) > 0]
+        block, destination = np.divmod(key, m)
         worth = np.minimum(0.5, value[destination] * affinity[block] * random.lognormal(0.0, 0.5, key.size))
         if market.kind == "tied":
             cost = scale[destination] * worth
@@ -145,6 +151,17 @@ def edge_batches(market: Marketplace) -> Iterator[EdgeBatch]:
         else:
             cost = scale[destination] * random.lognormal(0.0, 0.5, key.size)
         yield EdgeBatch(begin + block, destination.astype(np.int32), worth.astype(np.float32), cost.astype(np.float32))
+
+
+def _drawn(breadth: NDArray[np.float64], guide: NDArray[np.int64], at: NDArray[np.float64]) -> NDArray[np.int64]:
+    # First destination whose cumulated breadth is above each number, from the first one of its guide's interval.
+    found = guide[np.maximum((at * (GUIDES / breadth[-1])).astype(np.int64) - 1, 0)]
+    low = np.flatnonzero(breadth[found] <= at)
+    while low.size:
+        found[low] += 1
+        low = low[found[low] < breadth.size - 1]
+        low = low[breadth[found[low]] <= at[low]]
+    return np.asarray(np.minimum(found, breadth.size - 1), dtype=np.int64)
 
 
 def generate(market: Marketplace) -> MatchingProblem:

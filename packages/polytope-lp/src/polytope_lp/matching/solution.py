@@ -137,12 +137,16 @@ class Solution:
 
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """First block, block after the last, and primal of every run of blocks."""
-        offsets, work = self.problem.data.offsets, self.presolved
         for begin, end in self.problem.pieces():
-            at = slice(int(offsets[begin] - offsets[0]), int(offsets[end] - offsets[0]))
-            anchor = None if self.anchor is None else self.anchor[at]
-            x = primal_piece(work.problem, begin, end, self.primal_lam, self.gamma, anchor, self.shrink)
-            yield begin, end, x if work.column is None else x * work.column[at]
+            yield begin, end, torch.from_numpy(self._amounts(begin, end))
+
+    def _amounts(self, begin: int, end: int) -> NDArray[np.float64]:
+        """Primal of a run of blocks, from its first block to the one after its last."""
+        offsets, work = self.problem.data.offsets, self.presolved
+        at = slice(int(offsets[begin] - offsets[0]), int(offsets[end] - offsets[0]))
+        anchor = None if self.anchor is None else self.anchor[at]
+        x = primal_piece(work.problem, begin, end, self.primal_lam, self.gamma, anchor, self.shrink)
+        return (x if work.column is None else x * work.column[at]).numpy()
 
     def x(self) -> Tensor:
         """The whole primal of this process's blocks.
@@ -335,7 +339,7 @@ class Solution:
         Returns:
             See `polytope_lp.matching.verify.check_claims`.
         """
-        return check_claims(self.problem, self.x().numpy(), self.lam.numpy(), self.certificate())
+        return check_claims(self.problem, self._amounts, self.lam.numpy(), self.certificate())
 
 
 def row_columns(problem: MatchingProblem) -> dict[str, pa.Array]:

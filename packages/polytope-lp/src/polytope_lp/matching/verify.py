@@ -7,6 +7,7 @@ $\lambda \ge 0$ on inequality rows. Every field of a certificate is compared wit
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from polytope_lp.matching.problem import MatchingProblem
 
 Array = NDArray[np.float64]
+Amounts = Callable[[int, int], Array]
+"""The primal of a run of blocks, from its first block to the one after its last."""
 
 FIGURES = ("objective", "lower_bound", "max_violation", "tol", "unit", "gamma", "seconds")
 BOUNDED = ("upper_bound", "gap")
@@ -24,16 +27,18 @@ STATUSES = ("optimal", "optimal_residual", "infeasible", "time_limit", "evaluati
 ENGINES = ("dual", "highs")
 SHRUNK, HELD = 1e-12, 1e-9
 """What a feasible primal may exceed a row by: after shrinking, over the budget; else over the unit of the row."""
+PIECE = 1 << 16
+"""Variables of a run of blocks: its arrays are all the memory that is taken."""
 SLACK = 1e-9
 """What two orders of summation may differ by, relative to the unit of the gap."""
 
 
-def check_claims(problem: "MatchingProblem", x: Array, lam: Array, claims: dict[str, Any]) -> dict[str, Any]:
+def check_claims(problem: "MatchingProblem", x: Array | Amounts, lam: Array, claims: dict[str, Any]) -> dict[str, Any]:
     """Recompute bounds and feasibility and compare them with a certificate.
 
     Args:
         problem: The whole problem.
-        x: The primal, shape (variables,), float64.
+        x: The primal, shape (variables,), float64; or what gives that of the blocks from one to another.
         lam: The prices, shape (rows,), float64.
         claims: What `Solution.certificate` gives.
 
@@ -41,7 +46,7 @@ def check_claims(problem: "MatchingProblem", x: Array, lam: Array, claims: dict[
         `ok`, the recomputed figures, and `problems`: one line for every claim that does not hold.
     """
     failures = malformed(claims)
-    found = recompute(problem, x, lam)
+    found = recompute(problem, x, lam, greatest=claims.get("status") == "infeasible")
     b, free = problem.budgets.numpy(), problem.equality.numpy()
     excess = np.where(free, np.abs(found["load"] - b), found["load"] - b) / found["row_unit"]
     violation = max(float(excess.max(initial=0.0)), 0.0)
@@ -161,22 +166,23 @@ def implied_rows(problem: "MatchingProblem") -> NDArray[np.bool_]:
     """
     bounding = problem.budgets.numpy() >= 0
     if problem.data.coefficient is not None:
-        for begin, end in problem.pieces(1 << 20):
+        for begin, end in problem.pieces(PIECE):
             part = problem.slice(begin, end)
             bounding[part.index.numpy()[part.coefficient.numpy() < 0]] = False  # type: ignore[union-attr]
     return bounding
 
 
-def recompute(problem: "MatchingProblem", x: Array, lam: Array) -> dict[str, Any]:
+def recompute(problem: "MatchingProblem", x: Array | Amounts, lam: Array, *, greatest: bool = True) -> dict[str, Any]:
     """Objective, load, lower bound and block violation, run of blocks by run of blocks.
 
     Args:
         problem: The problem.
-        x: The primal, shape (variables,), float64.
+        x: The primal, shape (variables,), float64; or what gives that of a run of blocks.
         lam: The prices, shape (rows,), float64.
+        greatest: Whether the most that c'x can be in the blocks is wanted.
 
     Returns:
-        `objective`, `load`, `lower_bound`, `block_violation`, `greatest` (the most that c'x can be in the blocks),
+        `objective`, `load`, `lower_bound`, `block_violation`, `greatest` (0 where it is not wanted),
         `unit` (the most that one edge can add), `shrinks` (whether shrinking repairs) and `row_unit` (what violations
         are relative to).
     """
@@ -186,10 +192,11 @@ def recompute(problem: "MatchingProblem", x: Array, lam: Array) -> dict[str, Any
     bounding = implied_rows(problem)
     load, largest, sums, unit, worst = np.zeros(problem.rows), np.abs(b), [0.0, 0.0, 0.0], 0.0, 0.0
     origin = int(problem.data.offsets[0])
-    for begin, end in problem.pieces(1 << 20):
+    for begin, end in problem.pieces(PIECE):
         part = problem.slice(begin, end)
         starts = (part.offsets - part.offsets[0]).numpy()
-        mine = x[int(part.offsets[0]) - origin : int(part.offsets[-1]) - origin]
+        at = slice(int(part.offsets[0]) - origin, int(part.offsets[-1]) - origin)
+        mine = x(begin, end) if callable(x) else x[at]
         cost = part.cost.numpy().astype(np.float64)
         rows = part.index.numpy().reshape(part.variables, -1)
         a = np.ones(rows.shape) if part.coefficient is None else part.coefficient.numpy().reshape(rows.shape)
@@ -210,7 +217,8 @@ def recompute(problem: "MatchingProblem", x: Array, lam: Array) -> dict[str, Any
         load += np.bincount(rows.ravel(), (a * mine[:, None]).ravel(), problem.rows)
         tight = _fillable(np.minimum(upper, room), upper, starts, cap, weight) if equality else np.minimum(upper, room)
         sums[1] += capped_least(cost + (a * lam[rows]).sum(1), starts, cap, tight, weight, equality)
-        sums[2] -= capped_least(-cost, starts, cap, tight, weight, equality)
+        if greatest:
+            sums[2] -= capped_least(-cost, starts, cap, tight, weight, equality)
         worst = max(worst, capped_excess(mine, starts, cap, upper, weight, equality))
     return {
         "objective": sums[0],
@@ -267,6 +275,24 @@ def capped_least(r: Array, starts: NDArray[np.int64], cap: Array, upper: Array, 
     w, u = weight, np.minimum(upper, cap[block] / weight)
     if not equality and not np.isfinite(cap).any():
         return float((np.minimum(r, 0.0) * u).sum())  # boxes
+    # A block whose best item alone uses up the cap takes nothing else; one without an item that pays takes nothing.
+    filled = np.flatnonzero(np.diff(starts) > 0)
+    q, least, done = r / w, np.zeros(cap.size), np.ones(cap.size, dtype=bool)
+    least[filled] = np.minimum.reduceat(q, starts[filled]) if filled.size else 0.0
+    enough = (q == least[block]) & (upper >= cap[block] / w)
+    done[filled] = np.logical_or.reduceat(enough, starts[filled]) if filled.size else True
+    if not equality:
+        least = np.minimum(least, 0.0)
+        done |= least == 0.0
+    done &= np.isfinite(cap)
+    total = float((least * np.where(done, cap, 0.0))[done].sum())
+    rest = ~done[block]
+    if not rest.any():
+        return total
+    lengths = np.diff(starts)[~done]
+    block, cap = np.repeat(np.arange(lengths.size), lengths), cap[~done]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    r, w, u = r[rest], w[rest], u[rest]
     order = np.lexsort((r / w, block))
     take = (w * u)[order]
     if not equality:
@@ -274,7 +300,7 @@ def capped_least(r: Array, starts: NDArray[np.int64], cap: Array, upper: Array, 
     # What is taken before an item within its block: sums of one block must not lose digits to those of others.
     before = _running(take, starts) - take
     left = np.maximum(cap[block[order]] - before, 0.0)
-    return float(((r / w)[order] * np.minimum(take, left)).sum())
+    return total + float(((r / w)[order] * np.minimum(take, left)).sum())
 
 
 def _fillable(tight: Array, upper: Array, starts: NDArray[np.int64], cap: Array, weight: Array) -> Array:

@@ -88,7 +88,10 @@ def write_marketplace(market: Marketplace, folder: str | Path, progress: Any = i
 
 @contextmanager
 def _writer(path: Path) -> Iterator[Callable[[EdgeBatch], None]]:
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, EDGES, compression="none") as file:
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, EDGES, compression="none", use_dictionary=False, write_statistics=False) as file,
+    ):
         yield lambda batch: file.write_batch(
             pa.record_batch([batch.source, batch.destination, batch.value, batch.cost], schema=EDGES)
         )
