@@ -1,6 +1,6 @@
 """`MSAM`: any torch optimizer, fed with mSAM's gradient."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -39,7 +39,8 @@ class MSAM(Optimizer):
 
     Args:
         model: The model that the loss function calls; DDP and FSDP2 models as wrapped.
-        optimizer: Base optimizer: a class (or function) called as `optimizer(params, **base)`, or an instance.
+        optimizer: Base optimizer: a class (or function) called as `optimizer(params, **base)`, an instance, or a list
+            of instances over disjoint parameters, such as Muon for matrices and AdamW for the rest.
         params: Parameters or parameter groups; all of the model's if None. A group may hold `perturb=False` (it is
             trained, not perturbed) and `rho` (its own radius).
         rho: See `Options`, as are all options below.
@@ -68,7 +69,7 @@ class MSAM(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[..., Optimizer] | Optimizer,
+        optimizer: Callable[..., Optimizer] | Optimizer | Sequence[Optimizer],
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | None = None,
         *,
         rho: Rho = 0.05,
