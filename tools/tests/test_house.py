@@ -75,3 +75,26 @@ def test_what_an_index_shows_of_a_package(package):
     metadata = importlib.metadata.metadata(package)
     assert metadata["Summary"]
     assert metadata["License-Expression"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_is_unpickled(package):
+    """A pickle is a program: no module loads one. `core_tensor.dev` passes values between a test's own processes."""
+    found = []
+    for path in _source(package).rglob("*.py"):
+        if "dev" in path.relative_to(_source(package)).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                if {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & {n.split(".")[0] for n in names}:
+                    found.append(f"{path.name}:{node.lineno}: import")
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            options = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+            if called == "torch.load" and options.get("weights_only") is not True:
+                found.append(f"{path.name}:{node.lineno}: torch.load")
+            if called == "yaml.load" or options.get("allow_pickle"):
+                found.append(f"{path.name}:{node.lineno}: {called}")
+    assert found == []
