@@ -2,17 +2,21 @@
 
 import importlib.util
 import pydoc_data.topics
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from core_tensor.dev.benchmarking import Comparison, compare, run_bars
+from core_tensor.dev.testing import shared_data
 from quantease import (
     GramFolds,
     LayerConfig,
@@ -26,8 +30,11 @@ from quantease import (
 from quantease.algorithms.certified import gptq_descent
 from quantease.algorithms.gptq import gptq
 from quantease.algorithms.sweep import Sweeper
-from quantease.evaluation.smollm2 import smollm2_path
+from quantease.evaluation.perplexity import Predictions, streamed, streamed_perplexity, window_scores
+from quantease.evaluation.samples import own_samples
+from quantease.evaluation.smollm2 import open_smollm2, smollm2_path
 from quantease.evaluation.synthetic import synthetic_layer
+from quantease.evaluation.text import python_topics, sample_windows, windows
 from quantease.export.save import logit_difference
 from quantease.problem.grid import Grid, group_index, minmax_grid
 from quantease.problem.objective import row_objective
@@ -324,8 +331,8 @@ def smollm2_layers(blocks: tuple[int, ...]) -> dict[str, tuple[Tensor, GramFolds
         if isinstance(module, torch.nn.Linear)
     }
     grams = []
-    for part, windows in ((text[:60_000], 4), (text[middle : middle + 60_000], 2)):
-        tokens = tokenizer(part, return_tensors="pt").input_ids[0, : 512 * windows].reshape(windows, 512)
+    for part, count in ((text[:60_000], 4), (text[middle : middle + 60_000], 2)):
+        tokens = tokenizer(part, return_tensors="pt").input_ids[0, : 512 * count].reshape(count, 512)
         grams.append({name: GramFolds(module.in_features, segment=512) for name, module in modules.items()})
         hooks = [
             module.register_forward_pre_hook(lambda _, args, gram=grams[-1][name]: gram.update(args[0]))
@@ -339,6 +346,62 @@ def smollm2_layers(blocks: tuple[int, ...]) -> dict[str, tuple[Tensor, GramFolds
     return {name: (m.weight.detach().clone(), grams[0][name], grams[1][name].total) for name, m in modules.items()}
 
 
+def whole_model(quick: bool) -> Result:
+    """SmolLM2-135M at 3 and 2 bits: divergence beside GPTQ on the clip grid, perplexity, CPU time beside GPTQ.
+
+    The bars are defined on all 30 blocks and three places of the calibration text, which takes hours of one core;
+    `--quick` quantizes the first two blocks from one, and says so.
+    """
+    lm, blocks, seeds = open_smollm2(), 2 if quick else None, 1 if quick else 3
+    text, found, details = python_topics(), {}, {"blocks": blocks or len(lm.blocks), "seeds": seeds}
+    evaluation = windows(lm.tokenizer, text.evaluation, 512, 2 if quick else 16)
+    exact = Predictions(streamed(lm, evaluation))
+    full = window_scores(exact).to_dict()["perplexity"]
+    methods = {"gptq": LayerConfig("gptq"), "gptq-clip": LayerConfig("gptq", grid="clip"), "quantease": LayerConfig()}
+    rows: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        calibration, _ = sample_windows(lm.tokenizer, text.calibration, 512, 4 if quick else 16, seed=seed)
+        for bits, name in ((3, "gptq"), (3, "gptq-clip"), (3, "quantease"), (2, "gptq-clip"), (2, "quantease")):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.process_time()
+                config = ModelConfig(replace(methods[name], bits=bits))
+                run = quantize_model(lm, calibration, folder, config, blocks=blocks)
+                seconds = time.process_time() - start
+                scores = window_scores(Predictions(streamed(run.lm, evaluation), room=0), exact).to_dict()
+            rows.setdefault((bits, name), []).append(scores | {"seconds": seconds})
+    for (bits, name), values in rows.items():
+        details[f"{name}, {bits} bits"] = {key: [round(row[key], 4) for row in values] for key in values[0]}
+
+    def mean(bits: int, name: str, key: str) -> float:
+        return statistics.fmean(row[key] for row in rows[bits, name])
+
+    for bits in (3, 2):
+        ratio = mean(bits, "quantease", "kl") / mean(bits, "gptq-clip", "kl")
+        found[f"kl_vs_gptq_clip_{bits}bit"] = round(ratio, 4)
+    found["ppl_3bit_over_fp"] = round(mean(3, "quantease", "perplexity") / full, 4)
+    found["default_cpu_vs_gptq"] = round(mean(3, "quantease", "seconds") / mean(3, "gptq", "seconds"), 3)
+    return found | {"whole_model_detail": details}
+
+
+def stories_ratio(quick: bool) -> Result:
+    """Perplexity of stories260K over full precision's, default options, calibrated on samples of its own."""
+    tests = Path(__file__).parents[1] / "tests" / "conftest.py"
+    model = runpy.run_path(str(tests))["stories_model"](shared_data("stories260k", "stories260K.bin"))
+    ratios: dict[int, list[float]] = {3: [], 2: []}
+    for seed in range(1 if quick else 5):
+        sample = own_samples(model, 80, 256, seed=seed, batch=80)
+        lm = open_causal_lm(model)
+        full = streamed_perplexity(lm, sample[32:])
+        for bits, found in ratios.items():
+            with tempfile.TemporaryDirectory() as folder:
+                run = quantize_model(lm, sample[:32], folder, ModelConfig(LayerConfig(bits=bits)))
+                found.append(round(streamed_perplexity(run.lm, sample[32:]) / full, 4))
+    return {
+        **{f"stories260k_ppl_ratio_{bits}bit": round(statistics.fmean(found), 4) for bits, found in ratios.items()},
+        "stories260k_ppl_ratio_detail": {str(bits): found for bits, found in ratios.items()},
+    }
+
+
 BARS = {
     "cd_sweep_gemm_fraction": cd_sweep_gemm_fraction,
     "cd_sweep_vs_column_loop": cd_sweep_vs_column_loop,
@@ -350,6 +413,8 @@ BARS = {
     "outlier_error_vs_iht": outlier_error_vs_iht,
     "peak_memory_over_weights": peak_memory,
     "export_reload_difference": export_reload_difference,
+    "stories260k_ppl_ratio_3bit": stories_ratio,
+    "kl_vs_gptq_clip_3bit": whole_model,
 }
 
 if __name__ == "__main__":

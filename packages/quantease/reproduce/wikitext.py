@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,12 @@ def main() -> None:
         row["over fp32"] = None if row["perplexity"] is None else row["perplexity"] / full
     write_json(
         RESULTS / "wikitext.json",
-        {"calibration_tokens": calibration.numel(), "evaluation_tokens": evaluation.numel(), "rows": rows},
+        {
+            "measured_at": f"version {version('quantease')}",
+            "calibration_tokens": calibration.numel(),
+            "evaluation_tokens": evaluation.numel(),
+            "rows": rows,
+        },
     )
 
 

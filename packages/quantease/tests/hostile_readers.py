@@ -23,13 +23,13 @@ def _model() -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, bos_token_id=1, eos_token_id=2)).eval()
 
 
-def _run(folder: Path) -> Any:
+def _run(folder: Path, tune: str = "none") -> Any:
     import torch
     from quantease import LayerConfig, ModelConfig, open_causal_lm, quantize_model
 
     tokens = torch.arange(32).reshape(2, 16)
     layer = LayerConfig("quantease-paper", sweeps=1, relax=0, outliers=0.05)
-    return quantize_model(open_causal_lm(_model()), tokens, folder / "run", ModelConfig(layer))
+    return quantize_model(open_causal_lm(_model()), tokens, folder / "run", ModelConfig(layer, tune=tune, tune_steps=1))
 
 
 def _layer(folder: Path) -> Path:
@@ -45,6 +45,18 @@ def _read_layer(path: Path) -> None:
     layer = LayerStore(path.parents[1]).load(0, "mlp.up_proj")
     layer.dequantize()
     QuantizedLinear.from_layer(layer)(torch.ones(1, len(layer.group)))
+
+
+def _tuned(folder: Path) -> Path:
+    return _run(folder, "block").folder / "layers" / "0000" / "tuned.safetensors"
+
+
+def _read_tuned(path: Path) -> None:
+    from quantease import open_causal_lm
+    from quantease.model.quantize_model import open_quantized
+
+    with open_quantized(open_causal_lm(_model()), path.parents[2]).lm.loaded(0):
+        pass
 
 
 def _record(folder: Path) -> Path:
@@ -112,6 +124,7 @@ def _read_native(path: Path) -> None:
 
 READERS = [
     ("layer", _layer, _read_layer),
+    ("tuned scales and norms", _tuned, _read_tuned),
     ("run.json", _record, _read_record),
     ("report.json", _report, _inspect),
     ("jsonl", _rows, _read_text),

@@ -46,7 +46,7 @@ class DemoConfig:
 
     @classmethod
     def quick(cls) -> "DemoConfig":
-        """What two cores do in a minute or so.
+        """What two cores do in one to two minutes.
 
         Returns:
             Fewer tokens and two blocks.

@@ -118,7 +118,7 @@ def test_the_shift_helps_a_trained_model_and_never_hurts(bits, stories, stories_
     full = streamed_perplexity(lm, other)
     excess = {}
     for target in ("own", "full-precision"):
-        config = ModelConfig(LayerConfig(bits=bits), target=target)
+        config = ModelConfig(LayerConfig("gptq-descent", bits=bits), target=target, tune="none")
         run = quantize_model(lm, calibration, tmp_path / target, config)
         excess[target] = streamed_perplexity(run.lm, other) / full - 1
     assert excess["full-precision"] < excess["own"] * (0.8 if bits < 4 else 1.0) + 1e-3

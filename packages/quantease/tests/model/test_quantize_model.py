@@ -53,8 +53,7 @@ def test_layers_see_what_precedes_them(order, tiny_llama, tokens, tmp_path, buil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["rtn", "quantease"])
-def test_killed_run_resumes_to_identical_files(algorithm, tiny_llama, tokens, tmp_path):
+def test_killed_run_resumes_to_identical_files(tiny_llama, tokens, tmp_path):
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -68,17 +67,15 @@ def progress(done, total, name):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 tokens = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(1))
-tune = "model" if sys.argv[4] == "quantease" else "none"
-config = ModelConfig(LayerConfig(algorithm=sys.argv[4], bits=3), tune=tune, tune_steps=4)
+config = ModelConfig(LayerConfig(bits=3), tune="model", tune_steps=4)
 quantize_model(open_causal_lm(build("llama")), tokens, sys.argv[2], config, progress=progress)
 """
 
     for kill_at in (2, 11):  # in the middle of a group, then in a later block
         command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path / "killed")]
-        command += [str(kill_at), algorithm]
+        command += [str(kill_at)]
         assert subprocess.run(command, check=False, timeout=900).returncode == -signal.SIGKILL
-    tune = "model" if algorithm == "quantease" else "none"
-    config = ModelConfig(LayerConfig(algorithm=algorithm, bits=3), tune=tune, tune_steps=4)
+    config = ModelConfig(LayerConfig(bits=3), tune="model", tune_steps=4)
     lm = open_causal_lm(tiny_llama)
     quantize_model(lm, tokens, tmp_path / "whole", config)
     interrupted = contents(tmp_path / "killed")
@@ -160,23 +157,21 @@ def test_bad_tokens(bad, tiny_llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def rank_quantizes(rank: int, world_size: int, folder: str, tests: str, algorithm: str) -> float:
+def rank_quantizes(rank: int, world_size: int, folder: str, tests: str) -> float:
     build = runpy.run_path(str(Path(tests) / "conftest.py"))["build"]
 
     tokens = torch.randint(97, (4, 256), generator=torch.Generator().manual_seed(1)) % 64
-    tune = "model" if algorithm == "quantease" else "none"
-    config = ModelConfig(LayerConfig(algorithm=algorithm, bits=3), segment=32, tune=tune, tune_steps=4)
+    config = ModelConfig(LayerConfig(bits=3), segment=32, tune="model", tune_steps=4)
     run = quantize_model(open_causal_lm(build("opt")), tokens[:, :64], folder, config)
     return streamed_perplexity(run.lm, tokens[:, :64])
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("algorithm", ["rtn", "quantease"])
-def test_ranks_end_in_the_files_of_one_process(algorithm, tmp_path):
+def test_ranks_end_in_the_files_of_one_process(tmp_path):
     tests = str(Path(__file__).parents[1])
-    both = run_ranks(rank_quantizes, 2, str(tmp_path / "two"), tests, algorithm)
-    alone = run_ranks(rank_quantizes, 1, str(tmp_path / "one"), tests, algorithm)
+    both = run_ranks(rank_quantizes, 2, str(tmp_path / "two"), tests)
+    alone = run_ranks(rank_quantizes, 1, str(tmp_path / "one"), tests)
     assert both[0] == both[1] == alone[0]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 

@@ -19,7 +19,8 @@ from quantease.cli.options import quiet, stages
 def demo(quick: bool, bits: int, text: tuple[str, ...], out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Quantize a real language model, SmolLM2-135M, and see how well the methods do.
 
-    The full run takes an hour or so on two cores, --quick a few minutes; the same command continues after a kill.
+    The full run takes an hour or so on two cores, --quick (two of thirty blocks) one to two minutes, and more the first
+    time, when Python compiles torch and transformers. The same command continues after a kill.
     """
     from dataclasses import replace
 

@@ -124,8 +124,9 @@ class LayerStore:
         tuned = self.tuned(block)
         if tuned is None or name not in tuned.scales:
             return layer
-        check_tensor(f"tuned scales of {name}", tuned.scales[name], shape=tuple(layer.scales.shape), finite=True)
-        return replace(layer, scales=tuned.scales[name])
+        scales, shape = tuned.scales[name], tuple(layer.scales.shape)
+        check_tensor(f"tuned scales of {name}", scales, shape=shape, dtype=layer.scales.dtype, finite=True)
+        return replace(layer, scales=scales)
 
     def has_tuned(self, block: int | None = None) -> bool:
         """Whether a block was tuned.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from core_tensor.app.ranks import Ranks
+from core_tensor.checks import check_tensor
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -124,8 +125,9 @@ def put_norms(block: nn.Module, tuned: Tuned | None) -> None:
     """
     for name, value in ({} if tuned is None else tuned.norms).items():
         own = dict(block.named_parameters()).get(name)
-        if own is None or own.shape != value.shape:
-            raise ValueError(f"tuned norms: expected weights of the block's norms, got {name} {tuple(value.shape)}")
+        if own is None:
+            raise ValueError(f"tuned norms: expected weights of the block's norms, got {name}")
+        check_tensor(f"tuned norm {name}", value, shape=tuple(own.shape), dtype=own.dtype, finite=True)
         own.detach().copy_(value)
 
 
