@@ -164,3 +164,16 @@ def test_a_shift_matches_the_base_rate():
     y = (np.arange(2000) < 20).astype(float)
     p = 1 / (1 + np.exp(-fit_curve(z, y)(z)))
     assert p.mean() == pytest.approx(0.01, rel=1e-6)
+
+
+def test_a_few_clicks_move_the_present_curve_and_keep_its_shape():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=4000)
+    y = (rng.random(4000) < 1 / (1 + np.exp(-(0.4 * z - 4)))).astype(float)
+    assert 10 < y[:1000].sum() < 50
+    present = fit_curve(z, y, method="platt")
+    moved = fit_curve(z[:1000], y[:1000], present=present)
+    assert moved.method == "shift"
+    change = moved(z) - present(z)
+    np.testing.assert_allclose(change, change[0], atol=1e-9)
+    assert (1 / (1 + np.exp(-moved(z[:1000])))).mean() == pytest.approx(y[:1000].mean(), rel=1e-6)

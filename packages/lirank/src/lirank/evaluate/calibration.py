@@ -28,7 +28,7 @@ class Curve:
     method: str
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """Calibrated logits; beyond the ends the curve goes on with slope 1, and NaN stays NaN."""
+        """Calibrated logits; beyond the ends the curve continues with slope 1, and NaN stays NaN."""
         inside: np.ndarray = np.interp(logits, self.logits, self.values)
         inside += np.minimum(logits - self.logits[0], 0) + np.maximum(logits - self.logits[-1], 0)
         return inside
@@ -41,6 +41,7 @@ def fit_curve(
     method: Literal["auto", "shift", "platt", "isotonic"] = "auto",
     low: float = -12.0,
     high: float = 8.0,
+    present: Curve | None = None,
 ) -> Curve:
     """Fit a calibration curve to labels.
 
@@ -52,6 +53,8 @@ def fit_curve(
             isotonic curve (PAVA) otherwise.
         low: Lower end of the curve.
         high: Upper end of the curve.
+        present: The calibration in use, which a shift keeps and only moves: a few clicks say how often, not whether
+            the model's scores are too far apart. None for the identity.
 
     Returns:
         The curve on [low, high].
@@ -70,6 +73,9 @@ def fit_curve(
         method = "shift" if rare < _SHIFT else "platt" if rare < _LINE else "isotonic"
     if method == "isotonic":
         return _isotonic_curve(logits, labels, w, low, high)
+    if method == "shift" and present is not None:
+        _, shift = _line(present(logits), labels, w, slope=False)
+        return Curve(present.logits, present.values + shift, method)
     slope, shift = _line(logits, labels, w, slope=method == "platt")
     ends = np.array([low, high])
     return Curve(ends, slope * ends + shift, method)

@@ -9,7 +9,7 @@ import torch
 from core_tensor.app.files import atomic_path
 
 from lirank.data.batch import Batch
-from lirank.evaluate.calibration import fit_curve
+from lirank.evaluate.calibration import Curve, fit_curve
 from lirank.evaluate.metrics import report
 from lirank.layers.isotonic import IsotonicLayer
 from lirank.serve.compress import QuantizedTable
@@ -27,7 +27,8 @@ def recalibrate(
 ) -> dict[str, dict[str, Any]]:
     """Fit the isotonic layers to labels; the rest of the model stays as it is.
 
-    The first half of the rows fits a curve that the second half judges; the layer then gets the curve of all rows.
+    The first half of the rows fits a curve that the second half judges; the layer then gets the curve of all rows. With
+    few positives the curve of the layer is kept and only moved.
 
     Args:
         trained: The model, changed in place.
@@ -47,8 +48,10 @@ def recalibrate(
         layer = trained.model.network.calibration[t]
         assert isinstance(layer, IsotonicLayer)
         half = len(z) // 2
-        first = fit_curve(z[:half], y[:half], method=method, low=layer.low, high=layer.high)
-        curve = fit_curve(z, y, method=method, low=layer.low, high=layer.high)
+        edges = torch.linspace(layer.low, layer.high, layer.buckets + 1)
+        present = Curve(edges.double().numpy(), layer(edges).detach().double().numpy(), "present")
+        options: Any = {"method": method, "low": layer.low, "high": layer.high, "present": present}
+        first, curve = fit_curve(z[:half], y[:half], **options), fit_curve(z, y, **options)
         before = torch.sigmoid(layer(torch.from_numpy(z[half:]).float())).detach().numpy()
         found[label.name] = {
             "method": curve.method,
