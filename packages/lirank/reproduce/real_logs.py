@@ -1,21 +1,23 @@
-"""The full model, its parts, LightGBM and logistic regression on MovieLens-100k and Amazon; at least five seeds.
+"""The paper's components, LightGBM and logistic regression on MovieLens-100k, Amazon and Frappe.
 
-    python reproduce/real_logs.py [--seeds 5] [--work FOLDER]
+MovieLens and Amazon: the last tenth of each user's events tests, causal features come from strictly earlier rows, the
+tenth before chooses epochs and LightGBM's settings. `amazon_third` has the components on a third of the users.
+`amazon_by_time` tests on the last tenth of the time. Frappe: 32,000 of its rows with two random apps each as
+negatives, divided at random; it has no times, so no history and no popularity.
 
-Writes `results/real_logs.json`. The last tenth of each user's events tests, causal features come from strictly earlier
-rows, the tenth before chooses epochs and LightGBM's settings. Differences are between mean probabilities over seeds,
-with 95 % intervals of a paired bootstrap over users.
+Differences are between mean probabilities over seeds, with 95 % intervals of a paired bootstrap over users.
 """
 
-import argparse
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import logs
+import _logs
+import msgspec
 import numpy as np
 import torch
-from core_tensor.app.files import write_json
+from _study import Study, study
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import Split
 from lirank.evaluate import baseline
@@ -26,55 +28,151 @@ from lirank.model.config import ModelConfig
 from lirank.model.ranker import Ranker
 from lirank.train.loop import TrainConfig, Trainer, score
 
-RESULTS = Path(__file__).parent / "results" / "real_logs.json"
-MODELS: dict[str, tuple[int, ModelConfig]] = {
-    "low-rank DCN + MLP": (0, ModelConfig()),
-    "full DCN + MLP": (0, ModelConfig(cross="full")),
-    "Residual DCN + low-rank DCN + MLP": (0, ModelConfig(cross="residual")),
-    "+ dense gate": (0, ModelConfig(gate="dense")),
-    "+ large MLP (512, 256)": (0, ModelConfig(widths=(512, 256))),
-    "+ history": (12, ModelConfig()),
-    "+ history, Residual DCN, dense gate": (12, ModelConfig(cross="residual", gate="dense")),
+
+@dataclass(frozen=True)
+class Model:
+    """A network and how it is trained, with a history of some length or none."""
+
+    config: ModelConfig = field(default_factory=ModelConfig)
+    history: int = 0
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
+
+
+BASE, JUDGED, TUNED = "low-rank DCN + MLP", "+ history", "+ history, tuned"
+"""`JUDGED` is what the bar compares with LightGBM: fixed before anything ran; `TUNED` is chosen by validation rows."""
+
+MODELS = {
+    BASE: Model(),
+    "full DCN + MLP": Model(ModelConfig(cross="full")),
+    "Residual DCN + low-rank DCN + MLP": Model(ModelConfig(cross="residual")),
+    "+ dense gate": Model(ModelConfig(gate="dense")),
+    "+ large MLP (512, 256)": Model(ModelConfig(widths=(512, 256))),
+    JUDGED: Model(history=12),
+    "+ history, Residual DCN, dense gate": Model(ModelConfig(cross="residual", gate="dense"), 12),
 }
-BASE = "low-rank DCN + MLP"
-
-JUDGED = "+ history"
-"""The model that the bar compares with LightGBM, fixed before anything ran; the test rows chose none."""
-
-
-def fit(prepared: Prepared, config: ModelConfig, seed: int, folder: Path) -> np.ndarray:
-    """Probabilities of the test rows, shape (n,)."""
-    encoder = prepared.encoder()
-    torch.manual_seed(seed)
-    model = Ranker(encoder, config)
-    train, test = prepared.log("train"), prepared.log("test")
-    assert train is not None
-    assert test is not None
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        Trainer(model, encoder, TrainConfig(epochs=8, seed=seed)).fit(train, prepared.log("valid"), Path(scratch))
-    found: np.ndarray = score(model, encoder, test)["p"][:, 0]
-    return found
+_GENTLE = TrainConfig(epochs=8, row_lr=1e-3)
+SETTINGS = (
+    MODELS[JUDGED],
+    Model(ModelConfig(dropout=0.2), 12),
+    Model(ModelConfig(dropout=0.2), 12, _GENTLE),
+    Model(ModelConfig(dropout=0.2), 30, _GENTLE),
+)
+"""What validation logloss chooses `TUNED` from: as many settings as LightGBM has."""
 
 
-def evidence(name: str, seeds: int, work: Path, split: Split, models: list[str]) -> dict[str, Any]:
-    """All models on one log; the last one is what LightGBM is compared with."""
-    path = logs.write(name, work)
-    prepared = {
-        length: prepare(ParquetLog.open(path), logs.schema(name, length), split, work / f"{name}-{split.kind}-{length}")
-        for length in {MODELS[m][0] for m in models}
-    }
-    plain = prepared[min(prepared)]
-    encoder = plain.encoder()
-    train, valid, test = (
-        baseline.load_rows(encoder, log) for part in ("train", "valid", "test") if (log := plain.log(part))
-    )
-    assert test.batch.group is not None
-    y, groups = test.label, test.batch.group.numpy()
-    scores = {"logistic regression": [baseline.logistic_regression(encoder.layout, train, valid, test)]}
-    scores["LightGBM"] = [baseline.lightgbm(encoder.layout, train, valid, test, seed)[0] for seed in range(seeds)]
-    for model in models:
-        length, config = MODELS[model]
-        scores[model] = [fit(prepared[length], config, seed, work) for seed in range(seeds)]
+@dataclass(frozen=True)
+class Log:
+    """A log, how it is divided, and what is tried on it."""
+
+    source: str
+    split: Split
+    models: tuple[str, ...]
+    share: float = 1.0
+
+
+_USER = Split("user", 0.1, 0.1, future=True)
+_WITHOUT_TIME = tuple(name for name, model in MODELS.items() if not model.history)
+LOGS = {
+    "movielens": Log("movielens", _USER, tuple(MODELS)),
+    "movielens_tuned": Log("movielens", _USER, (BASE, JUDGED, TUNED)),
+    "amazon": Log("amazon", _USER, (BASE, JUDGED)),
+    "amazon_third": Log("amazon", _USER, tuple(MODELS), share=1 / 3),
+    "amazon_by_time": Log("amazon", Split("time"), (BASE, JUDGED)),
+    "frappe": Log("frappe", Split("random"), _WITHOUT_TIME, share=1 / 3),
+}
+
+
+class Bench:
+    """Prepared rows of one log, and scores on its test rows."""
+
+    def __init__(self, name: str, options: Study, work: Path) -> None:
+        log = LOGS[name]
+        share = log.share / 6 if options.quick else log.share
+        self.log, self.options, self.work = log, options, work
+        self.path = _logs.write(log.source, work, share)
+        self.key = {"log": log.source, "share": share, "split": repr(log.split)}
+        self.plain = self.prepared(0)
+        encoder = self.plain.encoder()
+        parts = {part: self.plain.log(part) for part in ("train", "valid", "test")}
+        self.rows = {part: baseline.load_rows(encoder, rows) for part, rows in parts.items() if rows is not None}
+        self.layout = encoder.layout
+
+    def prepared(self, history: int) -> Prepared:
+        """The log with a history of some length."""
+        folder = self.work / f"{self.path.stem}-{self.log.split.kind}-{history}"
+        return prepare(ParquetLog.open(self.path), _logs.schema(self.log.source, history), self.log.split, folder)
+
+    def linear(self) -> list[np.ndarray]:
+        """Logistic regression, whose solver draws nothing at random."""
+        train, valid, test = self.rows["train"], self.rows["valid"], self.rows["test"]
+        key = {**self.key, "name": "logistic regression"}
+        return [self.options.scores(key, lambda: baseline.logistic_regression(self.layout, train, valid, test))]
+
+    def trees(self) -> list[np.ndarray]:
+        """LightGBM: the validation rows choose a setting once, which every seed takes if it draws at random."""
+        train, valid, test = self.rows["train"], self.rows["valid"], self.rows["test"]
+        settings = baseline.TREES[:1] if self.options.quick else baseline.TREES
+
+        def fit(seed: int, tried: Any) -> np.ndarray:
+            p, setting = baseline.lightgbm(self.layout, train, valid, test, seed, tried)
+            number = next(i for i, kept in enumerate(settings) if kept.items() <= setting.items())
+            return np.append(p, number)  # a finished run knows its setting
+
+        def cached(seed: int, tried: Any) -> np.ndarray:
+            key = {**self.key, "name": "LightGBM", "settings": len(tried), "seed": seed}
+            return self.options.scores(key, lambda: fit(seed, tried))
+
+        found = [cached(0, settings)]
+        chosen = settings[int(found[0][-1])]
+        if "feature_fraction" in chosen:
+            found += [cached(seed, (chosen,)) for seed in range(1, self.options.seeds)]
+        return [p[:-1] for p in found]
+
+    def network(self, name: str, model: Model, part: str = "test") -> list[np.ndarray]:
+        """A model of ours on the rows of a part, one entry per seed."""
+        settings = {**model.config.to_dict(), "history": model.history, **model.training.to_dict()}
+        count = self.options.seeds if part == "test" else 1
+        return [
+            self.options.scores(
+                {**self.key, "name": name, "part": part, **settings, "seed": seed},
+                lambda seed=seed: self._fit(model, seed, part),
+            )
+            for seed in range(count)
+        ]
+
+    def _fit(self, model: Model, seed: int, part: str) -> np.ndarray:
+        prepared = self.prepared(model.history)
+        encoder, train, judged = prepared.encoder(), prepared.log("train"), prepared.log(part)
+        assert train is not None
+        assert judged is not None
+        torch.manual_seed(seed)
+        ranker = Ranker(encoder, model.config)
+        epochs = 2 if self.options.quick else model.training.epochs
+        training = msgspec.structs.replace(model.training, seed=seed, epochs=epochs)
+        with tempfile.TemporaryDirectory(dir=self.work) as scratch:
+            Trainer(ranker, encoder, training).fit(train, prepared.log("valid"), Path(scratch))
+        found: np.ndarray = score(ranker, encoder, judged)["p"][:, 0]
+        return found
+
+    def tuned(self) -> tuple[Model, list[float]]:
+        """The setting with the best validation logloss of one seed, and the loglosses."""
+        y = self.rows["valid"].label
+        losses = [logloss(self.network(f"setting {n}", m, "valid")[0], y) for n, m in enumerate(SETTINGS)]
+        return SETTINGS[int(np.argmin(losses))], losses
+
+
+def evidence(name: str, options: Study, work: Path) -> dict[str, Any]:
+    """All models on one log."""
+    bench = Bench(name, options, work)
+    y, group = bench.rows["test"].label, bench.rows["test"].batch.group
+    groups = None if group is None else group.numpy()
+    scores = {"logistic regression": bench.linear(), "LightGBM": bench.trees()}
+    found: dict[str, Any] = {"rows": bench.plain.rows, "seeds": options.seeds}
+    for model in bench.log.models:
+        if model == TUNED:
+            chosen, found["settings_logloss"] = bench.tuned()
+            found["chosen"] = SETTINGS.index(chosen)
+        scores[model] = bench.network(model, chosen if model == TUNED else MODELS[model])
         print(name, model, [round(auc(p, y) or 0.0, 4) for p in scores[model]], flush=True)
     mean = {model: np.mean(p, axis=0) for model, p in scores.items()}
     rows = []
@@ -86,34 +184,26 @@ def evidence(name: str, seeds: int, work: Path, split: Split, models: list[str])
             "logloss": float(np.mean([logloss(q, y) for q in p])),
         }
         for other, key in (("LightGBM", "vs_lightgbm"), (BASE, "vs_base")):
-            found = compare(mean[model], mean[other], y, groups, draws=300).auc if model != other else None
-            ends = (None,) * 3 if found is None else (found.value, found.low, found.high)
+            result = compare(mean[model], mean[other], y, groups, draws=300).auc if model != other else None
+            ends = (None,) * 3 if result is None else (result.value, result.low, result.high)
             row |= dict(zip((key, f"{key}_low", f"{key}_high"), ends, strict=True))
         rows.append(row)
     by_model = {row["model"]: row for row in rows}
-    full = by_model[JUDGED]
-    return {
-        "rows": {part: plain.rows[part] for part in plain.rows},
-        "seeds": seeds,
-        "models": rows,
-        "auc_vs_lightgbm": full["auc"] - by_model["LightGBM"]["auc"],
-        "logloss_vs_lightgbm": full["logloss"] - by_model["LightGBM"]["logloss"],
-    }
+    found["models"] = rows
+    for model, suffix in ((JUDGED, ""), (TUNED, "_tuned")):
+        if model in by_model:
+            for metric in ("auc", "logloss"):
+                found[f"{metric}_vs_lightgbm{suffix}"] = by_model[model][metric] - by_model["LightGBM"][metric]
+    return found
+
+
+def main() -> None:
+    """Run the logs that are asked for."""
+    options = study(__doc__, tuple(LOGS))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.only or LOGS:
+            options.update("real_logs.json", {name: evidence(name, options, Path(scratch))})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--work", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        work = options.work or Path(scratch)
-        work.mkdir(exist_ok=True, parents=True)
-        user = Split("user", 0.1, 0.1, future=True)
-        found = {"movielens": evidence("movielens", options.seeds, work, user, list(MODELS))}
-        write_json(RESULTS, found)
-        found["amazon"] = evidence("amazon", options.seeds, work, user, [BASE, "+ history"])
-        write_json(RESULTS, found)
-        found["amazon_by_time"] = evidence("amazon", options.seeds, work, Split("time"), [BASE, "+ history"])
-        write_json(RESULTS, found)
+    main()

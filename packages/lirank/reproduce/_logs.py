@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,6 +44,21 @@ features:
 - {kind: popularity, name: brand_rate, key: [brand], label: liked}
 """
 )
+FRAPPE = """
+group: user
+labels: [{name: used}]
+features:
+- {kind: id, name: user, rows: 4096}
+- {kind: id, name: item, rows: 16384}
+- {kind: id, name: daytime, type: string, rows: 64}
+- {kind: id, name: weekday, type: string, rows: 64}
+- {kind: id, name: isweekend, type: string, rows: 16}
+- {kind: id, name: homework, type: string, rows: 16}
+- {kind: id, name: cost, type: string, rows: 16}
+- {kind: id, name: weather, type: string, rows: 64}
+- {kind: id, name: country, type: string, rows: 512}
+- {kind: id, name: city, rows: 1024}
+"""
 HISTORY = "- {kind: history, name: seen, key: user, item: item, action: liked, length: %d}\n"
 
 
@@ -68,17 +84,35 @@ def amazon() -> pa.Table:
     return _ordered(joined)
 
 
+def frappe() -> pa.Table:
+    """Frappe's app uses, each followed by two random apps in the same context as negatives."""
+    used = pq.read_table(_path("frappe.parquet")).to_pandas().drop(columns="cnt")
+    random, items = np.random.default_rng(0), used["item"].nunique()
+    pieces = [used.assign(used=1)]
+    for _ in range(2):
+        shift = random.integers(1, items, size=len(used))  # another app than the one that was used
+        pieces.append(used.assign(used=0, item=(used["item"] + shift) % items))
+    rows = pd.concat(pieces).sort_index(kind="stable")
+    return pa.Table.from_pandas(rows, preserve_index=False)
+
+
 def schema(name: str, history: int = 0) -> Schema:
-    """The schema of `movielens` or `amazon`, with a history of some length or none."""
-    text = {"movielens": MOVIELENS, "amazon": AMAZON}[name]
+    """The schema of `movielens`, `amazon` or `frappe`, with a history of some length or none."""
+    text = {"movielens": MOVIELENS, "amazon": AMAZON, "frappe": FRAPPE}[name]
     return parse_schema(text + (HISTORY % history if history else ""))
 
 
-def write(name: str, folder: Path) -> Path:
-    """One of the logs as a Parquet file."""
-    path = folder / f"{name}.parquet"
+def write(name: str, folder: Path, share: float = 1.0) -> Path:
+    """One of the logs as a Parquet file, or all rows of a random share of its users."""
+    path = folder / (f"{name}.parquet" if share == 1 else f"{name}-{share:.3f}.parquet")
     if not path.exists():
-        pq.write_table({"movielens": movielens, "amazon": amazon}[name](), path)
+        log = {"movielens": movielens, "amazon": amazon, "frappe": frappe}[name]()
+        if share < 1:
+            users = np.asarray(log["user"])
+            known = np.unique(users)
+            kept = np.random.default_rng(0).permutation(known)[: round(share * len(known))]
+            log = log.filter(pa.array(np.isin(users, kept)))
+        pq.write_table(log, path)
     return path
 
 
