@@ -183,7 +183,7 @@ def sweep(
 @main.command()
 @click.option("--models", default=",".join(MODELS), help="Comma-separated, out of: " + ", ".join(MODELS) + ".")
 @click.option("--micro-batches", "counts", default="2,4,8,16", help="Numbers of micro-batches.")
-@click.option("--modes", default="ghost,sequential", help="Comma-separated, out of: " + ", ".join(MODES) + ".")
+@click.option("--modes", default="ghost,chained,sequential", help="Comma-separated, out of: " + ", ".join(MODES) + ".")
 @click.option("--repeats", default=5, type=click.IntRange(1), help="Rounds; every engine takes a turn in each.")
 @threads_option
 @plot_option

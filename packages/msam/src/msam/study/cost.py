@@ -48,7 +48,7 @@ def stepper(model: nn.Module, batch: tuple[Tensor, Tensor], mode: str, num_micro
     Args:
         model: The model.
         batch: Inputs and labels.
-        mode: `"plain"`, or an engine.
+        mode: `"plain"`, an engine, or `"chained"`: ghost mode with a chained ascent.
         num_micro_batches: Micro-batches m.
 
     Returns:
@@ -63,7 +63,11 @@ def stepper(model: nn.Module, batch: tuple[Tensor, Tensor], mode: str, num_micro
             sgd.step()
 
         return plain
-    optimizer = MSAM(model, torch.optim.SGD, lr=1e-4, num_micro_batches=num_micro_batches, mode=mode)  # type: ignore[arg-type]
+    chained = mode == "chained"
+    optimizer = MSAM(
+        model, torch.optim.SGD, lr=1e-4, num_micro_batches=num_micro_batches,
+        mode="ghost" if chained else mode, ascent="chained" if chained else "full",  # type: ignore[arg-type]
+    )  # fmt: skip
 
     def step() -> None:
         optimizer.step(lambda part: mean_loss(model, part), batch)
@@ -89,7 +93,7 @@ def ratios(name: str, counts: Sequence[int], modes: Iterable[str] = MODES, repea
         for m in counts:
             steps[mode, m] = stepper(copy.deepcopy(model), batch, mode, m)
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
-    for step in steps.values():  # ghost proves the model at its first step
+    for step in steps.values():
         step()
     start = time.process_time()
     steps["plain", 0]()

@@ -9,5 +9,5 @@ TASKS = ("digits", "mnist1d", "mnist", "cifar", "polarity")
 MODELS = ("mlp", "large-mlp", "transformer", "cnn")
 """Models whose steps are timed."""
 
-MODES = ("ghost", "sequential", "vmap")
-"""Engines whose steps are timed."""
+MODES = ("ghost", "chained", "sequential", "vmap")
+"""What is timed: the engines, and ghost mode with a chained ascent."""

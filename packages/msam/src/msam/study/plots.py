@@ -136,7 +136,12 @@ def cost(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title:
         title: Heading.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
-    colours = {"ghost": COLOURS["msam"], "sequential": COLOURS["sam"], "vmap": COLOURS["half"]}
+    colours = {
+        "ghost": COLOURS["msam"],
+        "sequential": COLOURS["sam"],
+        "vmap": COLOURS["half"],
+        "chained": COLOURS["chained"],
+    }
     figure, axes = pyplot("msam[plot]").subplots(1, len(models), figsize=(4.4 * len(models) + 0.6, 3.8), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         own = [row for row in rows if row["model"] == model]
