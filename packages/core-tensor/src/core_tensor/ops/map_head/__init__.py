@@ -49,6 +49,7 @@ _map_head_backward = operator(
     reference=reference.map_head_backward,
     fake=_fake_backward,
     cpu=cpu.map_head_backward,
+    cuda="core_tensor.ops.map_head.triton:map_head_backward",
 )
 
 
@@ -70,6 +71,7 @@ _map_head = operator(
     reference=reference.map_head,
     fake=_fake,
     cpu=cpu.map_head,
+    cuda="core_tensor.ops.map_head.triton:map_head",
     setup_context=_setup_context,
     backward=_backward,
 )
