@@ -7,6 +7,7 @@ from core_tensor.app.exports import lazy
 if TYPE_CHECKING:
     from polytope_lp.general.block_lp import BlockLP
     from polytope_lp.general.block_solution import BlockSolution, linprog_blocks
+    from polytope_lp.general.mps import MpsModel, read_mps
     from polytope_lp.general.ridge import ridge_allocation
     from polytope_lp.many import solve_many
     from polytope_lp.matching.generate import Marketplace, generate
@@ -43,6 +44,7 @@ __all__ = [
     "Columns",
     "Marketplace",
     "MatchingProblem",
+    "MpsModel",
     "Options",
     "OraclePolytope",
     "Parity",
@@ -61,6 +63,7 @@ __all__ = [
     "linprog_blocks",
     "open_packed",
     "pack",
+    "read_mps",
     "read_problem",
     "ridge_allocation",
     "simplex",

@@ -208,7 +208,7 @@ def recompute(problem: "MatchingProblem", x: Array | Amounts, lam: Array, *, gre
             upper = np.broadcast_to(part.upper.numpy().astype(np.float64), (part.variables,))
         inside = bounding[rows] & (a > 0)
         room = np.where(inside, b[rows] / np.where(inside, a, 1.0), np.inf).min(1, initial=np.inf)
-        limit = np.minimum(np.minimum(upper, cap[np.repeat(np.arange(cap.size), np.diff(starts))] / weight), room)
+        limit = np.minimum(np.minimum(upper, _by_variable(cap, starts) / weight), room)
         pays = np.maximum(-cost, 0.0) if shrinks else np.abs(cost)
         unit = max(unit, float((pays * limit).max(initial=0.0)))
         if not shrinks:
@@ -248,8 +248,8 @@ def capped_excess(
     Returns:
         Greatest excess over a bound relative to the bound, or over a cut relative to the cap; below zero, absolute.
     """
-    block = np.repeat(np.arange(cap.size), np.diff(starts))
-    used = np.bincount(block, weight * x, cap.size)
+    used, filled = np.zeros(cap.size), np.flatnonzero(np.diff(starts) > 0)
+    used[filled] = np.add.reduceat(weight * x, starts[filled]) if filled.size else 0.0
     over = np.abs(used - cap) * (np.diff(starts) > 0) if equality else used - cap
     over = np.where(over > 0, over / np.where(np.isfinite(cap) & (cap > 0), cap, 1.0), 0.0)
     bound = np.where(np.isfinite(upper), upper, x)  # no bound is above any amount
@@ -271,22 +271,22 @@ def capped_least(r: Array, starts: NDArray[np.int64], cap: Array, upper: Array, 
     Returns:
         The sum.
     """
-    block = np.repeat(np.arange(cap.size), np.diff(starts))
-    w, u = weight, np.minimum(upper, cap[block] / weight)
+    caps, w = _by_variable(cap, starts), weight
+    u = np.minimum(upper, caps / w)
     if not equality and not np.isfinite(cap).any():
         return float((np.minimum(r, 0.0) * u).sum())  # boxes
     # A block whose best item alone uses up the cap takes nothing else; one without an item that pays takes nothing.
     filled = np.flatnonzero(np.diff(starts) > 0)
     q, least, done = r / w, np.zeros(cap.size), np.ones(cap.size, dtype=bool)
     least[filled] = np.minimum.reduceat(q, starts[filled]) if filled.size else 0.0
-    enough = (q == least[block]) & (upper >= cap[block] / w)
+    enough = (q == _by_variable(least, starts)) & (upper >= caps / w)
     done[filled] = np.logical_or.reduceat(enough, starts[filled]) if filled.size else True
     if not equality:
         least = np.minimum(least, 0.0)
         done |= least == 0.0
     done &= np.isfinite(cap)
     total = float((least * np.where(done, cap, 0.0))[done].sum())
-    rest = ~done[block]
+    rest = _by_variable(~done, starts)
     if not rest.any():
         return total
     lengths = np.diff(starts)[~done]
@@ -301,6 +301,13 @@ def capped_least(r: Array, starts: NDArray[np.int64], cap: Array, upper: Array, 
     before = _running(take, starts) - take
     left = np.maximum(cap[block[order]] - before, 0.0)
     return total + float(((r / w)[order] * np.minimum(take, left)).sum())
+
+
+def _by_variable(values: NDArray[Any], starts: NDArray[np.int64]) -> NDArray[Any]:
+    # What belongs to the blocks, for each of their variables; one value for all is not spread out.
+    if values.strides == (0,):
+        return np.broadcast_to(values[:1], (int(starts[-1]),)) if values.size else values
+    return np.repeat(values, np.diff(starts))
 
 
 def _fillable(tight: Array, upper: Array, starts: NDArray[np.int64], cap: Array, weight: Array) -> Array:
