@@ -18,8 +18,6 @@ def test_triton_serves_all_on_cuda_but_what_the_docs_name():
         "assignment",
         "project_assignment",
         "dual_bounds",
-        "map_head",
-        "map_head_backward",
         "quantized_gather",
         "row_update",
         "stable_hash",
