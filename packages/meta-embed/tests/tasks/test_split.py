@@ -88,6 +88,19 @@ def test_the_share_of_cold_episodes():
     assert none.support.max() == 8
 
 
+@pytest.mark.parametrize(("weighting", "power"), [("events", 1.0), ("sqrt", 0.5), ("tasks", 0.0)])
+def test_what_a_task_counts(weighting, power):
+    log = _log([2, 9, 20, 5])
+    options = EpisodeOptions(3, 3, 40, 0.5, weighting)
+    for batch, weight in epoch(log, options, np.random.default_rng(1)):
+        lengths = batch.query.lengths.double()
+        counted = [float(w.sum()) for w in batch.query.w.double().split(batch.query.lengths.tolist())]
+        assert counted == pytest.approx((lengths**power).tolist(), rel=1e-6)
+        assert weight == pytest.approx(sum(counted), rel=1e-6)
+    weightless = dataclasses.replace(log, w=np.zeros_like(log.w))
+    assert not list(epoch(weightless, options, np.random.default_rng(1)))
+
+
 def test_ranks_share_the_tasks_of_every_batch():
     log = _log([9] * 11)
     options = EpisodeOptions(4, 3, 3, 0.2)

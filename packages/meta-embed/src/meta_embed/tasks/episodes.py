@@ -1,14 +1,19 @@
 """Training tasks: every member's history cut at a random point, some at its very beginning."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
 
 import msgspec
 import numpy as np
+import torch
 
 from meta_embed.tasks.encode import Array
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.ragged import TaskBatch, task_batch
 from meta_embed.tasks.split import Split, known_before
+
+_POWERS = {"events": 1.0, "sqrt": 0.5, "tasks": 0.0}
 
 
 class EpisodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,12 +24,15 @@ class EpisodeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         support: Events of a support at most, the latest before the cut.
         query: Events of a query at most, the first behind the cut.
         cold: Share of tasks without a support, so that the unadapted vector is trained as the cold start.
+        weighting: What a task with a query of n events counts in the outer loss: `events`, n; `sqrt`, its square root;
+            `tasks`, one.
     """
 
     tasks: int = 64
     support: int = 32
     query: int = 40
     cold: float = 0.2
+    weighting: Literal["events", "sqrt", "tasks"] = "events"
 
     def __post_init__(self) -> None:
         """Refuse settings that make no task."""
@@ -51,7 +59,7 @@ def draw(events: Events, members: Array, options: EpisodeOptions, rng: np.random
     size = np.floor(np.exp(rng.random(len(members)) * np.log(longest + 1.0))).astype(np.int64)
     size = np.where((rng.random(len(members)) < options.cold) | (longest < 1), 0, np.minimum(size, longest))
     begin = events.offsets[:-1][members]
-    # the cut lies where a history of this size ends; a full support may end anywhere later
+    # the cut is where a history of this size ends; a full support may end anywhere later
     slack = np.where(size == options.support, counts - 1 - size, 0)
     shift = np.floor(rng.random(len(members)) * (slack + 1)).astype(np.int64)
     cut = begin + size + shift
@@ -72,7 +80,7 @@ def epoch(
         size: Number of processes.
 
     Yields:
-        This process's tasks of the next batch, and the weight of all processes' tasks: their query weights in all.
+        This process's tasks of the next batch, and what all processes' tasks count together.
     """
     order = rng.permutation(len(events))
     for first in range(0, len(order), options.tasks):
@@ -81,14 +89,19 @@ def epoch(
         if total == 0:
             continue
         ends = np.concatenate([[0], events.w.cumsum(dtype=np.float64)])
-        weight = float((ends[split.query_start + split.query] - ends[split.query_start]).sum())
+        asked = ends[split.query_start + split.query] - ends[split.query_start]  # (T,)
+        counted = np.where(asked > 0, asked ** _POWERS[options.weighting], 0.0)
+        if not counted.sum() > 0:  # nothing to learn from
+            continue
         own = slice(total * rank // size, total * (rank + 1) // size)
-        yield (
-            task_batch(
-                events,
-                split.members[own],
-                (split.support_start[own], split.support[own]),
-                (split.query_start[own], split.query[own]),
-            ),
-            weight,
+        batch = task_batch(
+            events,
+            split.members[own],
+            (split.support_start[own], split.support[own]),
+            (split.query_start[own], split.query[own]),
         )
+        if options.weighting != "events":
+            scale = np.divide(counted, asked, out=np.zeros(total), where=asked > 0)[own]
+            by_row = np.repeat(scale, split.query[own]).astype(np.float32)
+            batch = replace(batch, query=replace(batch.query, w=batch.query.w * torch.from_numpy(by_row)))
+        yield batch, float(counted.sum())
