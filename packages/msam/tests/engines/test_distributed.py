@@ -36,15 +36,17 @@ def train(model, module, batches, **options):
 
 
 CASES = (
-    ("ddp", "sequential", 1),
-    ("ddp", "sequential", 3),
-    ("ddp", "ghost", 3),
-    ("fsdp", "ghost", 1),
-    ("fsdp", "ghost", 3),
+    ("ddp", "sequential", 1, "full"),
+    ("ddp", "sequential", 3, "full"),
+    ("ddp", "ghost", 3, "full"),
+    ("ddp", "ghost", 3, "chained"),
+    ("fsdp", "ghost", 1, "full"),
+    ("fsdp", "ghost", 3, "full"),
+    ("fsdp", "ghost", 3, "chained"),
 )
 
 
-def one_rank(rank, world_size, kind, mode, micro_batches):
+def one_rank(rank, world_size, kind, mode, micro_batches, ascent):
     x, y = data()
     size = 12 // world_size
     mine = (x[rank * size : (rank + 1) * size], y[rank * size : (rank + 1) * size])
@@ -55,7 +57,7 @@ def one_rank(rank, world_size, kind, mode, micro_batches):
         for part in (model[1], model[3]):
             fully_shard(part)
         module = fully_shard(model)
-    return train(model, module, [mine] * 3, num_micro_batches=micro_batches, mode=mode)
+    return train(model, module, [mine] * 3, num_micro_batches=micro_batches, mode=mode, ascent=ascent)
 
 
 def refused(model):
@@ -91,7 +93,9 @@ def ranks():
 @pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_two_ranks_equal_one_process_with_twice_the_micro_batches(ranks, case):
     model = small_transformer()
-    truth, _, norms = train(model, model, [data()] * 3, num_micro_batches=2 * case[2], mode="sequential")
+    truth, _, norms = train(
+        model, model, [data()] * 3, num_micro_batches=2 * case[2], mode="sequential", ascent=case[3]
+    )
     found = [results[case] for results, _, _ in ranks]
     for weights, used, _ in found:
         assert used == case[1]

@@ -111,20 +111,25 @@ class Ghost:
         state: State,
     ) -> Piece:  # fmt: skip
         """A step of a chained ascent: the last step's gradients are the directions, this one's those of the next."""
-        self._chain.follow(tracked.parameters)
-        gradients, weights = self._chain.take(stretch.first, stretch.count)
-        plan = Plan(tracked, gradients.copy())
-        plan.finish()
-        if not all(map(math.isfinite, plan.norms)):  # as after a step that a GradScaler has skipped
-            plan = Plan(tracked, gradients.without([j for j, n in enumerate(plan.norms) if not math.isfinite(n)]))
-            plan.finish()
-        told = plan.per_micro_batch([norm / factor for norm, factor in zip(plan.norms, weights, strict=True)])
+        plan, told = self._followed(stretch, tracked)
         tape = Tape(_index_of(tracked), stretch.count, RULES, plan, keep=True)
         late = self._descend(tape, loss_fn, stretch, tracked, scale, weight, state)
         factor = weight if scale is None else weight * float(scale(torch.ones((), device=late.device)))
         assert tape.found is not None
         self._chain.put(stretch.first, tape.found, [factor * share or 1.0 for share in stretch.shares])
         return Piece("ghost", late, late, told)
+
+    def _followed(self, stretch: Stretch, tracked: Tracked) -> tuple[Plan, Tensor]:
+        """Directions along the gradients of the last step, and the norms of these, shape (m,)."""
+        self._chain.follow(tracked.parameters)
+        gradients, weights = self._chain.take(stretch.first, stretch.count)
+        plan = Plan(tracked, gradients.copy())
+        plan.finish()
+        lost = [j for j, norm in enumerate(plan.norms) if not math.isfinite(norm)]
+        if lost:  # as after a step that a GradScaler has skipped
+            plan = Plan(tracked, gradients.without(lost))
+            plan.finish()
+        return plan, plan.per_micro_batch([norm / factor for norm, factor in zip(plan.norms, weights, strict=True)])
 
     def _descend(
         self, tape: Tape, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, scale: Scale | None,
