@@ -23,11 +23,22 @@ def test_one_training_judges_every_number_of_epochs(trained):
     assert chosen.columns == trained.config.columns
 
 
-def test_patience():
+def test_patience_grows_with_what_it_took():
     assert still_improving([3.0])
-    assert still_improving([3.0, 2.0, 2.5])
-    assert not still_improving([3.0, 2.0, 2.5, 2.1])
-    assert still_improving([3.0, 2.0, 2.5, 1.9])
+    assert still_improving([3.0, 4.0])
+    assert not still_improving([3.0, 4.0, 4.0])
+    rest = [
+        9.0,
+        8.0,
+        7.0,
+        6.0,
+        6.1,
+        6.1,
+        6.1,
+    ]  # the fourth epoch was the best, so four more may come without a better one
+    assert still_improving(rest)
+    assert not still_improving([*rest, 6.1])
+    assert still_improving([*rest, 5.9, 6.0, 6.0])
 
 
 def test_a_judge_ends_the_training(trained):

@@ -17,7 +17,7 @@ from meta_embed.train.warm import TableOptions, train_table
 PRECISIONS = (3.0, 10.0, 30.0)
 EPOCHS = 25
 PATIENCE = 2
-"""Epochs without a better loss before a trial ends."""
+"""Epochs without a better loss before a trial ends, at least."""
 
 
 def tune(
@@ -91,14 +91,17 @@ def with_warm_start(config: Config, precision: float, epochs: int) -> Config:
 
 
 def still_improving(losses: Sequence[float], patience: int = PATIENCE) -> bool:
-    """Whether the lowest loss is among the last few.
+    """Whether a lower loss may still come: not after as many epochs again as led to the lowest one.
+
+    A loss that rests while item and member vectors grow from almost nothing falls again later; one that overfits from
+    its second epoch on is not watched for long.
 
     Args:
         losses: One per epoch.
-        patience: How many count as the last few.
+        patience: Epochs to wait at least.
 
     Returns:
-        False once `patience` epochs in a row were no better.
+        Whether to go on.
     """
     best = min(range(len(losses)), key=losses.__getitem__)
-    return len(losses) - 1 - best < patience
+    return len(losses) - 1 - best < max(patience, best + 1)
