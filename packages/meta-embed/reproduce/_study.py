@@ -34,7 +34,7 @@ from meta_embed.train.outer import fit
 from meta_embed.train.tune import tune
 
 QUERY, START = 40, 32
-PRECISIONS = (3.0, 10.0, 30.0)
+PRECISIONS = (1.0, 3.0, 10.0, 30.0)
 """Of a member's prior, for the MAP head and for the rows of ID models."""
 SUPPORTS = tuple(n for n in SIZES if n > 0)
 

@@ -75,10 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     options, out, work = _study.arguments(parser, RESULTS, _study.__file__, __file__)
-    worlds = [
-        one_world(400 if options.quick else 1000, seed, work, options.quick)
-        for seed in range(1 if options.quick else options.seeds)
-    ]
+    worlds: list[dict[str, _study.Found]] = []
+    for seed in range(1 if options.quick else options.seeds):
+        worlds.append(one_world(400 if options.quick else 1500, seed, work, options.quick))
+        write_json(out, report(worlds))
     found = report(worlds)
     shown = {name: LABELS[name] for name in ("none", "maml", "map", "oracle")}
     rows = [{"support": n, **{f"{row['key']}_auc": row[f"auc{n}"] for row in found["rows"]}} for n in SIZES]
