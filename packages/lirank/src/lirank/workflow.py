@@ -10,11 +10,13 @@ import pyarrow as pa
 import torch
 from core_tensor.app.cli import progress
 from core_tensor.app.extras import require
+from core_tensor.app.ranks import ALONE, Ranks
 
 from lirank.data.batch import Batch
 from lirank.data.ordering import closed_early, in_time_order
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import Split
+from lirank.distributed.tables import ShardedTable
 from lirank.evaluate import baseline
 from lirank.evaluate.compare import compare
 from lirank.evaluate.metrics import auc_interval, report
@@ -26,8 +28,9 @@ from lirank.model.ranker import Ranker
 from lirank.schema.columns import column_of, decoded
 from lirank.schema.features import Schema
 from lirank.serve import deploy
+from lirank.train import checkpoint
 from lirank.train.incremental import Start, accumulate, hand_over, known, prior_of
-from lirank.train.loop import TrainConfig, Trainer
+from lirank.train.loop import BEST, TrainConfig, Trainer
 from lirank.train.loop import evaluate as evaluate_log
 from lirank.train.run import CURVATURE, DATA, SAMPLE, SAMPLE_ROWS, TrainedModel, part_rows
 
@@ -44,6 +47,7 @@ def train_run(
     *,
     start: Start | None = None,
     now: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Prepare a log, train on it, save the model, and measure it.
 
@@ -56,16 +60,29 @@ def train_run(
         folder: The run's folder; what an earlier process left there is continued.
         start: An earlier run to go on from, whose network stays the network; None trains from nothing.
         now: Time of the log's export, for labels that arrive later; None takes the latest time in the log.
+        ranks: Processes that share the batches and the rows of the table; all see the same folder.
 
     Returns:
         Rows of each part, notes, epochs, and metrics of the validation and test rows; of a run that goes on from
         another, also the metrics of that other one on the same test rows, as `before`.
+
+    Raises:
+        ValueError: If the log and the schema disagree, or several processes should continue an earlier run.
     """
     earlier = TrainedModel.load(start.run) if start else None
-    prepared = prepare_with_bar(log, schema, split, folder / DATA, hand_over(earlier) if earlier else None, now)
+    if start and ranks.size > 1:
+        raise ValueError("--from: continuing an earlier run works in one process only; start it without torchrun")
+    if ranks.first:
+        prepare_with_bar(log, schema, split, folder / DATA, hand_over(earlier) if earlier else None, now)
+    ranks.barrier()
+    prepared = prepare(log, schema, split, folder / DATA)  # it is there
     encoder = prepared.encoder()
     torch.manual_seed(training.seed)
-    model = grown(earlier.model, earlier.encoder, encoder) if earlier else Ranker(encoder, config)
+    if earlier:
+        model = grown(earlier.model, earlier.encoder, encoder)
+    else:
+        table = ShardedTable(encoder.layout.rows or 1, config.dim, ranks) if ranks.size > 1 else None
+        model = Ranker(encoder, config, table)
     before = prior = None
     if start and earlier and start.prior:
         before = known(start.run, earlier, model, encoder, training.batch_size)
@@ -77,20 +94,32 @@ def train_run(
     total = training.epochs * -(-rows.rows // training.batch_size)
     nothing: list[None] = []
     with progress(nothing, "training", total=total, unit="step") as bar:
-        trainer = Trainer(model, encoder, training, prior=prior)
+        trainer = Trainer(model, encoder, training, ranks, prior)
         epochs = trainer.fit(rows, valid, folder, lambda state: _advance(bar, state))
     if start and before:
         accumulate(folder, start, before, trainer.curvature(rows))
     sample = next((test or valid or rows).read(rows=SAMPLE_ROWS))
     record = {"epochs": epochs, "until": prepared.until}
-    TrainedModel(model.eval(), encoder, prepared.causal(), record, sample).save(folder)
+    if ranks.first:
+        TrainedModel(_whole(trainer, folder), encoder, prepared.causal(), record, sample).save(folder)
+    ranks.barrier()
     return {
         "rows": prepared.rows,
         "notes": prepared.notes,
         "epochs": [_flat(entry) for entry in epochs],
-        "valid": evaluate_log(model, encoder, valid) if valid else None,
-        "test": evaluate_log(model, encoder, test) if test else None,
+        "valid": evaluate_log(model, encoder, valid, ranks) if valid else None,
+        "test": evaluate_log(model, encoder, test, ranks) if test else None,
     } | ({"before": measured} if start else {})
+
+
+def _whole(trainer: Trainer, folder: Path) -> Ranker:
+    """The trained model with all rows of its table in this process."""
+    model = trainer.model
+    if trainer.sharded:
+        model = Ranker(trainer.encoder, trainer.model.config)
+        tensors, _ = checkpoint.load_shared(folder / BEST, checkpoint.Shape(model.table.rows, 0, 0, ALONE))
+        model.load_state_dict(tensors)
+    return model.eval()
 
 
 def _advance(bar: Any, state: dict[str, Any]) -> None:
@@ -202,10 +231,10 @@ def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str)
         log = ParquetLog.open(logs)
         log.require([*schema.columns(), *([by] if by else [])])
     found: dict[str, list[np.ndarray]] = {"p": [], "labels": [], "group": [], "weight": [], "by": []}
-    pieces = _in_order(log, schema, by) if logs is not None else log.read()
+    pieces = rows_in_order(log, schema, by) if logs is not None else log.read()
     with closed_early(pieces):  # a row that is refused leaves no sorted copy behind
         for piece in pieces:
-            table = _extended(trained, piece) if logs is not None else piece
+            table = extended_rows(trained, piece) if logs is not None else piece
             batch = trained.encoder.encode(table)
             found["p"].append(trained.model.predict(batch).numpy())
             for name in ("labels", "group", "weight"):
@@ -218,12 +247,13 @@ def scored_rows(trained: TrainedModel, folder: Path, logs: Path | None, by: str)
     return {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
 
 
-def _extended(trained: TrainedModel, piece: pa.Table) -> pa.Table:
+def extended_rows(trained: TrainedModel, piece: pa.Table) -> pa.Table:
     """Raw rows with settled labels and causal columns."""
     return trained.causal.extend(settle(piece, trained.encoder.schema, trained.causal.seconds))
 
 
-def _in_order(log: ParquetLog, schema: Schema, by: str) -> Any:
+def rows_in_order(log: ParquetLog, schema: Schema, by: str) -> Any:
+    """Raw rows of a log in order of time, with the schema's columns and one more."""
     columns = list(dict.fromkeys([*schema.columns(), *([by] if by else [])]))
     if schema.time is None:
         yield from log.read(columns)
@@ -298,13 +328,16 @@ def calibrate_run(folder: Path, logs: Path | None, out: Path, method: Any = "aut
     else:
         opened = ParquetLog.open(logs)
         opened.require(encoder.schema.columns())
-        source = _in_order(opened, encoder.schema, "")
-        pieces = (_extended(trained, piece) for piece in source)
+        source = rows_in_order(opened, encoder.schema, "")
+        pieces = (extended_rows(trained, piece) for piece in source)
     with closed_early(source):
         for table in pieces:
             batch = encoder.encode(table)
             with torch.no_grad():
-                logits = trained.model.network(trained.model.vectors(batch), None, calibrate=False)
+                vectors = trained.model.vectors(batch)
+                logits = trained.model.network(vectors, None, calibrate=False)
+            if vectors.context is not None:
+                found.setdefault("context", []).append(vectors.context.numpy())
             found["logits"].append(logits.numpy())
             found["labels"].append(batch.labels.numpy())  # type: ignore[union-attr]
     if not found["logits"]:

@@ -44,6 +44,7 @@ def _sharded(rank, world_size, folder, resume):
     us = ranks.current()
     table = ShardedTable(ROWS, DIM, us, seed=0)
     optimizer = RowOptimizer(table, lr=0.05)
+    uneven = None if resume else _uneven(rank)
     if resume:
         state = load_shards(folder, ROWS, us)
         table.weight.data.copy_(state["weight"])
@@ -53,30 +54,12 @@ def _sharded(rank, world_size, folder, resume):
     tensors = {"weight": table.weight, "first": optimizer.state[0], "second": optimizer.state[1]}
     save_shards(folder, tensors, ROWS, us)
     table.eval()
-    return table(torch.arange(ROWS)), len(table.weight)
+    return table(torch.arange(ROWS)), len(table.weight), uneven
 
 
-@pytest.mark.distributed
-def test_two_ranks_equal_one_and_three_go_on_where_two_stopped(tmp_path):
-    alone = FusedTable(ROWS, DIM)
-    alone.weight.data.copy_(ShardedTable(ROWS, DIM, ranks.ALONE, seed=0).weight.data)
-    optimizer = RowOptimizer(alone, lr=0.05)
-    _train(alone, ranks.ALONE, 4, optimizer)
-    two = run_ranks(_sharded, 2, str(tmp_path), 0)
-    assert [n for _, n in two] == [2046, 2045]
-    for found, _ in two:
-        torch.testing.assert_close(found, alone.weight.data, rtol=1e-5, atol=1e-6)
-    _train(alone, ranks.ALONE, 4, optimizer, first=4)
-    three = run_ranks(_sharded, 3, str(tmp_path), 4)
-    for found, _ in three:
-        torch.testing.assert_close(found, alone.weight.data, rtol=1e-5, atol=1e-6)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the shards of two ranks are gone
-    whole = load_shards(tmp_path, ROWS, ranks.ALONE)
-    torch.testing.assert_close(whole["second"], optimizer.state[1], rtol=1e-4, atol=1e-9)
-
-
-def _uneven(rank, world_size):
-    table = ShardedTable(5, 2, ranks.current())
+def _uneven(rank):
+    """An empty batch, and an id outside the table, on one rank."""
+    table = ShardedTable(5, 2, ranks.current(), seed=0)
     empty = table(torch.zeros(0, 3, dtype=torch.int64) if rank else torch.tensor([[4, 4, 0]]))
     if not rank:
         empty.sum().backward()
@@ -91,11 +74,26 @@ def _uneven(rank, world_size):
 
 
 @pytest.mark.distributed
-def test_an_empty_batch_and_a_bad_id_on_one_rank():
-    first, second = run_ranks(_uneven, 2)
+def test_two_ranks_equal_one_and_three_go_on_where_two_stopped(tmp_path):
+    alone = FusedTable(ROWS, DIM)
+    alone.weight.data.copy_(ShardedTable(ROWS, DIM, ranks.ALONE, seed=0).weight.data)
+    optimizer = RowOptimizer(alone, lr=0.05)
+    _train(alone, ranks.ALONE, 4, optimizer)
+    two = run_ranks(_sharded, 2, str(tmp_path), 0)
+    assert [n for _, n, _ in two] == [2046, 2045]
+    first, second = (uneven for _, _, uneven in two)
     assert (first[0], second[0]) == ((1, 3, 2), (0, 3, 2))
     assert first[1] | second[1] == {0: 1.0, 4: 2.0}
     assert first[2] == second[2] == "ids: expected rows in [0, 5) on every rank"
+    for found, _, _ in two:
+        torch.testing.assert_close(found, alone.weight.data, rtol=1e-5, atol=1e-6)
+    _train(alone, ranks.ALONE, 4, optimizer, first=4)
+    three = run_ranks(_sharded, 3, str(tmp_path), 4)
+    for found, _, _ in three:
+        torch.testing.assert_close(found, alone.weight.data, rtol=1e-5, atol=1e-6)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the shards of two ranks are gone
+    whole = load_shards(tmp_path, ROWS, ranks.ALONE)
+    torch.testing.assert_close(whole["second"], optimizer.state[1], rtol=1e-4, atol=1e-9)
 
 
 def _save(tmp_path):

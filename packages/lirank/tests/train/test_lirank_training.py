@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from core_tensor.app.files import sha256
-from core_tensor.app.ranks import ALONE, current
-from core_tensor.dev.testing import run_ranks
+from core_tensor.app.ranks import ALONE
 from lirank.data.parquet import ParquetLog
 from lirank.data.split import Split
 from lirank.features.prepare import prepare
@@ -96,7 +95,7 @@ def test_cold_rows_keep_the_hashes_of_an_id_together(trained):
     torch.manual_seed(0)
     found = cold_rows(batch_ids, layout, 0.3)
     cold = found == torch.tensor([start + UNSEEN for start, _ in layout.ranges])
-    assert torch.equal(cold[:, 2], cold[:, 3])  # city has two hashes
+    assert torch.equal(cold[:, 2], cold[:, 3])  # city has two rows
     assert 0.2 < float(cold.float().mean()) < 0.4
 
 
@@ -190,30 +189,6 @@ def test_a_checkpoint_of_another_schema_or_model_is_refused(prepared, trained, t
 def test_scores_do_not_depend_on_the_batches(prepared, trained):
     few, many = (score(trained.model, trained.encoder, prepared.log("test"), rows=n) for n in (7, 500))
     assert np.allclose(few["p"], many["p"], atol=1e-6)
-
-
-def two_ranks(rank, size, folder, parameters):
-    from pathlib import Path
-
-    from lirank.features.prepare import Prepared
-
-    prepared = Prepared(Path(folder), parameters["rows"], [])
-    encoder = prepared.encoder()
-    torch.manual_seed(0)
-    model = Ranker(encoder, ModelConfig(dim=8, widths=(16, 8), cross_rank=8, history_width=8))
-    run = Trainer(model, encoder, TrainConfig(epochs=1, batch_size=128, cold_share=0.0), current())
-    for batch in run._batches(prepared.log("train")):
-        run.train_step(batch)
-    return [tensor.numpy() for tensor in model.state_dict().values()]
-
-
-@pytest.mark.distributed
-def test_two_ranks_equal_one(prepared):
-    arguments = (str(prepared.folder), {"rows": prepared.rows})
-    alone, both = run_ranks(two_ranks, 1, *arguments), run_ranks(two_ranks, 2, *arguments)
-    for one, first, second in zip(alone[0], both[0], both[1], strict=True):
-        assert np.array_equal(first, second)
-        assert np.allclose(one, first, atol=2e-4)
 
 
 def test_configuration_files(tmp_path):

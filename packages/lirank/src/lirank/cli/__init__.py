@@ -7,6 +7,7 @@ from lirank.cli.calibrate import calibrate
 from lirank.cli.demo import demo
 from lirank.cli.evaluate import evaluate
 from lirank.cli.evict import evict
+from lirank.cli.explore import explore
 from lirank.cli.export import bench, compress, export
 from lirank.cli.recipe import recipe
 from lirank.cli.schema import schema
@@ -19,5 +20,7 @@ def main() -> None:
     """LiRank: train, calibrate, compress, export and serve ranking models from Parquet logs."""
 
 
-for command in (schema, train, evaluate, baseline, calibrate, evict, compress, export, serve, bench, recipe, demo):
+_MODELS = (train, evaluate, baseline, calibrate, evict, explore)
+_SERVING = (compress, export, serve, bench)
+for command in (schema, *_MODELS, *_SERVING, recipe, demo):
     main.add_command(command)

@@ -56,8 +56,12 @@ def train(
 
     With --from, on rows after those of an earlier run: its ids, causal memory and weights go on, new ids and new
     features of --schema are added, and old weights move as far as its curvature lets them.
+
+    Under `torchrun --nproc-per-node N -m lirank train ...` the processes share the batches and the rows of the table;
+    a run can continue on another number of processes.
     """
     from core_tensor.app.files import digest
+    from core_tensor.app.ranks import join
     from core_tensor.app.runs import RunFolder
 
     from lirank.data.parquet import ParquetLog
@@ -84,12 +88,14 @@ def train(
         inputs["start"] = {**runs, "prior": prior, "cold_weight": cold_weight, "remember": remember}
     if now is not None:
         inputs["now"] = now
-    with RunFolder.claim(out, "lirank train", inputs, overwrite=overwrite) as run:
+    with join() as ranks, RunFolder.claim(out, "lirank train", inputs, overwrite=overwrite, ranks=ranks) as run:
         result = run.result
         if result is None:
-            result = train_run(log, schema, split, model, training, run.path, start=begin, now=now)
+            result = train_run(log, schema, split, model, training, run.path, start=begin, now=now, ranks=ranks)
             run.finish(result)
-    emit(result, as_json, lambda: summary(result))
+        first = ranks.first
+    if first:
+        emit(result, as_json, lambda: summary(result))
 
 
 def _schema(schema_file: Path | None, run: Path | None) -> Any:

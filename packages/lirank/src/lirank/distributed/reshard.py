@@ -23,8 +23,38 @@ from lirank.distributed.exchange import owned
 INDEX = "shards.json"
 
 
+def write_shards(
+    folder: str | os.PathLike[str], stem: str, tensors: Mapping[str, Tensor], rows: int, ranks: Ranks
+) -> dict[str, Any]:
+    """Write what every rank owns; all ranks have to call. The files count once the index is part of something saved.
+
+    Args:
+        folder: Where to.
+        stem: Beginning of the files' names, different from those of what is saved already.
+        tensors: This rank's rows of every tensor (table, moments), shape (rows of this rank, ...).
+        rows: Rows of all ranks.
+        ranks: The ranks.
+
+    Returns:
+        The index: `rows` and `files`, for `read_shards`.
+
+    Raises:
+        ValueError: If a tensor does not have the rows that this rank owns.
+    """
+    folder = Path(folder)
+    start, stop = owned(ranks.rank, ranks.size, rows)
+    for name, tensor in tensors.items():
+        if len(tensor) != stop - start:
+            raise ValueError(f"{name}: expected the rows {start} to {stop} of this rank, got {len(tensor)} rows")
+    name = f"{stem}-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with atomic_path(folder / name) as temporary:
+        save_file(plain, temporary, {"rows": json.dumps([start, stop])})
+    return {"rows": rows, "files": ranks.gather(name)}
+
+
 def save_shards(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], rows: int, ranks: Ranks) -> None:
-    """Write what every rank owns; all ranks have to call.
+    """Write what every rank owns, and an index; all ranks have to call.
 
     Args:
         folder: Where to.
@@ -36,23 +66,20 @@ def save_shards(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], r
         ValueError: If a tensor does not have the rows that this rank owns.
     """
     folder = Path(folder)
-    start, stop = owned(ranks.rank, ranks.size, rows)
-    for name, tensor in tensors.items():
-        if len(tensor) != stop - start:
-            raise ValueError(f"{name}: expected the rows {start} to {stop} of this rank, got {len(tensor)} rows")
     old = _files(read_json(folder / INDEX)) if (folder / INDEX).exists() else []
     generation = ranks.share(1 + max((int(name.split("-")[1]) for name in old), default=0))
-    name = f"shard-{generation:06d}-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
-    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with atomic_path(folder / name) as temporary:
-        save_file(plain, temporary, {"rows": json.dumps([start, stop])})
-    names = ranks.gather(name)
+    index = write_shards(folder, f"shard-{generation:06d}", tensors, rows, ranks)
     if ranks.first:
-        write_json(folder / INDEX, {"rows": rows, "files": names})
+        write_json(folder / INDEX, index)
     ranks.barrier()
     if ranks.first:  # the index no longer names them
-        for stale in set(old) - set(names):
-            (folder / stale).unlink(missing_ok=True)
+        sweep_shards(folder, old, index["files"])
+
+
+def sweep_shards(folder: Path, old: list[str], kept: list[str]) -> None:
+    """Remove shards that nothing names any longer."""
+    for stale in set(old) - set(kept):
+        (folder / stale).unlink(missing_ok=True)
 
 
 def load_shards(folder: str | os.PathLike[str], rows: int, ranks: Ranks) -> dict[str, Tensor]:
@@ -70,15 +97,34 @@ def load_shards(folder: str | os.PathLike[str], rows: int, ranks: Ranks) -> dict
         ValueError: If the folder is broken or holds another number of rows.
     """
     folder = Path(folder)
-    start, stop = owned(ranks.rank, ranks.size, rows)
     with reading(folder / INDEX, "the index of a sharded table"):
         index = read_json(folder / INDEX)
-        names = _files(index)
+        _files(index)
         if index["rows"] != rows:
             raise ValueError(f"it holds {index['rows']} rows, the table has {rows}")
+    return read_shards(folder, index, rows, ranks)
+
+
+def read_shards(folder: str | os.PathLike[str], index: Mapping[str, Any], rows: int, ranks: Ranks) -> dict[str, Tensor]:
+    """Read this rank's rows, however many ranks wrote.
+
+    Args:
+        folder: Where the shards are.
+        index: What `write_shards` returned.
+        rows: Rows of all ranks.
+        ranks: The ranks that read.
+
+    Returns:
+        This rank's rows of every tensor.
+
+    Raises:
+        ValueError: If a shard is missing or broken, or they hold another number of rows.
+    """
+    folder = Path(folder)
+    start, stop = owned(ranks.rank, ranks.size, rows)
     pieces: dict[str, list[Tensor]] = {}
     at = 0
-    for name in names:
+    for name in _files(index):
         with reading(folder / name, "a shard of a table"), safe_open(folder / name, "pt") as file:
             first, last = json.loads((file.metadata() or {})["rows"])
             if first != at or not first <= last <= rows:

@@ -8,7 +8,7 @@ from core_tensor.checks import check_number, check_tensor
 from torch import Tensor, nn
 
 from lirank.distributed.exchange import Route, owned
-from lirank.layers.table import Touched, drawn_seed, initial_rows
+from lirank.layers.table import FusedTable, Touched, drawn_seed, initial_rows
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class _Lookup:
     vectors: Tensor
 
 
-class ShardedTable(nn.Module):
+class ShardedTable(FusedTable):
     """A `FusedTable` whose every rank owns a run of rows, and their optimizer state.
 
     A lookup sends each distinct id to the rank that owns it and brings its vector back; `take_touched` sends the
@@ -37,19 +37,19 @@ class ShardedTable(nn.Module):
     """
 
     def __init__(self, rows: int, dim: int, ranks: Ranks, *, scale: float = 0.01, seed: int | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         check_number("rows", rows, low=1, integer=True)
         check_number("dim", dim, low=1, integer=True)
-        self.rows, self.ranks, self.lazy = rows, ranks, True
+        self._all_rows, self.ranks, self.lazy = rows, ranks, True
         self.start, self.stop = owned(ranks.rank, ranks.size, rows)
         local = initial_rows(drawn_seed(seed), self.start, self.stop, dim, scale)
         self.weight = nn.Parameter(local, requires_grad=False)
         self._lookups: list[_Lookup] = []
 
     @property
-    def dim(self) -> int:
-        """Width of a row."""
-        return self.weight.shape[1]
+    def rows(self) -> int:
+        """Number of rows, of all ranks."""
+        return self._all_rows
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up rows, wherever they are.

@@ -15,10 +15,11 @@ Alg. 3.
 """
 
 import dataclasses
+import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -149,17 +150,18 @@ class Posterior(ABC):
         check_tensor("features", features, shape=(None, len(self.mean)))
         return features.double() @ self.mean
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file.
 
         Args:
             path: File to write.
+            about: What it belongs to, such as the run.
         """
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type is Tensor}
         numbers = {f.name: repr(getattr(self, f.name)) for f in dataclasses.fields(self) if f.type is not Tensor}
         plain = {name: value.contiguous() for name, value in tensors.items()}
         with atomic_path(path) as temporary:
-            save_file(plain, temporary, {"kind": type(self).__name__, **numbers})
+            save_file(plain, temporary, {"kind": type(self).__name__, "about": json.dumps(about or {}), **numbers})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Posterior":
@@ -174,15 +176,32 @@ class Posterior(ABC):
         Raises:
             ValueError: If the file holds none.
         """
+        return Posterior.read(path)[0]
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> tuple["Posterior", dict[str, str]]:
+        """Read a posterior with what it belongs to.
+
+        Args:
+            path: File to read.
+
+        Returns:
+            The posterior, and what `save` was told.
+
+        Raises:
+            ValueError: If the file holds none.
+        """
         kinds = {cls.__name__: cls for cls in (GaussianPosterior, LogisticPosterior)}
         with reading(path, "a posterior of lirank"), safe_open(path, "pt") as file:
             numbers = dict(file.metadata() or {})
-            cls = kinds[numbers.pop("kind")]
+            cls, about = kinds[numbers.pop("kind")], json.loads(numbers.pop("about"))
+            if not isinstance(about, dict):
+                raise ValueError("about: expected names and texts")
             values: dict[str, Any] = {name: float(text) for name, text in numbers.items()}
             values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             found = cls(**values)
             torch.linalg.cholesky(torch.stack([found.precision, found.prior_precision]))
-            return found
+            return found, about
 
 
 @dataclass(frozen=True)

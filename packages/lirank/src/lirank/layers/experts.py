@@ -20,10 +20,10 @@ class MultiTask(nn.Module):
 
     Args:
         width: Width of the input.
-        groups: Group of every task, such as `["click", "click", "contribution"]`; an empty name is a group of its own.
+        groups: Group of every task, such as `["click", "click", "contribution"]`; an empty name is its own group.
         kind: How the tasks share.
         widths: Hidden widths of a tower or an expert.
-        experts: Experts that all share (mmoe), and that each group has of its own beside them (ple).
+        experts: Experts that all share (mmoe), and that each group has in addition (ple).
         gate_dropout: Share of experts that a gate may not use, in training.
         dropout: Inside the towers.
         gate: Gate of hidden layers, as in `MLP`.
@@ -70,12 +70,24 @@ class MultiTask(nn.Module):
         Returns:
             Logits, shape (B, T).
         """
+        towers = self.towers(x)
+        return torch.cat([head(towers[self.group[i]]) for i, head in enumerate(self.heads)], 1)
+
+    def towers(self, x: Tensor) -> list[Tensor]:
+        """What the heads of each group see.
+
+        Args:
+            x: What the tasks share, shape (B, width).
+
+        Returns:
+            One tensor per group, shape (B, d) each.
+        """
         shared = [expert(x) for expert in self.common]
         towers = []
         for g, own in enumerate(self.own):
             found = shared + [expert(x) for expert in own.children()]
             towers.append(found[0] if self.gates is None else self._mixed(self.gates[g](x), found))
-        return torch.cat([head(towers[self.group[i]]) for i, head in enumerate(self.heads)], 1)
+        return towers
 
     def _mixed(self, scores: Tensor, found: list[Tensor]) -> Tensor:
         if self.training and self.gate_dropout and len(found) > 1:

@@ -69,6 +69,14 @@ class FusedTable(nn.Module):
         self.weight = nn.Parameter(initial_rows(drawn_seed(seed), 0, rows, dim, scale), requires_grad=not lazy)
         self._touched: list[Touched] = []
 
+    start = 0
+    """First row that this process owns: all of them are here."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.weight)
+
     @property
     def dim(self) -> int:
         """Width of a row."""

@@ -127,6 +127,18 @@ class RankNetwork(nn.Module):
         parts = [layer(x0) for layer in (self.cross, self.residual) if layer is not None]
         return torch.cat([*parts, self.mlp(x0)], 1)
 
+    def hidden(self, x: Vectors) -> list[Tensor]:
+        """The last hidden layer of every task: what its head is multiplied with.
+
+        Args:
+            x: Inputs.
+
+        Returns:
+            One tensor per task, shape (B, d) each.
+        """
+        towers = self.tasks.towers(self.features(x))
+        return [towers[group] for group in self.tasks.group]
+
     def forward(self, x: Vectors, position: Tensor | None = None, calibrate: bool = True) -> Tensor:
         """Logits, shape (B, T).
 

@@ -21,15 +21,17 @@ class Ranker(nn.Module):
     Args:
         encoder: What the schema has learned: it fixes sizes and transforms.
         config: What the network is made of.
+        table: The table, such as one that ranks share out (`lirank.distributed.tables.ShardedTable`); None makes one.
     """
 
-    def __init__(self, encoder: Encoder, config: ModelConfig) -> None:
+    def __init__(self, encoder: Encoder, config: ModelConfig, table: FusedTable | None = None) -> None:
         super().__init__()
         self.layout, self.config = encoder.layout, config
-        self.table = FusedTable(max(self.layout.rows, 1), config.dim)
+        self.table = FusedTable(max(self.layout.rows, 1), config.dim) if table is None else table
         with torch.no_grad():
-            for offset in self.layout.offsets.values():
-                self.table.weight[offset : offset + SPECIAL] = 0.0  # null, unseen, rare
+            for offset in self.layout.offsets.values():  # null, unseen, rare
+                own = slice(max(offset - self.table.start, 0), max(offset + SPECIAL - self.table.start, 0))
+                self.table.weight[own] = 0.0
         self.network = RankNetwork(self.layout, config, dense_input(encoder))
         fields = torch.tensor(self.layout.fields, dtype=torch.int64)
         self.register_buffer("fields", fields, persistent=False)
@@ -106,20 +108,22 @@ def dense_input(encoder: Encoder) -> DenseInput:
     )
 
 
-def cold_rows(ids: Tensor, layout: Layout, share: float) -> Tensor:
+def cold_rows(ids: Tensor, layout: Layout, share: float, draws: Tensor | None = None) -> Tensor:
     """Ids of which a random share is replaced by their feature's unseen row, so that it is trained.
 
     Args:
         ids: Rows of the fused table, shape (B, columns).
         layout: Positions that follow from the schema.
         share: Share of the ids.
+        draws: Uniform random numbers, shape (B, id features); None draws them.
 
     Returns:
         Ids, of the same shape; the columns of one feature go together.
     """
     features = layout.schema.of(Id)
     unseen = torch.tensor([layout.offsets[features[number].name] + UNSEEN for number in layout.fields])
-    chosen = (torch.rand(len(ids), len(features)) < share)[:, torch.tensor(layout.fields, dtype=torch.int64)]
+    draws = torch.rand(len(ids), len(features)) if draws is None else draws
+    chosen = (draws < share)[:, torch.tensor(layout.fields, dtype=torch.int64)]
     return torch.where(chosen, unseen, ids)
 
 

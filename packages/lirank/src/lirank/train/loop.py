@@ -18,10 +18,13 @@ from lirank.data.parquet import ParquetLog
 from lirank.data.shuffle import windows
 from lirank.evaluate.metrics import report as metrics_report
 from lirank.model.ranker import Ranker, cold_rows
+from lirank.schema.features import Id
 from lirank.train import checkpoint
 from lirank.train.prior import TABLE, CurvaturePrior, Pull, rows_of
 from lirank.train.row_optimizers import RowOptimizer
 
+_APART = 1_000_003
+"""Between the seeds of ranks and steps."""
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 
 
@@ -99,6 +102,10 @@ class Trainer:
         )
         named = {f"network.{name}": p for name, p in model.network.named_parameters() if p.requires_grad}
         self.pull = Pull(prior, named, self.optimizer, self.rows) if prior and prior.weight else None
+        self.shape = checkpoint.Shape(model.table.rows, model.table.start, len(model.table.weight), ranks)
+        self.sharded = self.shape.sharded
+        if self.sharded and self.pull is not None:
+            raise ValueError("prior: expected a table that is not shared out; train on one process")
         self.epoch, self.batch, self.step = 0, 0, 0
         self.history: list[dict[str, Any]] = []
         self.best, self.waited = math.inf, 0
@@ -128,40 +135,41 @@ class Trainer:
         Raises:
             ValueError: If a number is not finite, naming step and column; no weight has changed then.
         """
-        config = self.config
+        config, ranks = self.config, self.ranks
         per_epoch = -(-train.rows // config.batch_size)
         self._total = per_epoch * config.epochs
         if (folder / CHECKPOINT).exists():
             self._load(folder / CHECKPOINT)
         else:
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.seed + _APART * ranks.rank)  # ranks drop out different units
         while self.epoch < config.epochs and self.waited < config.patience:
-            for batch in self._batches(train):
-                self._losses.append(self.train_step(batch))
+            for batch, total in self._batches(train):
+                self._losses.append(self.train_step(batch, total))
                 self.batch += 1
                 if progress is not None:
                     progress({"epoch": self.epoch, "step": self.batch, "steps": per_epoch, "loss": self._losses[-1]})
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self._save(folder / CHECKPOINT)
             self._end_of_epoch(valid, folder)
-        tensors, _ = checkpoint.load(folder / BEST)
-        self.model.load_state_dict(tensors)
+        self._load_best(folder / BEST)
         return self.history
 
-    def _batches(self, log: ParquetLog) -> Iterator[Batch]:
+    def _batches(self, log: ParquetLog) -> Iterator[tuple[Batch, int]]:
+        """This process's share of every batch, and the rows of all processes."""
         config, ranks = self.config, self.ranks
         for window in windows(log, None, config.batch_size, self.epoch, config.seed, self.batch):
             encoded = self.encoder.encode(window.table)
             for start in range(window.start * config.batch_size, len(encoded), config.batch_size):
                 rows = window.order[start : start + config.batch_size]
                 first, last = ranks.range(len(rows))
-                yield encoded.take(torch.from_numpy(rows[first:last]))
+                yield encoded.take(torch.from_numpy(rows[first:last])), len(rows)
 
-    def train_step(self, batch: Batch) -> float:
+    def train_step(self, batch: Batch, total: int | None = None) -> float:
         """One step.
 
         Args:
             batch: This process's share of the rows.
+            total: Rows of all processes; by default those of the batch.
 
         Returns:
             The loss over the rows of all processes.
@@ -173,15 +181,15 @@ class Trainer:
         self.model.train()
         self._set_rates()
         if self.config.cold_share:
-            batch = replace(batch, ids=cold_rows(batch.ids, self.model.layout, self.config.cold_share))
+            batch = replace(batch, ids=self._cold(batch, len(batch) if total is None else total))
         if self.pull is not None:
             self.pull.before_lookup(rows_of(batch))
         self.optimizer.zero_grad()
         self.model.table.take_touched()
         logits = self.model(batch)
-        total, weight = self._loss(logits, batch)
-        everything = self.ranks.sum(torch.stack([total.detach().double(), weight.double()]))
-        loss = total / everything[1].clamp_min(1e-12)  # mean over all processes
+        summed, weight = self._loss(logits, batch)
+        everything = self.ranks.sum(torch.stack([summed.detach().double(), weight.double()]))
+        loss = summed / everything[1].clamp_min(1e-12)  # mean over all processes
         value = float(everything[0] / everything[1].clamp_min(1e-12))
         if not math.isfinite(value):
             raise ValueError(f"step {self.step}: the loss is {value}; no weight was changed. Lower the learning rate")
@@ -192,11 +200,19 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         if not bool(torch.isfinite(norm)):
             raise ValueError(f"step {self.step}: a gradient is not finite; no weight was changed")
-        self.rows.step(self.model.table.take_touched(), self.ranks)
+        # gradients of a sharded table are summed where its rows are
+        self.rows.step(self.model.table.take_touched(), ALONE if self.sharded else self.ranks)
         self.optimizer.step()
         if self.pull is not None:
             self.pull.after_step(rows_of(batch))
         return value
+
+    def _cold(self, batch: Batch, total: int) -> Tensor:
+        """Ids with some made unseen: the same ones however many processes share the rows."""
+        generator = torch.Generator().manual_seed(self.config.seed * _APART + self.step)
+        draws = torch.rand(total, len(self.model.layout.schema.of(Id)), generator=generator)
+        first = self.ranks.range(total)[0]
+        return cold_rows(batch.ids, self.model.layout, self.config.cold_share, draws[first : first + len(batch)])
 
     def curvature(self, log: ParquetLog) -> dict[str, Tensor]:
         """Diagonal of the Fisher information of the loss at the present weights.
@@ -257,43 +273,51 @@ class Trainer:
         if self.pull is not None:
             self.pull.everything()
         if valid is not None:
-            found = evaluate(self.model, self.encoder, valid)
+            found = evaluate(self.model, self.encoder, valid, self.ranks)
             entry["valid"] = found
             measured = [r["logloss"] for r in found.values() if r["logloss"] is not None]
             value = float(np.mean(measured)) if measured else -float(self.epoch)
             better = value < self.best
             self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
         self.history.append(entry)
-        if better and self.ranks.first:
-            checkpoint.save(folder / BEST, self.model.state_dict(), {"epoch": self.epoch})
+        if better:
+            self._save_best(folder / BEST)
         self.epoch, self.batch = self.epoch + 1, 0
         self._losses = []
         self._save(folder / CHECKPOINT)
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _save_best(self, path: Path) -> None:
+        state, record = self.model.state_dict(), {"epoch": self.epoch}
+        checkpoint.save_shared(path, state, {TABLE: state[TABLE]} if self.sharded else {}, record, self.shape)
+
+    def _load_best(self, path: Path) -> None:
+        tensors, _ = checkpoint.load_shared(path, self.shape)
+        self.model.load_state_dict(tensors)
+
     def _save(self, path: Path) -> None:
-        if self.ranks.first:
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            tensors |= {f"rows.{i}": tensor for i, tensor in enumerate(self.rows.state)}
-            tensors |= {f"pull.{k}": v for k, v in self.pull.state().items()} if self.pull is not None else {}
-            adam = self.optimizer.state_dict()["state"]
-            tensors |= {f"adam.{i}.{key}": tensor for i, state in adam.items() for key, tensor in state.items()}
-            record = {
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "step": self.step,
-                "row_steps": self.rows.steps,
-                "history": self.history,
-                "best": self.best if math.isfinite(self.best) else None,
-                "waited": self.waited,
-                "losses": self._losses,
-            }
-            checkpoint.save(path, tensors | {"random": torch.get_rng_state()}, record)
-        self.ranks.barrier()
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"rows.{i}": tensor for i, tensor in enumerate(self.rows.state)}
+        rows = {k: v for k, v in tensors.items() if k.startswith("rows.") or k == f"model.{TABLE}"}
+        tensors |= {f"pull.{k}": v for k, v in self.pull.state().items()} if self.pull is not None else {}
+        adam = self.optimizer.state_dict()["state"]
+        tensors |= {f"adam.{i}.{key}": tensor for i, state in adam.items() for key, tensor in state.items()}
+        tensors |= {f"random.{rank}": state for rank, state in enumerate(self.ranks.gather(torch.get_rng_state()))}
+        record = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "row_steps": self.rows.steps,
+            "history": self.history,
+            "best": self.best if math.isfinite(self.best) else None,
+            "waited": self.waited,
+            "losses": self._losses,
+        }
+        checkpoint.save_shared(path, tensors, rows if self.sharded else {}, record, self.shape)
 
     def _load(self, path: Path) -> None:
-        tensors, record = checkpoint.load(path)
+        tensors, record = checkpoint.load_shared(path, self.shape)
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         checkpoint.check_names(path, model, self.model.state_dict())
         self.model.load_state_dict(model)
@@ -307,7 +331,8 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.pull is not None:
             self.pull.load_state({k.removeprefix("pull."): v for k, v in tensors.items() if k.startswith("pull.")})
-        torch.set_rng_state(tensors["random"])
+        # a rank that was not there when it was saved takes up the first one's random numbers
+        torch.set_rng_state(tensors.get(f"random.{self.ranks.rank}", tensors["random.0"]))
         self.epoch, self.batch, self.step = record["epoch"], record["batch"], record["step"]
         self.rows.steps, self.history, self.waited = record["row_steps"], record["history"], record["waited"]
         self.best = math.inf if record["best"] is None else record["best"]
@@ -315,7 +340,13 @@ class Trainer:
 
 
 def score(
-    model: Ranker, encoder: Encoder, log: ParquetLog, *, calibrate: bool = True, rows: int = 4096
+    model: Ranker,
+    encoder: Encoder,
+    log: ParquetLog,
+    *,
+    calibrate: bool = True,
+    rows: int = 4096,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Score a log.
 
@@ -325,6 +356,7 @@ def score(
         log: Rows with causal columns and labels.
         calibrate: Whether the isotonic layers are applied.
         rows: Rows scored at once.
+        ranks: Processes that share the rows; each gets all scores.
 
     Returns:
         `p` (n, T), `labels` (n, T), and `group` (n,), `weight` (n,) or None, as numpy arrays.
@@ -332,7 +364,9 @@ def score(
     found: dict[str, list[np.ndarray]] = {"p": [], "labels": [], "group": [], "weight": []}
     for table in log.read(rows=rows):
         batch = encoder.encode(table)
-        found["p"].append(model.predict(batch, calibrate=calibrate).numpy())
+        first, last = ranks.range(len(batch))
+        own = batch.take(torch.arange(first, last)) if ranks.size > 1 else batch
+        found["p"].append(ranks.gather_rows(model.predict(own, calibrate=calibrate))[0].numpy())
         for name in ("labels", "group", "weight"):
             value = getattr(batch, name)
             if value is not None:
@@ -340,18 +374,19 @@ def score(
     return {name: np.concatenate(pieces) if pieces else None for name, pieces in found.items()}
 
 
-def evaluate(model: Ranker, encoder: Encoder, log: ParquetLog) -> dict[str, dict[str, Any]]:
+def evaluate(model: Ranker, encoder: Encoder, log: ParquetLog, ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:
     """Metrics of every label on a log.
 
     Args:
         model: The model.
         encoder: What turns the log into batches.
         log: Rows with causal columns and labels.
+        ranks: Processes that share the rows; each gets all metrics.
 
     Returns:
         `lirank.evaluate.metrics.report` by label.
     """
-    found = score(model, encoder, log)
+    found = score(model, encoder, log, ranks=ranks)
     return {
         label.name: metrics_report(found["p"][:, t], found["labels"][:, t], found["group"], found["weight"])
         for t, label in enumerate(encoder.schema.labels)
