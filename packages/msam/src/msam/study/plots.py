@@ -63,8 +63,9 @@ def gap_curves(axis: Any, gaps: Mapping[str, Sequence[float]]) -> None:
 
 
 def comparison(
-    rows: Sequence[Mapping[str, Any]], gaps: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str
-) -> None:
+    rows: Sequence[Mapping[str, Any]], gaps: Mapping[str, Sequence[float]], path: str | os.PathLike[str], title: str,
+    *, timed: bool = True,
+) -> None:  # fmt: skip
     """Accuracy, flatness, cost and, where it was recorded, the sharpness gap during training, method by method.
 
     Args:
@@ -72,23 +73,25 @@ def comparison(
         gaps: L(w + eps) - L(w) by epoch, for each perturbing method; may be empty.
         path: Picture to write.
         title: Heading.
+        timed: Whether the times are worth a look: not where the machine had other work.
     """
-    figure, axes = pyplot("msam[plot]").subplots(1, 4 + bool(gaps), figsize=(18 if gaps else 14.5, 3.8))
+    panels = 3 + timed + bool(gaps)
+    figure, axes = pyplot("msam[plot]").subplots(1, panels, figsize=(3.6 * panels, 3.8))
     bars(axes[0], rows, "test", "test accuracy (%)", ".2f")
     values = [row["test"] for row in rows]
     spread = max(max(values) - min(values), 0.5)
     axes[0].set_ylim(min(values) - 1.5 * spread, max(values) + spread)
     bars(axes[1], rows, "lambda_max", r"largest Hessian eigenvalue $\lambda_{max}$")
     bars(axes[2], rows, "trace", "trace of the Hessian")
-    if all(row["step_ratio"] is not None for row in rows):
+    if timed and all(row["step_ratio"] is not None for row in rows):
         bars(axes[3], rows, "step_ratio", "CPU time per step / SGD")
         axes[3].axhline(2.0, color="black", lw=0.8, ls="--")
         axes[3].axhline(5 / 3, color="black", lw=0.8, ls=":")
         axes[3].set_xlabel("dashed: 2 (SAM), dotted: 5/3 (ghost's floor)", fontsize=8)
-    else:  # without SGD there is nothing to divide by
+    elif timed:  # without SGD there is nothing to divide by
         bars(axes[3], rows, "step_ms", "CPU milliseconds per step")
     if gaps:
-        gap_curves(axes[4], gaps)
+        gap_curves(axes[-1], gaps)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
