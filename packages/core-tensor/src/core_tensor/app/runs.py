@@ -1,4 +1,4 @@
-"""Folders of runs: one run per folder, which records its inputs, resumes after a kill, and is never silently overwritten.
+"""Run folders: one run per folder, which records its inputs, resumes after a kill, and is never overwritten silently.
 
     with RunFolder.claim(out, "frechet-gan train", inputs, overwrite=overwrite) as run:
         if run.result is None:
