@@ -29,7 +29,7 @@ from sgd_stability.demo import digits, digits_network
 from sgd_stability.report.nonlinear import interpolate, verify
 from sgd_stability.theory.quadratic import random_hessians
 from torch import Tensor, nn
-from training import OVERHEADS, digits_cnn, overhead, ramps, scheduler_bars
+from training_bars import OVERHEADS, digits_cnn, overhead, ramps, scheduler_bars
 
 ALIGNMENTS = ("isotropic", "aligned", "clustered", "dominant")
 RESIDUAL = 1e-3

@@ -1,23 +1,22 @@
 """Trained networks: exact thresholds beside bounds and the paper's Theorem 1, and SGD itself as the judge.
 
-    python packages/sgd-stability/reproduce/networks.py [--only NAME]
+    python packages/sgd-stability/reproduce/networks.py [--quick] [--only NAME] [-o FOLDER]
 
 Minima of a tanh MLP on random data, and of an MLP and CNNs on digits and CIFAR-10, squared error, in float64; the same
-MLP and CNN under cross-entropy, which has no minimum. Writes one JSON file per network and the maps to `results/`; runs
-of SGD that are in the file already are not repeated (delete it to start anew).
+MLP and CNN under cross-entropy, which has no minimum. Writes one JSON file per network and the maps; runs of SGD that
+are in the file already are not repeated (delete it to start anew). `--quick` has one seed of the two digits MLPs.
 CIFAR is read from the shared data folder (`core_tensor.dev.testing.shared_data`).
 """
 
-import argparse
 import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _options import Options, options
 from core_tensor.app.cli import progress
 from core_tensor.app.extras import require
 from core_tensor.app.files import read_json, write_json
@@ -38,7 +37,6 @@ from sgd_stability.theory.quadratic import simulate
 from sgd_stability.theory.second_moment import lr_threshold
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 4, 8, 16, 32)
 SEEDS = 3
 
@@ -152,11 +150,11 @@ def thresholds(report: StabilityReport) -> list[dict[str, Any]]:
 
 
 def judge(
-    problem: Problem, report: StabilityReport, factors: tuple[float, ...], known: list[dict[str, Any]]
+    problem: Problem, report: StabilityReport, factors: tuple[float, ...], known: list[dict[str, Any]], seeds: int
 ) -> list[dict[str, Any]]:
     """SGD at multiples of the threshold, unless known; the criterion is `sgd_stability.report.nonlinear.LEAVES`."""
     done = {(t["batch_size"], t["factor"], t["seed"]): t for t in known}
-    runs = list(itertools.product((1, 4, 16), factors, range(SEEDS)))
+    runs = list(itertools.product((1, 4, 16), factors, range(seeds)))
     trials = []
     for B, factor, seed in progress(runs, problem.title, unit="run"):
         if (B, factor, seed) in done:
@@ -187,38 +185,40 @@ def shares(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(name: str, problem: Problem, report: StabilityReport, trials: list[dict[str, Any]]) -> None:
+def draw(name: str, problem: Problem, report: StabilityReport, trials: list[dict[str, Any]], chosen: Options) -> None:
     """The map with the runs on it; for the tanh MLP growth too, for the digits under cross-entropy the spectra."""
     exact = report.max_lr(BATCHES)
-    lrs = np.geomspace(min(exact.values()) / 3, max(exact.values()) * 2, 28).tolist()
-    plot_map(report.stability_map(lrs, BATCHES), RESULTS / f"{name}.png", problem.title, trials)
+    count = 8 if chosen.quick else 28
+    lrs = np.geomspace(min(exact.values()) / 3, max(exact.values()) * 2, count).tolist()
+    plot_map(report.stability_map(lrs, BATCHES), chosen.out / f"{name}.png", problem.title, trials)
     if name == "tanh_mlp":
         star = report.lr_threshold(4).exact
         curves = {
             f"{f} $\\eta^*$": simulate(report.family, f * star, Sampling(64, 4), steps=30, paths=4000)
             for f in (0.5, 0.8, 1.2)
         }
-        plot_growth(curves, RESULTS / "growth.png", f"{problem.title}: linearised SGD, B = 4")
+        plot_growth(curves, chosen.out / "growth.png", f"{problem.title}: linearised SGD, B = 4")
     if name == "digits_mlp_ce":
-        plot_coherence(report.coherence_matrix, report.targets, RESULTS / "coherence.png")
-        plot_sample_curvature(report.family.sample_curvature, report.lambda_max, RESULTS / "curvature.png")
+        plot_coherence(report.coherence_matrix, report.targets, chosen.out / "coherence.png")
+        plot_sample_curvature(report.family.sample_curvature, report.lambda_max, chosen.out / "curvature.png")
         operator = gauss_newton_operator(network_of(problem.model, problem.loss, (problem.x, problem.y)))
         density = spectral_density(operator, probes=4, steps=60)
         grid = torch.linspace(-0.05 * report.lambda_max, 1.1 * report.lambda_max, 1000, dtype=torch.float64)
-        plot_spectral_density(grid, density.density(grid, 0.01 * report.lambda_max), RESULTS / "density.png")
+        plot_spectral_density(grid, density.density(grid, 0.01 * report.lambda_max), chosen.out / "density.png")
 
 
-def evidence(name: str) -> None:
+def evidence(name: str, chosen: Options) -> None:
     """One network."""
     problem = PROBLEMS[name]()
     loss = train(problem)
     report = analyze(problem.model, problem.loss, (problem.x, problem.y))
-    own = RESULTS / f"{name}.json"
+    own = chosen.out / f"{name}.json"
+    seeds = 1 if chosen.quick else SEEDS
     known = read_json(own)["runs"] if own.exists() else []
-    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), known)
+    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), known, seeds)
     scan = judged
     if name == "tanh_mlp":
-        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), known) + judged
+        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), known, seeds) + judged
     right = sum((t["outcome"] == "returns") == (t["factor"] < 1) for t in judged)
     summary = {
         "network": problem.title,
@@ -232,20 +232,21 @@ def evidence(name: str) -> None:
         "runs": len(judged),
         "right": right if judged else None,
     }
-    draw(name, problem, report, judged)
+    draw(name, problem, report, judged, chosen)
     result = {"summary": summary, "thresholds": thresholds(report), "shares": shares(scan), "runs": finite_rows(scan)}
     write_json(own, result)
-    files = [RESULTS / f"{other}.json" for other in PROBLEMS]
-    write_json(RESULTS / "summary.json", {"networks": [read_json(file)["summary"] for file in files if file.exists()]})
+    files = [chosen.out / f"{other}.json" for other in PROBLEMS]
+    write_json(
+        chosen.out / "summary.json", {"networks": [read_json(file)["summary"] for file in files if file.exists()]}
+    )
 
 
 def main() -> None:
-    """Every network, or one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PROBLEMS)
-    only = parser.parse_args().only
-    for name in [only] if only else PROBLEMS:
-        evidence(name)
+    """Every network, or some."""
+    chosen = options(__doc__, tuple(PROBLEMS))
+    whole = len(chosen.only) == len(PROBLEMS)
+    for name in ("digits_mlp", "digits_mlp_ce") if chosen.quick and whole else chosen.only:
+        evidence(name, chosen)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the monitor see an instability coming? A converged checkpoint is trained on at a rate that is too large.
 
-    python packages/sgd-stability/reproduce/prediction.py [--seeds 3] [--only checkpoint|scratch]
+    python packages/sgd-stability/reproduce/prediction.py [--quick] [--only checkpoint|scratch] [-o FOLDER]
 
 A CNN that has learnt 64 digits to rounding (squared error), its weights perturbed a little, goes on with SGD.
 Jumps: at a multiple of the exact threshold eta* from the start, where the monitor is asked before the first step. Rise:
@@ -11,16 +11,15 @@ which the loss over all samples exceeds `JUMP` times its greatest value so far b
 start).
 
 Also one run from scratch whose rate grows tenfold: training stabilises itself, and the sharpness follows its edge.
-Writes `results/prediction.json`, `results/prediction.png` and `results/edge.png`.
+Writes `prediction.json`, `prediction.png` and `edge.png`.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _options import Options, options
 from core_tensor.app.cli import progress
 from core_tensor.app.files import write_json
 from sgd_stability import Check, StabilityMonitor, analyze
@@ -28,7 +27,7 @@ from sgd_stability.demo import digits
 from sgd_stability.report.nonlinear import interpolate
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+SEEDS = 3
 SAMPLES, BATCH, EVERY, PERTURBATION = 64, 2, 40, 1e-4
 FACTORS = (0.5, 0.8, 1.2, 1.5, 2.0)
 AFTER = 400
@@ -90,7 +89,7 @@ class Training:
         return next((c.step for c in self.monitor.history if event(c)), None)
 
 
-def seed_runs(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def seed_runs(seed: int, chosen: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All jumps and the rise from one checkpoint."""
     training = Training(seed)
     interpolate(training.model, training.x, training.y)
@@ -104,7 +103,7 @@ def seed_runs(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     jumps = []
     for factor in FACTORS:
         training.model.load_state_dict(weights)
-        losses = training.run(factor * star, AFTER, stop=1e3 * begin)
+        losses = training.run(factor * star, 60 if chosen.quick else AFTER, stop=1e3 * begin)
         before = training.monitor.history[0]
         jumps.append(
             {
@@ -125,7 +124,7 @@ def seed_runs(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         rise[f"rate_at_{name}"] = None if rise[name] is None else GROWTH ** rise[name] / 2
     rise["lead"] = rise["loss_shows"] - rise["alarm"] if rise["alarm"] and rise["loss_shows"] else None
     if seed == 0:
-        training.monitor.plot(RESULTS / "prediction.png", losses=losses)
+        training.monitor.plot(chosen.out / "prediction.png", losses=losses)
     return jumps, rise
 
 
@@ -158,33 +157,31 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def from_scratch() -> None:
+def from_scratch(chosen: Options) -> None:
     """The sharpness follows its edge while the rate grows tenfold."""
     training = Training(0, samples=128, every=20, every_cheap=20)
-    losses = training.run(0.05, 2400, growth=10 ** (1 / 2400))
-    training.monitor.plot(RESULTS / "edge.png", losses=losses)
+    steps = 300 if chosen.quick else 2400
+    losses = training.run(0.05, steps, growth=10 ** (1 / steps))
+    training.monitor.plot(chosen.out / "edge.png", losses=losses)
 
 
 def main() -> None:
     """All seeds, and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", choices=("checkpoint", "scratch"))
-    options = parser.parse_args()
-    if options.only != "scratch":
-        from_checkpoints(options.seeds)
-    if options.only != "checkpoint":
-        from_scratch()
+    chosen = options(__doc__, ("checkpoint", "scratch"))
+    if "checkpoint" in chosen.only:
+        from_checkpoints(chosen)
+    if "scratch" in chosen.only:
+        from_scratch(chosen)
 
 
-def from_checkpoints(seeds: int) -> None:
+def from_checkpoints(chosen: Options) -> None:
     """Jumps and rises of all seeds."""
     jumps, rises = [], []
-    for seed in progress(range(seeds), "checkpoints", unit="seed"):
-        found, rise = seed_runs(seed)
+    for seed in progress(range(1 if chosen.quick else SEEDS), "checkpoints", unit="seed"):
+        found, rise = seed_runs(seed, chosen)
         jumps += found
         rises.append(rise)
-        write_json(RESULTS / "prediction.json", {"jumps": table(jumps), "rises": rises, "runs": jumps})
+        write_json(chosen.out / "prediction.json", {"jumps": table(jumps), "rises": rises, "runs": jumps})
 
 
 if __name__ == "__main__":

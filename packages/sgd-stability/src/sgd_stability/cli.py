@@ -113,7 +113,9 @@ def _model_options(function: Any) -> Any:
             default="auto",
             help="Exact by the Gram matrix or explicit Jacobians, or a band from k directions.",
         ),
-        click.option("--k", type=click.IntRange(1), default=40, help="Directions of the truncated method."),
+        click.option(
+            "--k", type=click.IntRange(1), help="Directions of the truncated method [40; fewer above 7M parameters]."
+        ),
         click.option("--max-samples", type=click.IntRange(1), default=512, help="Most samples to analyze."),
         click.option("--momentum", type=float, default=0.0, help="Momentum of SGD."),
         click.option("--nesterov", is_flag=True, help="Nesterov's momentum."),

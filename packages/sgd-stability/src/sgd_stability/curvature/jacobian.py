@@ -6,6 +6,8 @@ else by central differences of the outputs. Jacobians are taken by `vmap` over t
 where an operation does not batch (recurrent layers, masks that look at their values).
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -35,8 +37,17 @@ def derivatives(network: Network) -> Mode:
     return cast("Mode", network.known["derivatives"])
 
 
+@functools.cache
+def _load_forward_mode() -> None:
+    """What torch loads at the first dual number warns of torch's own use of torch.jit, which no caller can help."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 def _choose(some: Network) -> Mode:
     """The first mode that runs and is the adjoint of the gradient: u'(Jv) = (J'u)'v."""
+    _load_forward_mode()
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(some.size, generator=generator, dtype=torch.float64).to(some.device, some.dtype)
     direction = some.direction(v)

@@ -28,25 +28,28 @@ class Effort:
 
 
 FULL = Effort()
-QUICK = Effort(block=32, tolerance=0.05, max_steps=8)
-"""For the monitor: an error of a few percent, from below, for a tenth of the products."""
+QUICK = Effort(block=32, tolerance=0.05, max_steps=5)
+"""For the monitor, which has a start: an error of a few percent, from below, for a tenth of the products."""
 
 
-def sample_curvature(network: Network, *, scale: Tensor | None = None, effort: Effort = FULL) -> Tensor:
+def sample_curvature(
+    network: Network, *, scale: Tensor | None = None, effort: Effort = FULL, start: Tensor | None = None
+) -> Tensor:
     """lambda1(H_i) of every sample's Gauss-Newton Hessian.
 
     Args:
         network: The network; its ranks share the samples.
         scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
         effort: Where blocks end and Lanczos begins, and how far it goes.
+        start: Where Lanczos starts, shape (d,); a random vector if absent.
 
     Returns:
         Shape (n,), float64.
     """
     if network.rank > effort.block:
 
-        def top(start: int, stop: int) -> Tensor:
-            return torch.cat([_top(network, i, scale, effort).values for i in range(start, stop)])
+        def top(first: int, last: int) -> Tensor:
+            return torch.cat([_top(network, i, scale, effort, start).values for i in range(first, last)])
 
         return network.ranks.rows(network.n, top)
     blocks = sample_blocks(network, scale=scale)
@@ -61,7 +64,13 @@ def sample_curvature(network: Network, *, scale: Tensor | None = None, effort: E
 
 
 def sample_directions(
-    network: Network, curvature: Tensor, count: int, *, scale: Tensor | None = None, effort: Effort = FULL
+    network: Network,
+    curvature: Tensor,
+    count: int,
+    *,
+    scale: Tensor | None = None,
+    effort: Effort = FULL,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Top eigenvectors of the most curved per-sample Hessians.
 
@@ -71,13 +80,14 @@ def sample_directions(
         count: How many samples.
         scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
         effort: How far Lanczos goes.
+        start: Where it starts, shape (d,); a random vector if absent.
 
     Returns:
         Unit columns, shape (d, count).
     """
     worst = curvature.topk(min(count, network.n)).indices
     if network.rank > effort.block or not network.loss.convex:
-        return torch.cat([_top(network, i, scale, effort).vectors for i in worst.tolist()], 1)
+        return torch.cat([_top(network, i, scale, effort, start).vectors for i in worst.tolist()], 1)
     # Z_i'u for the top eigenvector u of Z_i Z_i': one pass back per sample
     some = network.select(worst.to(network.targets.device))
     u = torch.linalg.eigh(sample_blocks(some, scale=scale))[1][:, :, -1:]
@@ -87,7 +97,7 @@ def sample_directions(
     return rows.T
 
 
-def _top(network: Network, i: int, scale: Tensor | None, effort: Effort) -> Eigenpairs:
+def _top(network: Network, i: int, scale: Tensor | None, effort: Effort, start: Tensor | None) -> Eigenpairs:
     operator = gauss_newton_operator(network.part(i, i + 1), scale=scale)
     generator = torch.Generator().manual_seed(i)
-    return lanczos(operator, tolerance=effort.tolerance, max_steps=effort.max_steps, generator=generator)
+    return lanczos(operator, tolerance=effort.tolerance, max_steps=effort.max_steps, start=start, generator=generator)

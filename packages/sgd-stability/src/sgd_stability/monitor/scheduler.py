@@ -4,10 +4,12 @@ After every k-th step the monitor's `lower` (every rate below is stable) is meas
 
     eta <- min( growth * eta, share * lower ),
 
-`lower` averaged over the checks in logarithms, since a few suspects decide it. It starts far below the first `lower`,
-because the weights of the start are not those the rate is for, and grows step by step, by `growth` in half of `every`
-steps at most; while it does, checks come twice as often. The last part of the run lets it fall linearly to zero,
-whatever the curvature.
+`lower` averaged over the checks in logarithms, since a few suspects decide it; the average falls faster than it rises.
+It starts far below the first `lower`, because the weights of the start are not those the rate is for, and grows step by
+step, by `growth` in a quarter of `every` steps at most; while it does, checks come four times as often. A rate that is
+too high drives the weights to where the loss is flat, and would follow the flatter curvature further up: so it does
+not grow while the probe's loss does not fall, and is halved where that loss has risen. The last part of the run lets it
+fall linearly to zero, whatever the curvature.
 """
 
 import math
@@ -37,9 +39,9 @@ class StabilityScheduler:
         optimizer: The optimizer.
         monitor: A monitor of the same model.
         total_steps: Steps of the run.
-        every: Steps between checks, once the rate has settled; a twelfth of the run if absent, and at most 200.
+        every: Steps between checks, once the rate has settled; a tenth of the run if absent, and at most 200.
         share: Share of `lower` that is aimed at.
-        growth: Largest factor over half of `every` steps.
+        growth: Largest factor over a quarter of `every` steps.
         decay: Share of the run, at its end, over which the rate falls linearly to zero.
         first: Share of the first `lower` that the run starts at.
 
@@ -54,10 +56,10 @@ class StabilityScheduler:
         *,
         total_steps: int,
         every: int | None = None,
-        share: float = 0.7,
-        growth: float = 1.35,
+        share: float = 0.85,
+        growth: float = 1.5,
         decay: float = 0.3,
-        first: float = 0.2,
+        first: float = 0.05,
     ) -> None:
         check_number("total_steps", total_steps, low=1, integer=True)
         every = max(1, min(200, total_steps // _CHECKS)) if every is None else every
@@ -73,6 +75,7 @@ class StabilityScheduler:
         self.rates: list[float] = []
         self._rate, self._goal = 0.0, 0.0  # before the decay at the end; where the rate is on its way to
         self._log_lower = math.nan
+        self._loss = self._least = math.inf  # average of the probe's loss at the last check, and its least value
         self._next = 0
         largest = max(float(group["lr"]) for group in optimizer.param_groups)
         if not largest > 0:
@@ -115,7 +118,7 @@ class StabilityScheduler:
         Returns:
             Tensors, numbers and lists only.
         """
-        own = {name: getattr(self, name) for name in ("steps", "_rate", "_goal", "_log_lower", "_next")}
+        own = {name: getattr(self, name) for name in _STATE}
         return {**own, "rates": list(self.rates), "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,8 +128,8 @@ class StabilityScheduler:
             state: From `state_dict` of a scheduler with the same settings.
         """
         self.monitor.load_state_dict(state["monitor"])
-        self.steps, self._next = int(state["steps"]), int(state["_next"])
-        self._rate, self._goal, self._log_lower = (float(state[name]) for name in ("_rate", "_goal", "_log_lower"))
+        for name in _STATE:
+            setattr(self, name, type(getattr(self, name))(state[name]))
         self.rates = [float(rate) for rate in state["rates"]]
         self._set(self._rate * self._decayed())
 
@@ -158,15 +161,23 @@ class StabilityScheduler:
         newest = math.log(check.lower)
         if math.isnan(self._log_lower):
             self._log_lower = newest
-        self._log_lower += _WEIGHT * (newest - self._log_lower)
+        weight = _FALLING if newest < self._log_lower else _RISING
+        self._log_lower += weight * (newest - self._log_lower)
         self._goal = self.share * math.exp(self._log_lower)
         if self._rate == 0.0:
             self._rate = self.first * self._goal
+        # a rate that is too high flattens the loss, and would follow the flatter curvature further up
+        elif check.loss > self._loss:
+            self._goal = min(self._goal, self._rate)
+        if check.average_loss > _RISEN * self._least:
+            self._goal = min(self._goal, self._rate / 2)
+            self._least = check.average_loss  # halved again only after another rise
+        self._loss, self._least = check.average_loss, min(self._least, check.average_loss)
 
     @property
     def _ramping(self) -> int:
         """Steps between two checks while the rate still grows."""
-        return max(1, self.every // 2)
+        return max(1, self.every // 4)
 
     def _spacing(self) -> int:
         """Steps to the next check: closer together while the rate still ramps up."""
@@ -177,9 +188,12 @@ class StabilityScheduler:
             group["lr"] = rate * share
 
 
+_STATE = ("steps", "_rate", "_goal", "_log_lower", "_loss", "_least", "_next")
 _MOMENTS = 10
 """Steps at rate zero after which an adaptive optimizer's second moments are worth a look."""
-_WEIGHT = 0.4
+_RISING, _FALLING = 0.3, 0.7
 """Weight of the newest check in the average."""
-_CHECKS = 12
+_RISEN = 1.15
+"""Factor over its least average at which the loss has risen."""
+_CHECKS = 10
 """Checks of a run after the rate has settled, if it lasts long enough."""

@@ -141,7 +141,7 @@ class Tracker:
         by_trace = self._rows[0].topk(min(count - half, n)).indices
         which = torch.cat([by_form, by_trace]).unique()
         some = self.network.select(which.to(self.network.targets.device))
-        values = sample_curvature(some, scale=scale, effort=QUICK)
+        values = sample_curvature(some, scale=scale, effort=QUICK, start=self._v)
         if not bool(values.isfinite().all()):
             raise NotFiniteError
         return float(values.max()), which[values.argsort(descending=True).cpu()].tolist()
@@ -158,10 +158,12 @@ class Tracker:
             The family.
         """
         assert self.forms is not None
+        directions = directions if self.network.rank <= _FEW_OUTPUTS else (directions + 1) // 2
         most = max(1, min(directions, _NUMBERS // self.network.size) - 1)
         rank = torch.zeros(self.network.n, dtype=torch.float64)
         rank[places[:most]] = torch.arange(len(places[:most]), 0, -1, dtype=torch.float64)
-        own = sample_directions(self.network, rank, len(places[:most]), scale=scale, effort=QUICK)
+        count = len(places[:most])
+        own = sample_directions(self.network, rank, count, scale=scale, effort=QUICK, start=self._v)
         V, _ = torch.linalg.qr(torch.cat([self._v[:, None], own], 1))
         return projected_family(self.network, V, scale=scale, curvature=self.forms)
 

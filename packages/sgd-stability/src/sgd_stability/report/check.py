@@ -38,8 +38,9 @@ class Check:
         lower: Every rate below is stable (estimate).
         upper: Every rate above is unstable (estimate).
         exact: Threshold by the full analysis, where it was asked to settle the check; otherwise NaN.
-        state: `"stable"` below `lower`; `"caution"` above it; `"unstable"` above `upper` while the loss does not fall;
-            `"diverged"` if something is not finite, or the loss is back where it started.
+        state: `"stable"` below `lower`; `"caution"` above it; `"unstable"` above `upper` while the loss does not fall,
+            or above `lower` while it is a quarter above its best; `"diverged"` if something is not finite, or the loss
+            is back where it started.
         culprits: Ids of the most curved samples, most curved first.
         safe_batch_size: Smallest batch size at which this rate is below `lower`; None if there is none.
         seconds: What the check cost.
@@ -184,6 +185,8 @@ class LossRecord:
     """Weight of the newest loss in the average."""
     LEFT, BACK = 0.8, 0.95
     """Shares of the reference: training counts as under way below the first, and as back above the second."""
+    RISEN, LEAST_RISE = 1.25, 0.02
+    """The average has risen once it is above its least value by this factor, and by this share of the reference."""
     FLAT = 0.01
     """Share of its largest spread below which the outputs count as constant: the network is dead."""
 
@@ -206,15 +209,25 @@ class LossRecord:
         self.least, self.widest = min(self.least, self.average), max(self.widest, spread)
 
     @property
+    def reference(self) -> float:
+        """The loss at the start or that of the best constant output, whichever is less; NaN if there is neither."""
+        return min((v for v in (self.start, self.chance) if v > 0), default=math.nan)
+
+    @property
+    def risen(self) -> bool:
+        """Whether the average is a quarter above its least value."""
+        rise = self.average - self.least
+        return self.average > self.RISEN * self.least and rise > self.LEAST_RISE * self.reference
+
+    @property
     def lost(self) -> bool:
         """Whether the loss is not finite, or back at its start or at chance after having left or with flat outputs."""
         if not math.isfinite(self.newest):
             return True
-        reference = min((v for v in (self.start, self.chance) if v > 0), default=math.nan)
+        reference = self.reference
         if not self.newest >= self.BACK * reference:
             return False
-        relapsed = self.average >= self.BACK * reference and self.least < self.LEFT * reference
-        return relapsed or self.spread < self.FLAT * self.widest
+        return self.least < self.LEFT * reference or self.spread < self.FLAT * self.widest
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs.
@@ -250,6 +263,6 @@ def state_of(lr: float, found: Band, exact: float, record: LossRecord) -> State:
         return "diverged"
     if not math.isnan(exact):
         return "stable" if lr < exact else "unstable"
-    if lr > found.upper and not record.falls:
+    if (lr > found.upper and not record.falls) or (lr > found.lower and record.risen):
         return "unstable"
     return "stable" if lr < found.lower else "caution"

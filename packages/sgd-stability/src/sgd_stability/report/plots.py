@@ -74,14 +74,17 @@ def draw_map(axes: Any, found: "StabilityMap", figure: Any) -> None:
     norm = require("matplotlib.colors", EXTRA).SymLogNorm(linthresh=1e-4, vmin=-0.5, vmax=0.5)
     mesh = axes.pcolormesh(batches, rates, growth, cmap="RdYlGn_r", norm=norm, shading="nearest")
     figure.colorbar(mesh, ax=axes, label="log growth of $E\\|\\delta\\|^2$ per step (clipped)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    edges = [batches[0] / 2**0.5, batches[-1] * 2**0.5]
+    if len(batches) > 1:
+        edges = [edges[0], *((batches[1:] + batches[:-1]) / 2), (3 * batches[-1] - batches[-2]) / 2]
+    axes.set_xlim(edges[0], edges[-1])
     for name, values in found.curves.items():
         finite = [v if math.isfinite(v) else math.nan for v in values]
         if not all(math.isnan(v) for v in finite):
-            axes.plot(batches, finite, label=name, **STYLES.get(name, {}))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    if len(batches) > 1:
-        axes.set_xlim(batches[0] / 2**0.5, (3 * batches[-1] - batches[-2]) / 2)  # to the edge of the last cell
+            # a step per column of cells: a line between the columns' middles would contradict the cells beside it
+            axes.stairs(finite, edges, baseline=None, label=name, **STYLES.get(name, {}))
     axes.set_ylim(rates[0], rates[-1])
     axes.set_xlabel("batch size $B$")
     axes.set_ylabel("learning rate $\\eta$")
