@@ -255,6 +255,7 @@ def docs(session: nox.Session) -> None:
     run(session, commands / "python", "tools/public_docs.py")
     run(session, commands / "python", "tools/paper_map.py")
     run(session, commands / "python", "tools/report.py", "--check")
+    run(session, commands / "python", "tools/claims.py", "--check")
     command = ["serve"] if "--serve" in session.posargs else ["build", "--strict"]
     run(session, commands / "mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
