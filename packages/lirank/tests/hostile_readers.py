@@ -124,10 +124,104 @@ def _read_checkpoint(path: Path) -> None:
     checkpoint.load(path)
 
 
+def _posterior(folder: Path) -> Path:
+    import torch
+    from lirank.explore.posterior import LogisticPosterior
+
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(20, 3, generator=generator)
+    posterior = LogisticPosterior.prior(3).updated(phi, (phi[:, 0] > 0).double())
+    posterior.save(folder / "posterior.safetensors", {"run": "x", "label": "y"})
+    return folder / "posterior.safetensors"
+
+
+def _read_posterior(path: Path) -> None:
+    import torch
+    from lirank.explore.posterior import Posterior
+
+    posterior, _ = Posterior.read(path)
+    phi = torch.ones(2, len(posterior.mean))
+    posterior.variance(phi), posterior.score(phi)
+
+
+def _labeler(folder: Path) -> Path:
+    import pyarrow as pa
+    from lirank.features.dwell import DwellLabeler
+
+    labeler = DwellLabeler(["device"], least=2)
+    labeler.add(pa.table({"device": ["a", "b", "a", "a"], "dwell": [1.0, 2.0, 3.0, 4.0]}))
+    labeler.save(folder / "dwell.safetensors")
+    return folder / "dwell.safetensors"
+
+
+def _read_labeler(path: Path) -> None:
+    import pyarrow as pa
+    from lirank.features.dwell import DwellLabeler
+
+    DwellLabeler.load(path).label(pa.table({"device": ["a", "c"], "dwell": [1.0, 2.0]}))
+
+
+def _shards(folder: Path) -> Path:
+    import torch
+    from core_tensor.app.ranks import ALONE
+    from lirank.distributed.reshard import save_shards
+
+    save_shards(folder, {"weight": torch.arange(14.0).view(7, 2), "first": torch.zeros(7)}, 7, ALONE)
+    return folder
+
+
+def _read_shards(path: Path) -> None:
+    from core_tensor.app.ranks import ALONE
+    from lirank.distributed.reshard import load_shards
+
+    load_shards(path, 7, ALONE)
+
+
+def _curvature(folder: Path) -> Path:
+    from lirank.train.prior import save_curvature
+
+    save_curvature(folder / "curvature.safetensors", dict(_linear().state_dict()))
+    return folder / "curvature.safetensors"
+
+
+def _linear() -> Any:
+    import torch
+
+    return torch.nn.Linear(3, 2)
+
+
+def _read_curvature(path: Path) -> None:
+    from lirank.train.prior import load_curvature
+
+    load_curvature(path, _linear())
+
+
+def _onnx(folder: Path) -> Path:
+    from lirank.serve import deploy
+    from lirank.train.run import TrainedModel
+
+    run = folder / "run"
+    run.mkdir()
+    trained = TrainedModel.load(_run(run))
+    deploy.export(trained, trained.encoder.encode(trained.sample), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def _read_onnx(path: Path) -> None:
+    from lirank.serve.export import OnnxModel
+
+    OnnxModel(path)
+
+
 READERS = [
     ("schema", _schema, _read_schema),
     ("model configuration", _config, _read_config),
     ("log", _log, _read_log),
     ("run", _run, _read_run),
     ("checkpoint", _checkpoint, _read_checkpoint),
+    ("posterior", _posterior, _read_posterior),
+    ("dwell labeler", _labeler, _read_labeler),
+    ("shards", _shards, _read_shards),
+    ("curvature", _curvature, _read_curvature),
+    ("ONNX model", _onnx, _read_onnx),
 ]

@@ -88,9 +88,9 @@ def test_a_lookup_equals_the_scan_and_remembers_nothing(schema, table):
 def test_time_may_not_run_backwards(schema, table):  # metarank#551: aggregates that know the future
     causal = CausalFeatures(schema, 1.0)
     causal.extend(table.slice(700))
-    with pytest.raises(ValueError, match="before events"):
+    with pytest.raises(ValueError, match="earlier than events"):
         causal.extend(table.slice(0, 700))
-    with pytest.raises(ValueError, match="before events"):
+    with pytest.raises(ValueError, match="earlier than events"):
         causal.lookup(table.slice(0, 1))
 
 
