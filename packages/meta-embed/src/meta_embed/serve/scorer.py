@@ -62,7 +62,14 @@ class Scorer:
         self.key_schema = pa.schema([(columns.entity, key), *member])
 
     def _open(self) -> Lookup:
-        return Lookup(open_store(self.address), self.version, allow_stale=self.allow_stale, ttl=self.ttl)
+        store = open_store(self.address)
+        try:
+            if store.info.width != self.model.width:
+                raise ValueError(f"{store.where}: holds vectors of width {store.info.width}, not {self.model.width}")
+            return Lookup(store, self.version, allow_stale=self.allow_stale, ttl=self.ttl)
+        except ValueError:
+            store.close()
+            raise
 
     def current(self) -> Lookup:
         """The lookup; a store that was generated anew meanwhile is opened, if its version fits."""
@@ -129,15 +136,14 @@ class Scorer:
 
     def _explore(self, rows: pa.Table, found: Found, seed: Any) -> Array:
         """One draw per member of the request from its posterior; of an unknown one, from the prior."""
-        info = self.lookup.store.info
-        if info.precision == "none":
+        if found.precisions.shape[1] == 0:
             raise ValueError("options: explore needs a store generated with --precision diagonal or full")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ValueError(f"options: seed: expected an integer, got {seed!r}")
         keys = rows[self.config.columns.entity].to_pylist()
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         own = np.asarray([first[key] for key in keys])
-        H = unpack_precisions(found.precisions, info.width)
+        H = unpack_precisions(found.precisions, found.vectors.shape[1])
         head = getattr(self.model, "head", None)
         if head is not None:
             H[~torch.from_numpy(found.known)] = head.precision.detach()
