@@ -128,6 +128,18 @@ def test_activations_that_are_overwritten_between_steps_are_noticed(double, orac
         opt.step(oracle.loss_of(model), batch)
 
 
+@pytest.mark.parametrize("mode", ["ghost", "sequential"])
+def test_other_parameters_begin_another_chain(double, oracle, mode):
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch, norms = make_model(), make_batch(), []
+    opt = optimizer_of(model, mode, lr=0.0)
+    for thawed in (False, False, True, True):
+        model[0].weight.requires_grad_(thawed)
+        opt.step(oracle.loss_of(model), batch)
+        norms.append(bool((opt.record.gradient_norms > 0).all()))
+    assert norms == [False, True, False, True]
+
+
 class Hidden(torch.autograd.Function):
     """Takes its weight out of sight of torch functions."""
 
