@@ -22,7 +22,7 @@ position: position
 features:
 - {kind: id, name: user, rows: 256}
 - {kind: id, name: item, type: string, vocabulary: static, rows: 64, min_count: 2}
-- {kind: id, name: city, rows: 128, hashes: 2}
+- {kind: id, name: city, rows: 131, vocabulary: qr}
 - {kind: dense, name: price, transform: log1p}
 - {kind: dense, name: age, missing: mean, transform: quantile}
 - {kind: multi, name: tags, type: string, rows: 64}
@@ -30,7 +30,15 @@ features:
 - {kind: popularity, name: item_rate, key: [item], label: click, half_life: 5000}
 - {kind: popularity, name: pair_rate, key: [user, item], label: click}
 """
-CONFIG = ModelConfig(dim=8, widths=(16, 8), cross_rank=8, history_width=8, task_widths=(8,), tasks="grouped")
+CONFIG = ModelConfig(
+    dim=8,
+    widths=(16, 8),
+    cross_rank=8,
+    history_width=8,
+    task_widths=(8,),
+    tasks="grouped",
+    calibration_context="item",
+)
 
 
 def make_table(rows=1500, seed=0, users=30, items=40):

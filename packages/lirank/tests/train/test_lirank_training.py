@@ -99,6 +99,15 @@ def test_cold_rows_keep_the_hashes_of_an_id_together(trained):
     assert 0.2 < float(cold.float().mean()) < 0.4
 
 
+def test_a_schema_without_ids_trains(tmp_path):
+    table = pa.table({"tags": [[1, 2], [3]] * 40, "y": [0, 1] * 40})
+    pq.write_table(table, tmp_path / "l.parquet")
+    schema = parse_schema("features: [{kind: multi, name: tags, rows: 32}]\nlabels: [{name: y}]")
+    found = prepare(ParquetLog.open(tmp_path / "l.parquet"), schema, Split("random", 0.0, 0.0), tmp_path / "d")
+    run = Trainer(Ranker(found.encoder(), CONFIG), found.encoder(), TrainConfig(epochs=1, batch_size=16))
+    assert len(run.fit(found.log("train"), None, tmp_path)) == 1
+
+
 def test_sampled_negatives_are_corrected(tmp_path):  # recommenders#219
     rng = np.random.default_rng(0)
     n = 60_000

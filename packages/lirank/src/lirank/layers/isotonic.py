@@ -75,16 +75,19 @@ class IsotonicLayer(nn.Module):
         return below[place] + slope.flatten()[place] * (y - k * self.step) + bias
 
     @torch.no_grad()
-    def set_curve(self, edges: Tensor, values: Tensor) -> None:
-        """Take over a monotone curve, for all contexts.
+    def set_curve(self, edges: Tensor, values: Tensor, context: int | None = None) -> None:
+        """Take over a monotone curve.
 
         Args:
             edges: Logits, ascending, shape (n,).
             values: Calibrated logits there, non-decreasing, shape (n,); linear between and constant beyond.
+            context: Context whose curve it is; None for all of them.
 
         Raises:
-            ValueError: If the curve falls.
+            ValueError: If the curve falls, or there is no such context.
         """
+        if context is not None and not 0 <= context < self.contexts:
+            raise ValueError(f"context: expected a value in [0, {self.contexts}), got {context}")
         if bool((values.diff() < 0).any()) or bool((edges.diff() < 0).any()):
             raise ValueError("values: expected a curve that never falls over ascending edges")
         grid = torch.linspace(self.low, self.high, self.buckets + 1, dtype=torch.float64)
@@ -92,6 +95,10 @@ class IsotonicLayer(nn.Module):
         x0, x1 = edges.double()[right - 1], edges.double()[right]
         share = ((grid - x0) / (x1 - x0).clamp_min(1e-12)).clamp(0, 1)
         curve = values.double()[right - 1] * (1 - share) + values.double()[right] * share
+        if context is not None and self.context_slope is not None and self.context_bias is not None:
+            self.context_slope[context] = curve.diff() / self.step - self.slope
+            self.context_bias[context] = curve[0] - self.bias
+            return
         self.slope.copy_(curve.diff() / self.step)
         self.bias.copy_(curve[0])
         if self.context_slope is not None and self.context_bias is not None:

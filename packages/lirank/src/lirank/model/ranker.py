@@ -121,7 +121,8 @@ def cold_rows(ids: Tensor, layout: Layout, share: float, draws: Tensor | None = 
         Ids, of the same shape; the columns of one feature go together.
     """
     features = layout.schema.of(Id)
-    unseen = torch.tensor([layout.offsets[features[number].name] + UNSEEN for number in layout.fields])
+    rows = [layout.offsets[features[number].name] + UNSEEN for number in layout.fields]
+    unseen = torch.tensor(rows, dtype=torch.int64)  # int64 also where there is no id feature
     draws = torch.rand(len(ids), len(features)) if draws is None else draws
     chosen = (draws < share)[:, torch.tensor(layout.fields, dtype=torch.int64)]
     return torch.where(chosen, unseen, ids)

@@ -1,5 +1,6 @@
 """From a run to what is served: recalibrated, compressed, exported and checked, with its latency."""
 
+import copy
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from lirank.train.run import TrainedModel
 TOLERANCE = 1e-5
 """Largest difference between an exported model and the one that it came from."""
 CANDIDATES = (1, 64, 512)
+_OWN_CURVE = 500
+"""Positives, and negatives, with which a calibration context gets its own curve."""
 
 
 def recalibrate(
@@ -27,16 +30,18 @@ def recalibrate(
 ) -> dict[str, dict[str, Any]]:
     """Fit the isotonic layers to labels; the rest of the model stays as it is.
 
-    The first half of the rows fits a curve that the second half judges; the layer then gets the curve of all rows. With
-    few positives the curve of the layer is kept and only moved.
+    The first half of the rows fits curves that the second half judges; the layers then get the curves of all rows. A
+    calibration context with enough positives and negatives gets its own curve, the others share one. With few positives
+    the curve of the layer is kept and only moved.
 
     Args:
         trained: The model, changed in place.
-        scores: `logits` without calibration (n, T), `labels` (n, T), in time order.
-        method: How the curve is fitted; see `fit_curve`.
+        scores: `logits` without calibration (n, T), `labels` (n, T), in time order, and `context` (n,) where the model
+            calibrates by context.
+        method: How the curves are fitted; see `fit_curve`.
 
     Returns:
-        By label: the method, and metrics of the second half before and after.
+        By label: the method, contexts with their own curve, and metrics of the second half before and after.
 
     Raises:
         ValueError: If a label has one class only.
@@ -45,21 +50,58 @@ def recalibrate(
     for t, label in enumerate(trained.encoder.schema.labels):
         known = ~np.isnan(scores["labels"][:, t])
         z, y = scores["logits"][known, t].astype(np.float64), scores["labels"][known, t].astype(np.float64)
+        context = scores["context"][known] if scores.get("context") is not None else None
         layer = trained.model.network.calibration[t]
         assert isinstance(layer, IsotonicLayer)
         half = len(z) // 2
-        edges = torch.linspace(layer.low, layer.high, layer.buckets + 1)
-        present = Curve(edges.double().numpy(), layer(edges).detach().double().numpy(), "present")
-        options: Any = {"method": method, "low": layer.low, "high": layer.high, "present": present}
-        first, curve = fit_curve(z[:half], y[:half], **options), fit_curve(z, y, **options)
-        before = torch.sigmoid(layer(torch.from_numpy(z[half:]).float())).detach().numpy()
+        rest = None if context is None else context[half:]
+        trial = copy.deepcopy(layer)
+        before = _applied(trial, z[half:], rest)
+        _fit(trial, z[:half], y[:half], None if context is None else context[:half], method)
+        after = _applied(trial, z[half:], rest)
+        used, own = _fit(layer, z, y, context, method)
         found[label.name] = {
-            "method": curve.method,
+            "method": used,
+            "contexts": own,
             "before": report(before, y[half:]),
-            "after": report(1 / (1 + np.exp(-first(z[half:]))), y[half:]),
+            "after": report(after, y[half:]),
         }
-        layer.set_curve(torch.from_numpy(curve.logits), torch.from_numpy(curve.values))
     return found
+
+
+def _applied(layer: IsotonicLayer, z: np.ndarray, context: np.ndarray | None) -> np.ndarray:
+    """Calibrated probabilities of logits, shape (n,)."""
+    with torch.no_grad():
+        logits = layer(torch.from_numpy(z).float(), None if context is None else torch.from_numpy(context))
+    found: np.ndarray = torch.sigmoid(logits).numpy()
+    return found
+
+
+def _fit(
+    layer: IsotonicLayer, z: np.ndarray, y: np.ndarray, context: np.ndarray | None, method: Any
+) -> tuple[str, int]:
+    """Give a layer the curves of some rows; returns the method, and how many contexts have their own."""
+    contexts = np.unique(context).tolist() if context is not None else []
+    present = {number: _present(layer, number) for number in (0, *contexts)}
+    options: Any = {"method": method, "low": layer.low, "high": layer.high}
+    curve = fit_curve(z, y, present=present[0], **options)
+    layer.set_curve(torch.from_numpy(curve.logits), torch.from_numpy(curve.values))
+    own = 0
+    for number in contexts:
+        mine = context == number
+        if min(y[mine].sum(), (1 - y[mine]).sum()) >= _OWN_CURVE:
+            curve_of = fit_curve(z[mine], y[mine], present=present[number], **options)
+            layer.set_curve(torch.from_numpy(curve_of.logits), torch.from_numpy(curve_of.values), number)
+            own += 1
+    return curve.method, own
+
+
+def _present(layer: IsotonicLayer, context: int) -> Curve:
+    """The curve that a context has now."""
+    edges = torch.linspace(layer.low, layer.high, layer.buckets + 1)
+    with torch.no_grad():
+        values = layer(edges, torch.full((len(edges),), context) if layer.contexts else None)
+    return Curve(edges.double().numpy(), values.double().numpy(), "present")
 
 
 def compress(trained: TrainedModel, batch: Batch, out: Path | None) -> dict[str, Any]:
