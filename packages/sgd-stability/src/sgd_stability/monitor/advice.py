@@ -102,7 +102,7 @@ def advise(
         optimizer: `"sgd"`, `"momentum"` (0.9), `"adam"`, `"adamw"`, or a function from parameters to an optimizer that
             the monitor understands.
         batch_size: Samples per step.
-        steps: Steps of the pilot; it costs about a quarter more than as many steps of training.
+        steps: Steps of the pilot; it costs about half more than as many steps of training a small model.
         max_samples: Samples that the pilot trains on.
         probe_batch: Samples in the monitor's probe.
         seed: Seed of probe and batches.
@@ -129,7 +129,7 @@ def advise(
     try:
         engine = build(parameters)
         # no decay at the end: the rate that the last third of the run settles at is what is asked for
-        scheduler = StabilityScheduler(engine, monitor, total_steps=steps, decay=0.0)
+        scheduler = StabilityScheduler(engine, monitor, total_steps=steps, every=max(1, steps // 20), decay=0.0)
         resolved = resolve_loss(loss)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
