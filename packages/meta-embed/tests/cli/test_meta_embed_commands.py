@@ -220,12 +220,13 @@ def test_the_command_line_starts_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_demo(run, tmp_path, monkeypatch):
     """The whole command on few members; the demo's figures at its real size are those of the evidence."""
     from meta_embed.evidence import demo
 
     original = demo.run_demo
-    monkeypatch.setattr(demo, "run_demo", lambda members, seed, say: original(members // 20, seed, say))
+    monkeypatch.setattr(demo, "run_demo", lambda members, seed, say: original(members // 40, seed, say))
     found = run("demo", "--quick", "-o", tmp_path / "demo.png", "--json")
     assert (tmp_path / "demo.png").stat().st_size > 5000
     assert found["refresh_vs_full_max_diff"] == 0.0
