@@ -16,7 +16,7 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         method: `map` solves for a member's vector, `maml` takes gradient steps.
-        width: Length of a member's vector, a bias of its own included, 2 to 32.
+        width: Length of a member's vector, including a bias, 2 to 32.
         hidden: Width of the global block's perceptron; 0 for none.
         member_hidden: Width of the meta block's hidden layer; 0 for a linear map.
         precision: Starting value of the prior's precision, which is also the ID warm start's shrinkage.

@@ -21,7 +21,7 @@ class GlobalBlock(nn.Module):
         width: Length of h, 2 to 32.
         hidden: Width of the perceptron of b; 0 leaves it away.
         given_base: Whether the first dense column is the logit of a trained ranker.
-        given_vector: Length of its item vector, which stands next; 0 if there is none.
+        given_vector: Length of its item vector, which comes next; 0 if there is none.
     """
 
     def __init__(

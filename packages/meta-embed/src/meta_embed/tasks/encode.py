@@ -12,7 +12,7 @@ from meta_embed.tasks.schema import Feature, Schema
 
 Array = np.ndarray[Any, Any]
 Vocabulary = Mapping[str, Sequence[Any]]
-"""Column name to its values; the value at position i has row i + 1 of its table, row 0 stands for all others."""
+"""Column name to its values; the value at position i has row i + 1 of its table, row 0 is all others."""
 
 
 def build_vocabulary(table: pa.Table, schema: Schema) -> dict[str, list[Any]]:

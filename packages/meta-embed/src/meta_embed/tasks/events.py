@@ -21,7 +21,7 @@ Keys = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Events:
-    """Events of M entities, N rows sorted by entity, time and event number; no event stands twice.
+    """Events of M entities, N rows sorted by entity, time and event number; no event appears twice.
 
     Attributes:
         keys: Entity keys, shape (M,), int64 or strings, ascending.

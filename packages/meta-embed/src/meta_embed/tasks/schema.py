@@ -12,7 +12,7 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: The column.
         kind: `id` for a category (strings or integers), `dense` for numbers.
         buckets: Rows of the table of an `id` column that is hashed; 0 builds a vocabulary from the training events, in
-            which row 0 stands for every other value.
+            which row 0 is every other value.
         width: Numbers of a `dense` column: 1, or the length of its lists.
     """
 
