@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 """Variable that says where several workers add up their metrics; the name is prometheus_client's."""
+_UNSAID = "application/x-www-form-urlencoded"
+"""What `curl -d` and urllib say of a body whose type nobody named; it is read as JSON."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -184,6 +186,7 @@ class _Service:
     async def answer(self, endpoint: Endpoint, request: "Request") -> "Response":
         """Read, parse, compute and encode, each within its limits."""
         kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+        kind = "application/json" if kind == _UNSAID else kind
         if kind not in {"application/json", ARROW}:
             raise RefusalError(415, f"content-type: expected application/json or {ARROW}, got {kind}")
         if self.waiting >= self.limits.waiting:
