@@ -83,7 +83,8 @@ def test_json_and_arrow_agree(address):
     body = json.dumps({"rows": _rows(3)})
     plain = _post(address, body)
     assert plain.status_code == 200
-    assert _post(address, body, **{"content-type": "application/x-www-form-urlencoded"}).json() == plain.json()  # curl -d
+    unsaid = {"content-type": "application/x-www-form-urlencoded"}  # as `curl -d` sends it
+    assert _post(address, body, **unsaid).json() == plain.json()
     assert plain.json() == {"score": [0.0, 1.0, 2.0], "user": ["u0", "u1", "u2"]}
     arrow = pa.ipc.open_stream(_post(address, body, accept=ARROW).content).read_all()
     assert arrow.to_pydict() == plain.json()
