@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from core_tensor.dev.benchmarking import compare, run_bars, seconds
+from core_tensor.memory import huge_pages
 from core_tensor.ops.quantized_gather import quantize_rows, quantized_gather
 from core_tensor.ops.row_update import reference, row_update
 from lirank.layers.cross import CrossNetwork
@@ -218,20 +219,33 @@ def table_cost(quick: bool) -> dict[str, Any]:
 
 
 def row_updates(quick: bool) -> dict[str, Any]:
-    """Segment sum and lazy Adam on 53 k gradients, against unique, index_add and torch."""
-    n = BATCH * CATEGORICAL
-    ids, grad = zipf_ids(1_000_000, BATCH, 0).flatten(), torch.randn(n, DIM)
+    """Segment sum and lazy Adam on 53 k gradients, against unique, index_add and torch; and in pages of 2 MB."""
+    n, rows = BATCH * CATEGORICAL, 2_000_000
+    ids, grad = zipf_ids(rows, BATCH, 0).flatten(), torch.randn(n, DIM)
 
-    def tables() -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return torch.randn(1_000_000, DIM), (torch.zeros(1_000_000, DIM), torch.zeros(1_000_000, DIM))
+    def tables(huge: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        made = [torch.empty(rows, DIM) for _ in range(3)]
+        weight, first, second = ((huge_pages(table) if huge else table).zero_() for table in made)
+        return weight, (first, second)
 
-    (weight, state), (other, theirs) = tables(), tables()
+    def update(tables: tuple[Tensor, tuple[Tensor, Tensor]]) -> None:
+        row_update(*tables, ids, grad, step=2)
+
+    plain, other = tables(huge=False), tables(huge=False)
+    pairs = 15 if quick else 50
     found = compare(
-        lambda: row_update(weight, state, ids, grad, step=2),
-        lambda: reference.row_update(other, *theirs, ids, grad, "adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 2),
-        pairs=15 if quick else 50,
+        lambda: update(plain),
+        lambda: reference.row_update(other[0], *other[1], ids, grad, "adam", 1e-3, 0.9, 0.999, 1e-8, 0.0, 2),
+        pairs=pairs,
     )
-    return {"row_update_vs_torch": round(found.speedup, 2), "row_update_vs_torch_detail": found.spread()}
+    paged = tables(huge=True)
+    pages = compare(lambda: update(paged), lambda: update(plain), pairs=pairs)
+    return {
+        "row_update_vs_torch": round(found.speedup, 2),
+        "row_update_vs_torch_detail": found.spread(),
+        "row_update_in_huge_pages": round(pages.speedup, 2),
+        "row_update_in_huge_pages_detail": pages.spread(),
+    }
 
 
 def isotonic(quick: bool) -> dict[str, Any]:

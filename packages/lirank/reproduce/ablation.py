@@ -38,39 +38,41 @@ def mean_gaps(seeds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], gaps: list[dict[str, Any]], path: Path) -> None:
-    """Left: AUC with minus AUC without. Right: what each model closes of the gap to the truth."""
+def draw_components(rows: list[dict[str, Any]], path: Path) -> None:
+    """AUC with a component minus AUC without, on its own market and where it has nothing to win."""
     plt = figures.pyplot("lirank[plot]")
     shown = [row for row in rows if row["judge"] == "auc"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(7.5, 4.0), constrained_layout=True)
     for offset, name, color, label in (
         (0.12, "difference", "tab:blue", "something to win"),
         (-0.12, "null", "tab:gray", "nothing to win"),
     ):
         places = [len(shown) - 1 - i + offset for i in range(len(shown))]
         errors = [2000 * (row[f"{name}_se"] or 0.0) for row in shown]
-        left.errorbar(
-            [1000 * row[name] for row in shown], places, xerr=errors, fmt="o", color=color, label=label, capsize=3
-        )
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(range(len(shown)), [row["component"] for row in reversed(shown)])
-    left.set_xscale("symlog", linthresh=10)
-    left.set_xlabel("AUC with minus AUC without, in thousandths (bars: two standard errors)")
-    left.set_title("One component, on its own market")
-    left.legend(loc="lower left")
-    bars = [row for row in gaps if row["model"] not in ("truth", "logistic regression")]
-    colors = ["tab:orange" if row["model"] == "LightGBM" else "tab:blue" for row in bars]
-    right.barh(
-        range(len(bars) - 1, -1, -1),
-        [row["gap_closed"] for row in bars],
-        xerr=[row["gap_closed_sd"] or 0.0 for row in bars],
-        color=colors,
-        height=0.6,
-        error_kw={"elinewidth": 1, "capsize": 3},
+        values = [1000 * row[name] for row in shown]
+        axis.errorbar(values, places, xerr=errors, fmt="o", color=color, label=label, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [row["component"] for row in reversed(shown)])
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlabel("AUC with minus AUC without, in thousandths (bars: two standard errors)")
+    axis.legend(loc="lower left")
+    figures.save(figure, path)
+
+
+def draw_gaps(rows: list[dict[str, Any]], path: Path) -> None:
+    """What each model closes beyond the base of the gap to the truth, with two standard errors of the paired seeds."""
+    plt = figures.pyplot("lirank[plot]")
+    shown = [row for row in rows if row["model"] != "truth" and not row["model"].endswith("(base)")]
+    figure, axis = plt.subplots(figsize=(7.5, 3.6), constrained_layout=True)
+    for place, row in enumerate(reversed(shown)):
+        color = "tab:gray" if row["model"] in ("LightGBM", "logistic regression") else "tab:blue"
+        error = 2 * (row["over_base_se"] or 0.0)
+        axis.errorbar(row["over_base"], place, xerr=error, fmt="o", color=color, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [row["model"] for row in reversed(shown)])
+    axis.set_xlabel(
+        "points of the gap to the truth closed beyond low-rank DCN + MLP (bars: two standard errors)", x=0.4
     )
-    right.set_yticks(range(len(bars) - 1, -1, -1), [row["model"] for row in bars])
-    right.set_xlabel("% of the AUC gap from logistic regression to the truth (bars: SD over seeds)")
-    right.set_title("All knobs on")
     figures.save(figure, path)
 
 
@@ -96,8 +98,10 @@ def main() -> None:
         ]
         options.update("ablation.json", {"components": summary(rows), "component_rows": rows})
     found = options.update("ablation.json", {"events": events, "seeds": options.seeds})
-    if "components" in found and "full" in found:
-        draw(found["components"], found["full"], options.out / "ablation.png")
+    if "components" in found:
+        draw_components(found["components"], options.out / "components.png")
+    if "full" in found:
+        draw_gaps(found["full"], options.out / "ablation.png")
 
 
 if __name__ == "__main__":

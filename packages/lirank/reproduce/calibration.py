@@ -136,17 +136,16 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, curve in zip(axes, curves, strict=True):
         mine = {row["method"]: row for row in rows if row["curve"] == curve}
         places = [len(names) - 1 - names.index(name) for name in mine]
-        colors = ["tab:blue" if "lirank" in name or "layer" in name else "tab:gray" for name in mine]
-        axis.barh(
-            places,
-            [row["rmse"] for row in mine.values()],
-            xerr=[row["rmse_sd"] for row in mine.values()],
-            color=colors,
-            height=0.6,
-            error_kw={"elinewidth": 1, "capsize": 3},
-        )
+        for place, (name, row) in zip(places, mine.items(), strict=True):
+            color = "tab:blue" if "lirank" in name or "layer" in name else "tab:gray"
+            axis.errorbar(row["rmse"], place, xerr=row["rmse_sd"], fmt="o", color=color, capsize=3)
+        axis.set_xscale("log")
+        axis.set_xlim(3, 600)
+        axis.set_xticks([5, 20, 100, 400], ["5", "20", "100", "400"])
+        axis.minorticks_off()
+        axis.set_ylim(-0.6, len(names) - 0.4)
         axis.set_title(curve)
-        axis.set_xlabel("RMSE to the true probability, x 1000")
+    axes[1].set_xlabel("RMSE to the true probability, times 1000 (bars: SD over seeds); blue: lirank", loc="left")
     axes[0].set_yticks(range(len(names)), reversed(names))
     figures.save(figure, path)
 
