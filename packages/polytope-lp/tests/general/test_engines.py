@@ -118,3 +118,17 @@ def test_all_shared_netlib_problems_are_solved_and_verified():
         assert found.status in {"optimal", "optimal_residual"}, file.name
         assert found.objective == pytest.approx(optimum, rel=1e-6), file.name
         assert found.verify()["ok"], (file.name, found.verify()["problems"])
+
+
+@pytest.mark.parametrize("engine", ["highs", "newton"])
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_gaps_are_relative_whatever_the_unit_of_costs(engine, unit):
+    random = np.random.default_rng(4)
+    c, A, b = -random.random(30), random.random((6, 30)), np.full(6, 3.0)
+    one, other = (solve(BlockLP.build(c * s, A, b, bounds=[(0, 1)] * 30), 1e-7, engine=engine) for s in (1.0, unit))
+    assert other.status == one.status == "optimal"
+    assert other.objective / unit == pytest.approx(one.objective, rel=2e-7)
+    assert other.gap <= 1e-7
+    assert other.verify()["ok"], other.verify()["problems"]
+    far = BlockLP.build(c * unit, A, b, bounds=[(0, 1)] * 30)
+    assert far.lower_bound(np.zeros(6)) < 1.01 * other.lower_bound  # a bound that is off shows in the gap

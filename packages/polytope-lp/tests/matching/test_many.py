@@ -7,9 +7,9 @@ from polytope_lp import BlockLP, Marketplace, box_cut, generate, simplex, solve,
 
 
 def test_many_small_problems_equal_single_calls(random_problem, wide_markets):
-    problems = [random_problem(seed, lambda *_: simplex(1.0), sources=5 + seed % 7) for seed in range(12)]
-    problems += [random_problem(20 + seed, lambda *_: box_cut(1.5, 0.7), rows_per_edge=2) for seed in range(4)]
-    problems += [wide_markets.wide_market(seed, equations=seed % 2 == 0) for seed in range(12)]
+    problems = [random_problem(seed, lambda *_: simplex(1.0), sources=5 + seed % 7) for seed in range(6)]
+    problems += [random_problem(20 + seed, lambda *_: box_cut(1.5, 0.7), rows_per_edge=2) for seed in range(2)]
+    problems += [wide_markets.wide_market(seed, equations=seed % 2 == 0) for seed in range(6)]
     problems.insert(5, generate(Marketplace(sources=400, destinations=12)))  # too large for a stack
     for problem, solution in zip(problems, solve_many(problems, 1e-6), strict=True):
         alone = solve(problem, 1e-6)

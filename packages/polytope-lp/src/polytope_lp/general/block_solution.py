@@ -35,7 +35,8 @@ class BlockSolution:
         objective: $c'x$.
         lower_bound: Certified lower bound; -inf where unbounded variables allow none.
         upper_bound: Cost of the feasible primal; inf if shrinking cannot repair one.
-        gap: (upper - lower) / max(1, |lower|) where both are finite, else $|\lambda'(Ax - b)|$ over max(1, |c'x|).
+        gap: (upper - lower) / |lower| where both are finite, else $|\lambda'(Ax - b)| / |c'x|$; relative to the largest
+            term $|c_j x_j|$ where that is more.
         max_violation: Greatest violation of a row over 1 + |b| + |A| |x|, the size of what is summed.
         dual_residual: ||x - Proj(x - c - A'lam)|| / (1 + ||c||) of the scaled LP.
         iterations: Proximal steps; simplex iterations of HiGHS.
@@ -237,9 +238,11 @@ def _claims(lp: BlockLP, x: Array, lam: Array, dual_residual: float) -> dict[str
         x = lp.repaired(x)
         upper = float(lp.c @ x)
     objective = float(lp.c @ x)
-    gap = abs(float(lam @ (lp.A @ x - lp.b))) / max(1.0, abs(objective))
+    # Relative to the objective, but no less than to its largest term: a sum may cancel.
+    term = float(np.abs(lp.c * x).max(initial=0.0))
+    gap = abs(float(lam @ (lp.A @ x - lp.b))) / (max(term, abs(objective)) or 1.0)
     if np.isfinite(upper) and np.isfinite(lower):
-        gap = (upper - lower) / max(1.0, abs(lower))
+        gap = (upper - lower) / (max(term, abs(lower)) or 1.0)
     # Relative to what is summed: rows of large entries carry rounding in proportion.
     summed = 1 + np.abs(lp.b) + abs(lp.A) @ np.abs(x)
     return {

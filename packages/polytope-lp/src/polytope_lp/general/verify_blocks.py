@@ -48,7 +48,8 @@ def verify_blocks(lp: BlockLP, x: Array, lam: Array, ray: Array | None, claims: 
     objective, block = float(lp.c @ x), max((_outside(g, x[at]) for at, g in lp.pieces()), default=0.0)
     lower = _least(lp, lp.c + lp.A.T @ lam) - float(lam @ lp.b)
     violation = float((lp.excess(x) / (1 + np.abs(lp.b) + abs(lp.A) @ np.abs(x))).max(initial=0.0))
-    size = max(1.0, abs(objective))
+    term = max((abs(float(p)) for p in lp.c * x), default=0.0)
+    size = max(term, abs(objective)) or 1.0
     claimed_lower = -np.inf if claims["lower_bound"] is None else claims["lower_bound"]
     require(block <= 1e-7, f"a block leaves its polytope by {block:.3e}")
     require(bool((lam[: lp.inequalities] >= 0).all()), "a multiplier of an inequality is negative")
@@ -66,7 +67,7 @@ def verify_blocks(lp: BlockLP, x: Array, lam: Array, ray: Array | None, claims: 
         require(bool((lp.excess(x) <= 1e-12 * (1 + np.abs(lp.b))).all()), "the primal is not feasible")
         require(abs(claims["upper_bound"] - objective) <= 1e-9 * size, f"the upper bound is {objective!r}")
         if np.isfinite(lower):
-            gap = (objective - lower) / max(1.0, abs(lower))
+            gap = (objective - lower) / (max(term, abs(lower)) or 1.0)
     require(claims["gap"] is not None and gap <= claims["gap"] + 1e-9, f"the gap is {gap:.3e}")
     if status in {"optimal", "optimal_residual"}:
         within = max(gap, violation, _slackness(lp, x, lam) if claims["upper_bound"] is None else 0.0)
@@ -113,7 +114,7 @@ def _slackness(lp: BlockLP, x: Array, lam: Array) -> float:
         else:
             part = BlockLP(r, lp.A[:0, at], np.zeros(0), 0, (group,))
             lost += float(r @ mine) - _least(part, r)
-    return max(lost / max(1.0, abs(float(lp.c @ x))), wrong)
+    return max(lost / (max(float(np.abs(lp.c * x).max(initial=0.0)), abs(float(lp.c @ x))) or 1.0), wrong)
 
 
 def _falls_for_ever(lp: BlockLP, ray: Array) -> bool:

@@ -155,21 +155,24 @@ def _false_claims(
     return failures
 
 
-def implied_rows(problem: "MatchingProblem") -> NDArray[np.bool_]:
+def implied_rows(problem: "MatchingProblem") -> tuple[NDArray[np.bool_], bool]:
     """Rows that bound the amounts of their edges: all coefficients and the budget at least 0.
 
     Args:
         problem: The problem.
 
     Returns:
-        Shape (rows,), bool.
+        Shape (rows,), bool; and whether no coefficient is negative.
     """
-    bounding = problem.budgets.numpy() >= 0
+    bounding, signs = problem.budgets.numpy() >= 0, True
     if problem.data.coefficient is not None:
         for begin, end in problem.pieces(PIECE):
             part = problem.slice(begin, end)
-            bounding[part.index.numpy()[part.coefficient.numpy() < 0]] = False  # type: ignore[union-attr]
-    return bounding
+            a = part.coefficient.numpy()  # type: ignore[union-attr]
+            if a.min(initial=0.0) < 0:
+                bounding[part.index.numpy()[a < 0]] = False
+                signs = False
+    return bounding, signs
 
 
 def recompute(problem: "MatchingProblem", x: Array | Amounts, lam: Array, *, greatest: bool = True) -> dict[str, Any]:
@@ -187,9 +190,8 @@ def recompute(problem: "MatchingProblem", x: Array | Amounts, lam: Array, *, gre
         are relative to).
     """
     b, equality = problem.budgets.numpy(), problem.data.equality
-    signs = problem.data.coefficient is None or bool((problem.data.coefficient.numpy() >= 0).all())
+    bounding, signs = implied_rows(problem)
     shrinks = signs and not equality and bool((b >= 0).all()) and not bool(problem.equality.any())
-    bounding = implied_rows(problem)
     load, largest, sums, unit, worst = np.zeros(problem.rows), np.abs(b), [0.0, 0.0, 0.0], 0.0, 0.0
     origin = int(problem.data.offsets[0])
     for begin, end in problem.pieces(PIECE):

@@ -14,6 +14,8 @@ from scipy.optimize import linprog
 Array = NDArray[np.float64]
 TOLERANCE = 1e-9
 """Feasibility that is asked for; HiGHS takes 1e-10 at least."""
+USUAL = (1e-3, 1e3)
+"""Median sizes of costs that HiGHS's absolute tolerance suits; others are brought near one by a power of two."""
 _STATUS = {0: "optimal", 1: "time_limit", 2: "infeasible", 3: "unbounded"}
 
 
@@ -59,7 +61,8 @@ def solve_rows(
     Returns:
         The point.
     """
-    found = _linprog(c, A, b, inequalities, lower, upper, time_limit)
+    unit = _unit(c)
+    found = _linprog(c / unit, A, b, inequalities, lower, upper, time_limit)
     status = _STATUS.get(found.status, "stalled")
     if status != "optimal" and found.x is None:
         ray = None
@@ -67,13 +70,20 @@ def solve_rows(
             ray = _infeasible(A, b, inequalities, lower, upper, time_limit)
         elif status == "unbounded":
             inner = _linprog(np.zeros_like(c), A, b, inequalities, lower, upper, time_limit)
-            ray = _unbounded(c, A, inequalities, lower, upper, time_limit)
+            ray = _unbounded(c / unit, A, inequalities, lower, upper, time_limit)
             if inner.x is None or ray is None:
                 return Point("stalled", np.zeros(c.size), np.zeros(b.size), int(found.nit))
             return Point(status, np.asarray(inner.x), np.zeros(b.size), int(found.nit), ray)
         return Point(status, np.clip(np.zeros(c.size), lower, upper), np.zeros(b.size), int(found.nit), ray)
-    lam = -np.concatenate([found.ineqlin.marginals, found.eqlin.marginals])
+    lam = -unit * np.concatenate([found.ineqlin.marginals, found.eqlin.marginals])
     return Point(status, np.clip(np.asarray(found.x), lower, upper), lam, int(found.nit))
+
+
+def _unit(c: Array) -> float:
+    # A power of two near the median size of the costs, where that is an unusual one.
+    sizes = np.abs(c[c != 0])
+    median = float(np.median(sizes)) if sizes.size else 1.0
+    return 1.0 if USUAL[0] <= median <= USUAL[1] else float(np.exp2(np.round(np.log2(median))))
 
 
 def _linprog(c: Array, A: Any, b: Array, k: int, lower: Array, upper: Array, time_limit: float | None = None) -> Any:
