@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from sgd_stability.curvature.jacobian import output_jacobian, weighted_jacobian
 from sgd_stability.curvature.losses import resolve_loss
 from sgd_stability.curvature.network import make_network
 from sgd_stability.curvature.truncated import loss_hessian_operator, projected_hessians
+from sgd_stability.theory.almost_sure import almost_sure_threshold
 from torch import nn
 from torch.nn import functional as F
 
@@ -236,7 +238,9 @@ def test_verdicts_thresholds_and_batch_sizes_are_consistent(oracle):
         assert grid.stable[:, 0].tolist() == [True, False]
 
 
-def test_almost_sure_kind_lies_above(oracle):
+def test_almost_sure_kind_lies_above(oracle, monkeypatch):
+    short = functools.partial(almost_sure_threshold, steps=200, paths=8, tolerance=0.05)
+    monkeypatch.setattr("sgd_stability.report.report.almost_sure_threshold", short)
     model, x, y = oracle.tiny_network(n=6)
     report = analyze(model, "cross_entropy", (x, y))
     assert report.lr_threshold(1, kind="almost_sure").exact > report.lr_threshold(1).exact

@@ -44,11 +44,12 @@ def test_band_encloses_the_exact_threshold():
     assert check.lambda1 == pytest.approx(exact.lambda_max, rel=0.05)
     assert check.max_sample_curvature == pytest.approx(exact.max_sample_curvature, rel=1e-4)
     assert check.culprits[0] == exact.culprits(1)[0].id
-    assert 0.9 * check.lower < exact.lr_threshold(8).exact <= check.upper * (1 + 1e-3)
+    star = exact.lr_threshold(8).exact
+    assert 0.9 * check.lower < star <= check.upper * (1 + 1e-3)
     assert "eta* in [" in str(check)
     report = monitor.exact()
     assert report.update == Update(momentum=0.9)
-    assert report.lr_threshold(8).exact == pytest.approx(exact.lr_threshold(8).exact, rel=1e-6)
+    assert torch.allclose(report.family.h, exact.family.h)  # so the thresholds are the same too
 
 
 def test_one_product_a_check_follows_the_sharpness_from_below():
