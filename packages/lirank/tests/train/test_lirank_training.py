@@ -223,7 +223,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path, log_file, schema):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*base, "-o", str(tmp_path / "whole"), *options], check=True, env=environment, capture_output=True)
     killed = 0
-    for _ in range(20):
+    for _ in range(5):
         process = subprocess.Popen([*base, "-o", str(tmp_path / "killed"), *options], env=environment)
         checkpoint_file = tmp_path / "killed" / CHECKPOINT
         before = checkpoint_file.stat().st_mtime_ns if checkpoint_file.exists() else 0

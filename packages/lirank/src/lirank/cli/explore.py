@@ -21,7 +21,7 @@ def explore() -> None:
 @click.option("--label", default="", help="Label to explore. [default: the first]")
 @click.option("--precision", type=click.FloatRange(0, min_open=True), default=1.0, help="Of the prior around the head.")
 @click.option(
-    "--from", "start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Posterior to go on from."
+    "--from", "start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Posterior to continue."
 )
 @click.option(
     "--keep", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of its evidence that stays."

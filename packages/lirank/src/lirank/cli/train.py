@@ -16,7 +16,7 @@ _PATH = click.Path(exists=True, file_okay=False, path_type=Path)
 @schema_option(required=False, more="; by default that of --from")
 @out_option("Folder of the run.", folder=True, required=True)
 @click.option("--model", "model_file", type=click.Path(exists=True, path_type=Path), help="Network (YAML).")
-@click.option("--from", "start", type=_PATH, help="Earlier run to go on from, on newer LOGS.")
+@click.option("--from", "start", type=_PATH, help="Earlier run to continue, on newer LOGS.")
 @click.option("--prior", type=click.FloatRange(0), default=1.0, help="Weight of what it learned; 0: plain warm start.")
 @click.option("--cold", type=_PATH, help="Cold-start run that the prior keeps in mind too.")
 @click.option("--cold-weight", type=click.FloatRange(0, 1), default=0.0, help="Share of --cold in the prior.")
@@ -54,8 +54,8 @@ def train(
 ) -> None:
     """Train on LOGS; the same command continues after a kill, to the same bytes.
 
-    With --from, on rows after those of an earlier run: its ids, causal memory and weights go on, new ids and new
-    features of --schema are added, and old weights move as far as its curvature lets them.
+    With --from, on rows after those of an earlier run: its ids, causal memory and weights are taken over, new ids
+    and new features of --schema are added, and old weights move as far as its curvature lets them.
 
     Under `torchrun --nproc-per-node N -m lirank train ...` the processes share the batches and the rows of the table;
     a run can continue on another number of processes.
@@ -121,7 +121,7 @@ def _start(
             raise ValueError("--cold, --cold-weight: expected --from with them")
         return None
     if model_file is not None:
-        raise ValueError("--model: a run that goes on from another keeps its network")
+        raise ValueError("--model: a run that continues another keeps its network")
     return Start(run, prior, cold, cold_weight, remember)
 
 
