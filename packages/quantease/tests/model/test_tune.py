@@ -127,8 +127,15 @@ def test_only_two_bits_and_less_are_tuned_unasked():
     assert ModelConfig(LayerConfig("gptq", bits=4), tune="model").tunes("block")
 
 
+def test_models_that_do_not_fit_are_refused_before_any_work(tiny_llama, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantease.model.plan.available_memory", lambda _: 1000)
+    with pytest.raises(ValueError, match="tune: expected room for all blocks"):
+        quantize_model(open_causal_lm(tiny_llama), tokens, tmp_path / "run", ModelConfig(tune="model"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_does_not_help_is_not_kept(tiny_llama, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "RATE", 1.0)  # far too long steps
+    monkeypatch.setattr(tune, "RATE", 30.0)  # far too long steps
     lm = open_causal_lm(tiny_llama)
     config = ModelConfig(LayerConfig("gptq", bits=4), tune="model", tune_steps=5)
     run = quantize_model(lm, tokens, tmp_path / "tuned", config, blocks=1)
@@ -147,7 +154,7 @@ def test_tuning_helps_a_trained_model_on_other_text(stories, stories_tokens, tmp
         config = ModelConfig(LayerConfig("gptq", grid="clip", bits=2), tune=what)
         run = quantize_model(lm, calibration, tmp_path / what, config)
         kl[what] = float(window_scores(Predictions(streamed(run.lm, other)), exact).divergences.mean())
-    assert kl["block"] < 0.97 * kl["none"]
+    assert kl["block"] < 0.95 * kl["none"]
 
 
 def test_windows_are_shared_and_means_are_the_same_for_any_number_of_ranks(build, tokens):

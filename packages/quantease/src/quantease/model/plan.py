@@ -185,6 +185,7 @@ def make_plan(lm: CausalLM, tokens: Tensor, config: ModelConfig, blocks: int | N
     if ranks.size > tokens.shape[0]:
         raise ValueError(f"tokens: expected at least one window for each of {ranks.size} ranks, got {tokens.shape[0]}")
     _check_mixed_bits(lm, config)
+    _check_room(lm, config)
     count = len(lm.blocks) if blocks is None else blocks
     check_number("blocks", count, low=1, high=len(lm.blocks), integer=True)
     windows, length = tokens.shape
@@ -204,6 +205,37 @@ def _check_mixed_bits(lm: CausalLM, config: ModelConfig) -> None:
     fused = next((m.name for ms in model_matrices(lm, config) for m in ms if m.expert is not None), None)
     if config.average_bits is not None and fused is not None:
         raise ValueError(f"average_bits: expected a model of linear modules, but {fused} is a part of a parameter")
+
+
+def _check_room(lm: CausalLM, config: ModelConfig) -> None:
+    """End-to-end tuning holds the weights of all blocks; what would run out of memory at the end is refused now."""
+    if not config.tunes("model"):
+        return
+    weights = sum(p.numel() for index in range(len(lm.blocks)) for p in lm.block(index).parameters())
+    needed, free = weights * lm.dtype.itemsize, available_memory(lm.device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"tune: expected room for all blocks, {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory are "
+            "free; use `block`, which holds one at a time"
+        )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The bytes; None where the system does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
 
 
 def model_identity(lm: CausalLM) -> dict[str, Any]:

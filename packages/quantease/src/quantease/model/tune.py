@@ -2,7 +2,7 @@ r"""Tuning with the codes fixed: one multiplier per row of every quantized matri
 
 Quantizing layers one by one leaves errors that the layers could still make up for between them. Row i of a matrix
 becomes $(1 + u_i)\,s_i (c_i - z_i) + H_i$, a norm's weight $w + v \operatorname{rms}(w)$; u and v start at 0 and are
-found by Adam, one calibration window a step, to lower
+found by Adam, one calibration window a step (the coarser the grid, the longer), to lower
 
 $$ \frac{\|h - h_\text{fp}\|_F^2}{\|h_\text{fp}\|_F^2} \;\text{(hidden states behind the block)} \quad\text{or}\quad
 \mathrm{KL}(p_\text{fp} \,\|\, p) \;\text{(the whole model's predictions)}. $$
@@ -13,6 +13,7 @@ Scales and norms are rounded to their storage and kept only if they then lower t
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from core_tensor.app.ranks import Ranks
@@ -26,8 +27,8 @@ from quantease.model.matrices import Matrix
 from quantease.problem.grid import store_scale
 from quantease.problem.layer import QuantizedLayer
 
-RATE, BETAS, WARM_UP = 1e-3, (0.9, 0.95), 4
-"""Step size at its greatest, Adam's decays, and steps until then."""
+RATE, BETAS, WARM_UP = 0.036, (0.9, 0.95), 4
+"""Step size at its greatest, over the number of steps of a grid; Adam's decays; steps until the greatest."""
 
 Losses = dict[str, float]
 
@@ -61,6 +62,14 @@ class BlockParameters:
     def leaves(self) -> list[Tensor]:
         """Every u and v."""
         return [*self.rows.values(), *self.norms.values()]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The leaves as Adam takes them: those of a matrix of b bits move by up to RATE / (2^b - 1) a step."""
+        rates = {name: RATE / layer.grid.max_code for name, layer in self.layers.items()}
+        rows = [{"params": [leaf], "rate": rates[name]} for name, leaf in self.rows.items()]
+        norms = list(self.norms.values())
+        return rows + ([{"params": norms, "rate": max(rates.values())}] if norms else [])
 
     def overrides(self) -> dict[str, Tensor]:
         """Parameters of the block as they are now, by name; gradients flow to the leaves."""
@@ -285,7 +294,7 @@ def _tune(
 ) -> tuple[dict[int, Tuned], Losses]:
     """Adam on the leaves of some blocks; what it found, rounded, or what was there, whichever has the lower loss."""
     leaves = [leaf for found in parameters.values() for leaf in found.leaves]
-    optimizer = torch.optim.Adam(leaves, lr=RATE, betas=BETAS)
+    optimizer = torch.optim.Adam([group for found in parameters.values() for group in found.groups], betas=BETAS)
     untouched = {index: found.untouched() for index, found in parameters.items()}
     before = windows.mean(judge, device)
     with torch.enable_grad():
@@ -295,7 +304,8 @@ def _tune(
             if here is not None:
                 learn(here)
             _same_everywhere(leaves, windows.ranks)
-            optimizer.param_groups[0]["lr"] = _rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * _fraction(step, steps)
             optimizer.step()
     rounded = {index: found.round() for index, found in parameters.items()}
     for index, found in parameters.items():
@@ -307,9 +317,9 @@ def _tune(
     return kept, {"before": before, "after": min(after, before)}
 
 
-def _rate(step: int, steps: int) -> float:
-    """A short warm-up, then half a cosine to zero."""
-    return RATE * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def _fraction(step: int, steps: int) -> float:
+    """Of the greatest step size: a short warm-up, then half a cosine to zero."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _same_everywhere(leaves: Sequence[Tensor], ranks: Ranks) -> None:
