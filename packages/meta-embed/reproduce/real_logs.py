@@ -34,6 +34,7 @@ LABELS = {
     "map_again": "MAP head, another seed",
     "two_heads": "two MAP heads, mixed per n",
 }
+TITLES = {"movielens": "MovieLens-100k", "amazon": "Amazon"}
 METHODS = ("none", "id", "fold_in", "map", "map_again", "maml")
 OTHER_ID_MODELS, OTHER_DRAWS = ("deep", "wide"), 3
 """Two more ID models, on the first draws only: each takes as long as all of `METHODS` but the ID model."""
@@ -112,7 +113,7 @@ def report(draws: list[dict[str, Found]]) -> dict[str, Any]:
             if any(s is None for s in both[0] + both[1]):
                 row |= {f"n{n}": None, f"n{n}_low": None, f"n{n}_high": None, f"n{n}_text": None}
                 continue
-            d = paired_bootstrap(*both)  # type: ignore[arg-type]
+            d = paired_bootstrap(*both, draws=400)  # type: ignore[arg-type]
             text = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
             row |= {f"n{n}": d.value, f"n{n}_low": d.low, f"n{n}_high": d.high, f"n{n}_text": text}
         differences.append(row)
@@ -140,7 +141,7 @@ def picture(found: dict[str, Any], name: str, path: Path) -> None:
             value = method[f"n{n}"]
             row[f"{method['key']}_auc"] = float("nan") if value is None else value
         rows.append(row)
-    bucket_plot(rows, "support", shown, path, name, "mean of five user draws" if found["draws"] == 5 else "")
+    bucket_plot(rows, "support", shown, path, name, f"mean of {found['draws']} user draws")
 
 
 def bars(results: dict[str, Any]) -> dict[str, float]:
@@ -177,13 +178,14 @@ def main() -> None:
             if name == "movielens" and part < OTHER_DRAWS and not options.quick:
                 methods += OTHER_ID_MODELS
             draws.append(one_draw(draw, methods, work, prefix))
-            common = [method for method in LABELS if all(method in found for found in draws)]
-            results[name] = report([{method: found[method] for method in common} for found in draws])
-            if "wide" in draws[-1]:
-                results[f"{name}_id_models"] = report(draws)
-            results["bars"] = bars(results)
-            write_json(out, results)
-        picture(results[name], name, out.with_name(f"{out.stem}_{name}.png"))
+        common = [method for method in LABELS if all(method in found for found in draws)]
+        results[name] = report([{method: found[method] for method in common} for found in draws])
+        full = [found for found in draws if "wide" in found]
+        if full:
+            results[f"{name}_id_models"] = report(full)
+        results["bars"] = bars(results)
+        write_json(out, results)
+        picture(results[name], TITLES[name], out.with_name(f"{out.stem}_{name}.png"))
 
 
 if __name__ == "__main__":
