@@ -45,6 +45,7 @@ PAGE = Path("docs/claims.md")
 QUICK = Path("out/reproduce-quick")
 VERDICTS = ("holds", "holds in part", "does not show at this scale")
 _REFERENCE = r"[\w-]+#[\w.+=-]+"
+_NAME = r"[\w-]+#[^{}:]+"  # in braces a name may hold spaces
 _HEAD = """# Claims
 
 What the papers' abstracts claim and what was measured here. A verdict follows from the figures by a rule in the
@@ -98,7 +99,7 @@ class Results:
         def figure(match: re.Match[str]) -> str:
             return show(self.value(match[1]), match[2])
 
-        return re.sub(rf"\{{({_REFERENCE})(?::([^}}]+))?\}}", figure, text)
+        return re.sub(rf"\{{({_NAME})(?::([^}}]+))?\}}", figure, text)
 
     def true(self, rule: str) -> bool:
         """Whether a comparison of references and numbers holds.
