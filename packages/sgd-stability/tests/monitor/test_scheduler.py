@@ -1,5 +1,6 @@
 """The rate that follows the curvature, and the advice of a pilot run."""
 
+import dataclasses
 import itertools
 import math
 
@@ -61,6 +62,23 @@ def test_inputs_four_times_as_large_get_a_smaller_rate():
         _run(model, x, y, optimizer, scheduler, 150)
         rates.append(scheduler.rate)
     assert rates[1] < rates[0] / 2
+
+
+def test_a_loss_that_rises_holds_the_rate_or_halves_it_whatever_the_curvature_says():
+    *_, scheduler = _scheduled(lambda p: torch.optim.SGD(p, lr=1.0))
+    check = scheduler.monitor.history[-1]
+
+    def goal(loss, average):
+        scheduler._rate = rate = scheduler._goal or 1.0
+        flat = dataclasses.replace(check, state="stable", loss=loss, average_loss=average, lower=100 * check.lower)
+        scheduler._follow(flat)
+        return scheduler._goal / rate
+
+    assert goal(0.5, 0.5) > 1
+    assert goal(0.6, 0.55) == 1  # a little higher: the flatter curvature is not followed
+    assert goal(0.7, 0.62) == 0.5
+    assert goal(0.7, 0.66) == 1  # halved once for one rise
+    assert goal(0.5, 0.58) > 1
 
 
 def test_groups_keep_their_proportions():

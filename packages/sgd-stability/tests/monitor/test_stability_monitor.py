@@ -9,6 +9,7 @@ import torch
 from sgd_stability import InstabilityWarning, StabilityMonitor, Update, analyze
 from sgd_stability.monitor.callbacks import OutputField, lightning_callback, metrics, trainer_callback
 from sgd_stability.monitor.monitor import MonitorWarning
+from sgd_stability.report.check import Band, LossRecord, state_of
 from sgd_stability.report.optimizers import read_optimizer
 from torch import nn
 from torch.nn import functional as F
@@ -420,6 +421,20 @@ def test_a_dead_network_is_not_stable():
         model[2].weight.mul_(0.1)
     _train(model, x, y, optimizer, 200)
     assert [c.state for c in monitor.history[-2:]] == ["diverged", "diverged"]  # at the first look already
+
+
+def test_a_loss_that_rises_above_the_safe_rate_is_unstable_and_below_it_is_not():
+    record = LossRecord(start=2.0, chance=2.3)
+    for loss in (2.0, 1.0, 1.0, 1.0):
+        record.add(loss, 1.0)
+    found = Band(lower=0.1, upper=1.0)
+    assert state_of(0.5, found, math.nan, record) == "caution"
+    for loss in (1.5, 1.6):
+        record.add(loss, 1.0)
+    assert state_of(0.5, found, math.nan, record) == "unstable"
+    assert state_of(0.05, found, math.nan, record) == "stable"
+    record.add(1.95, 1.0)
+    assert state_of(0.05, found, math.nan, record) == "diverged"
 
 
 def test_noisy_targets_near_chance_are_not_taken_for_a_dead_network():
