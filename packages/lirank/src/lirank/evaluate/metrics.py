@@ -12,7 +12,7 @@ _EPS = 1e-7
 
 
 def auc(scores: Array, labels: Array, weights: Array | None = None) -> float | None:
-    """Probability that a positive stands above a negative, ties counting half.
+    """Probability that a positive scores above a negative, ties counting half.
 
     Args:
         scores: Scores, shape (n,).

@@ -5,7 +5,7 @@ A user u sees an item i at time t in a context c (device and surface) at a posit
 $$ z = b + k_{ids} (\alpha_u + \beta_i + v_u^\top v_i) + k_{crosses} \Big( \sum_{a<b} \langle e_a, e_b \rangle +
 e_{hour} e_{category} e_{device} \Big) + k_{history} \, \bar v_u(t)^\top v_i + k_{drift} \, d_i(t) + x^\top \theta , $$
 
-with $\bar v_u(t)$ the mean vector of the last items that u clicked, $d_i$ a slow wave with a phase of its own, x the
+with $\bar v_u(t)$ the mean vector of the last items that u clicked, $d_i$ a slow wave with its own phase, x the
 numbers. The label is 1 with probability $(1 + p)^{-k_{position}} \, m_c(\sigma(z))$, where $m_c$ is a monotone map of
 each context, the identity at $k_{calibration} = 0$. Further tasks share a part of z. Each probability is returned
 beside the log: its AUC is the best that any model can reach, and with all knobs at 0 nothing but numbers matters.

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 _LOW, _HIGH = 1e-3, 1e7
-"""Seconds that are told apart."""
+"""Resolution in seconds."""
 _WIDTH = 0.01
 _BUCKETS = math.ceil(math.log(_HIGH / _LOW) / _WIDTH)
 
@@ -39,7 +39,7 @@ class DwellLabeler:
     Args:
         keys: Columns that make the context, the one to drop first last; none for one context.
         quantile: Share of a context's rows that are below its threshold.
-        least: Rows that a context needs for a threshold of its own.
+        least: Rows that a context needs for its own threshold.
     """
 
     def __init__(self, keys: Sequence[str], quantile: float = 0.9, least: int = 100) -> None:

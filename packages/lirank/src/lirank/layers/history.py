@@ -27,7 +27,7 @@ class HistoryTransformer(nn.Module):
         width: Width of the tokens inside.
         layers: Encoder layers; the paper has two.
         heads: Attention heads.
-        fusion: `early`: the candidate stands in every token. `late`: only beside the encoded history.
+        fusion: `early`: the candidate is part of every token. `late`: it only joins the encoded history.
         action_dim: Width of action vectors; 0 without actions.
         dropout: In training, behind attention and feed-forward.
     """
@@ -62,7 +62,7 @@ class HistoryTransformer(nn.Module):
         """Encode histories.
 
         Args:
-            items: Item vectors, oldest first, shape (B, L, D); what stands at and behind `lengths` does not matter.
+            items: Item vectors, oldest first, shape (B, L, D); entries from `lengths` on do not matter.
             actions: Their actions, shape (B, L), int64; None without actions.
             lengths: True lengths, at most L, shape (B,), int64.
             candidate: Vector of the candidate, shape (B, D).

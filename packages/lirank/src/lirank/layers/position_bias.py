@@ -9,7 +9,7 @@ class PositionBias(nn.Module):
     """An additive logit per task and position, relative to position 0.
 
     Args:
-        positions: Positions told apart; later ones share the last.
+        positions: Number of distinct positions; later ones share the last.
         tasks: Number of tasks.
     """
 
