@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import meta_embed
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -252,7 +253,7 @@ def load(path: Path) -> Found:
 def arguments(parser: argparse.ArgumentParser, results: Path, *code: str) -> tuple[argparse.Namespace, Path, Path]:
     """The options all scripts share, the file to write, and the folder of finished parts.
 
-    Parts of other code, in the files of `code`, are never taken for this code's.
+    Parts of other code, in the files of `code` or in the package, are never taken for this code's.
     """
     parser.add_argument("--quick", action="store_true", help="one small draw, few epochs: under two minutes")
     parser.add_argument("-o", "--out", type=Path, help="file to write")
@@ -260,7 +261,8 @@ def arguments(parser: argparse.ArgumentParser, results: Path, *code: str) -> tup
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = options.out or (Path(f"{results.stem}_quick.json") if options.quick else results)
-    kind = f"{'quick' if options.quick else 'full'}-{digest(*(Path(name) for name in code))[:8]}"
+    package = sorted(Path(meta_embed.__file__).parent.rglob("*.py"))
+    kind = f"{'quick' if options.quick else 'full'}-{digest(*(Path(name) for name in code), *package)[:8]}"
     work = (options.work or Path(tempfile.gettempdir()) / "meta-embed-reproduce") / kind
     work.mkdir(parents=True, exist_ok=True)
     return options, out, work
