@@ -236,10 +236,12 @@ def test_rounding_loses_little_on_a_marketplace(solution):
         solution.rounded("floor")
 
 
-def test_rounding_refuses_equations():
-    problem = MatchingProblem.from_arrays([0, 2], [0, 1], [1.0, 2.0], None, [0.5, 0.5], equality=[True, False])
-    with pytest.raises(ValueError, match="inequalities only"):
-        solve(problem, 1e-4).rounded()
+def test_random_rounding_refuses_equations():
+    problem = MatchingProblem.from_arrays([0, 2], [0, 1], [1.0, 2.0], None, [1.0, 0.5], equality=[True, False])
+    solution = solve(problem, 1e-4)
+    assert solution.rounded().x.tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="method: "):
+        solution.rounded("random")
 
 
 def test_prices_are_derivatives_and_bounds_of_the_value(random_problem, oracle):
