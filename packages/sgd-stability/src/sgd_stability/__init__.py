@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from core_tensor.app.exports import lazy
 
 if TYPE_CHECKING:
-    from sgd_stability import quadratic
+    from sgd_stability.quadratic import quadratic as quadratic
     from sgd_stability.monitor.advice import Advice, advise
     from sgd_stability.monitor.monitor import InstabilityWarning, MonitorWarning, StabilityMonitor
     from sgd_stability.monitor.scheduler import StabilityScheduler

@@ -7,6 +7,7 @@ from sgd_stability.theory.quadratic import (
     make_hessians,
     minibatch_product,
     random_hessians,
+    second_moment_matrix,
     simulate,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "minibatch_product",
     "quadratic",
     "random_hessians",
+    "second_moment_matrix",
     "simulate",
 ]
