@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from core_tensor.app.exports import lazy
 
 if TYPE_CHECKING:
-    from sgd_stability.quadratic import quadratic as quadratic
     from sgd_stability.monitor.advice import Advice, advise
     from sgd_stability.monitor.monitor import InstabilityWarning, MonitorWarning, StabilityMonitor
     from sgd_stability.monitor.scheduler import StabilityScheduler
+    from sgd_stability.quadratic import quadratic as quadratic
     from sgd_stability.report.analysis import analyze
     from sgd_stability.report.check import Check
     from sgd_stability.report.maps import StabilityMap
