@@ -5,8 +5,8 @@ import pytest
 import torch
 from quantease.evaluation.perplexity import Predictions, streamed, window_scores
 from quantease.export.save import check_format, export_model
+from quantease.model.budget import candidates, share_bits
 from quantease.model.causal_lm import open_causal_lm
-from quantease.model.mixed_bits import candidates, share_bits
 from quantease.model.plan import ModelConfig
 from quantease.model.quantize_model import quantize_model
 from quantease.problem.config import LayerConfig

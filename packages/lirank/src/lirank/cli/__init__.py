@@ -1,15 +1,14 @@
-"""The command `lirank`, one module per command."""
+"""The command `lirank`, a module per command or two."""
 
 from core_tensor.app.cli import command_line
 
 from lirank.cli.baseline import baseline
 from lirank.cli.calibrate import calibrate
-from lirank.cli.demo import demo
+from lirank.cli.demo import demo, recipe
 from lirank.cli.evaluate import evaluate
 from lirank.cli.evict import evict
 from lirank.cli.explore import explore
 from lirank.cli.export import bench, compress, export
-from lirank.cli.recipe import recipe
 from lirank.cli.schema import schema
 from lirank.cli.serve import serve
 from lirank.cli.train import train

@@ -13,10 +13,9 @@ from core_tensor.checks import check_choice, check_number, check_tensor
 from torch import Tensor
 
 from quantease.choices import DEFAULT_SKIP
-from quantease.model.budget import outlier_fractions
+from quantease.model.budget import bits_by_layer, outlier_fractions
 from quantease.model.causal_lm import CausalLM
 from quantease.model.matrices import Matrix, find_matrices
-from quantease.model.mixed_bits import bits_by_layer
 from quantease.problem.config import LayerConfig
 from quantease.problem.gram import Shrinkage
 
@@ -34,7 +33,7 @@ class ModelConfig:
     Attributes:
         layer: How each of its layers is.
         average_bits: Bits per weight over all matrices, which get more or fewer each by measured error
-            (`model.mixed_bits`) instead of `layer.bits`; None gives all of them `layer.bits`.
+            (`model.budget`) instead of `layer.bits`; None gives all of them `layer.bits`.
         order: `layer`: inputs of later matrices of a block come from the earlier ones of it already quantized (as in
             the paper); `block`: one pass per block, faster, with only earlier blocks quantized.
         target: What a layer's outputs are to match: those of the `full-precision` model (its weights are moved there
