@@ -421,7 +421,7 @@ def install_peers(session: nox.Session, python: Path, peers: Path) -> None:
 def reproduce(session: nox.Session) -> None:
     """The papers' claims from fixed seeds, then the docs' tables and one report: `-- PACKAGE [...]`, or `-- --quick`.
 
-    `-- --quick` runs every script of every package with little data and reports on that alone, in `out/`; a second call
+    `-- --quick` runs every script that has a quick form with little data and reports on that alone, in `out/`; a second call
     continues where the first was stopped.
     """
     python = workspace(session) / "python"

@@ -2,7 +2,7 @@
 
     python tools/claims.py            docs/claims.md and site-independent out/claims.html from reproduce/results
     python tools/claims.py --check    only compare docs/claims.md
-    python tools/claims.py --quick    run every script of every package with --quick first (resumable), report on that
+    python tools/claims.py --quick    run every script that has a quick form (resumable), report on that
 
 `packages/<name>/reproduce/claims.toml` holds the rows:
 
@@ -141,12 +141,13 @@ def _evaluate(node: ast.expr, rule: str) -> Any:
     raise ValueError(f"{rule}: expected a comparison of figures")
 
 
-def rows(root: Path, folder_of: Callable[[str], Path]) -> list[Row]:
+def rows(root: Path, folder_of: Callable[[str], Path], *, partial: bool = False) -> list[Row]:
     """Every claim of every package.
 
     Args:
         root: Root of the workspace.
         folder_of: Folder of the results of a package.
+        partial: Whether claims whose results are absent are left out, as those of scripts without a quick form are.
     """
     found = []
     for name in packages(root):
@@ -155,12 +156,21 @@ def rows(root: Path, folder_of: Callable[[str], Path]) -> list[Row]:
             continue
         results = Results(folder_of(name))
         for claim in tomllib.loads(path.read_text(encoding="utf-8"))["claim"]:
-            true = [rule in claim and results.true(claim[rule]) for rule in ("holds", "in_part")]
-            verdict = VERDICTS[true.index(True) if any(true) else 2]
-            cells = {key: results.fill(str(claim.get(key, "–"))) for key in ("measured", "peer", "seeds")}
-            note = results.fill(claim.get("note", ""))
-            found.append(Row(name, claim["text"], claim["source"], **cells, verdict=verdict, note=note))
+            try:
+                found.append(judged(name, claim, results))
+            except ValueError:
+                if not partial:
+                    raise
     return found
+
+
+def judged(package: str, claim: Mapping[str, str], results: Results) -> Row:
+    """A claim with its figures and the verdict that follows from them."""
+    true = [rule in claim and results.true(claim[rule]) for rule in ("holds", "in_part")]
+    verdict = VERDICTS[true.index(True) if any(true) else 2]
+    cells = {key: results.fill(str(claim.get(key, "–"))) for key in ("measured", "peer", "seeds")}
+    note = results.fill(claim.get("note", ""))
+    return Row(package, claim["text"], claim["source"], **cells, verdict=verdict, note=note)
 
 
 def as_markdown(found: Sequence[Row], head: str) -> str:
@@ -194,7 +204,7 @@ def as_html(found: Sequence[Row], title: str) -> str:
 
 
 def run_quick(root: Path, out: Path) -> dict[str, float]:
-    """Run every script with `--quick`; those that an earlier call has finished at this commit are not run again.
+    """Run every script that has a `--quick`; what an earlier call has finished at this commit is not run again.
 
     Returns:
         Seconds of every script.
@@ -203,6 +213,9 @@ def run_quick(root: Path, out: Path) -> dict[str, float]:
     took = {}
     for name in packages(root):
         for script in sorted((root / "packages" / name / "reproduce").glob("[!_]*.py")):
+            if '"--quick"' not in script.read_text(encoding="utf-8"):
+                print(f"{name} {script.name}: has no quick form; its claims are left out", flush=True)
+                continue
             folder = out / name
             folder.mkdir(parents=True, exist_ok=True)
             done = folder / f".{script.stem}.done"
@@ -226,7 +239,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if options.quick:
             out = root / QUICK
             took = run_quick(root, out)
-            found = rows(root, lambda name: out / name)
+            found = rows(root, lambda name: out / name, partial=True)
             machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
             head = f"# Claims, quick\n\n{len(took)} scripts in {sum(took.values()) / 60:.0f} minutes on {machine}.\n"
             pages = {out / "claims.md": as_markdown(found, head), out / "claims.html": as_html(found, "Claims, quick")}

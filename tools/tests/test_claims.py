@@ -58,11 +58,14 @@ def test_check_finds_a_page_whose_figures_have_moved(root, capsys):
 def test_quick_runs_every_script_once(root, repository, capfd):
     repository.write("packages/core/reproduce/times.py", SCRIPT)
     repository.write("packages/core/reproduce/_shared.py", "raise SystemExit(1)")
+    repository.write("packages/lonely/reproduce/hours.py", "raise SystemExit(1)")  # has no quick form
+    repository.write("packages/lonely/reproduce/claims.toml", CLAIMS.replace("times#", "hours#"))
     assert main(["--quick"], root(9.0, 4.0)) == 0
     assert main(["--quick"], repository.root) == 0
     assert capfd.readouterr().out.count("at work") == 1
     page = (repository.root / "out" / "reproduce-quick" / "claims.md").read_text()
     assert "**holds**" in page
+    assert "lonely" not in page
     assert not (repository.root / "docs" / "claims.md").exists()
 
 
