@@ -421,8 +421,8 @@ def install_peers(session: nox.Session, python: Path, peers: Path) -> None:
 def reproduce(session: nox.Session) -> None:
     """The papers' claims from fixed seeds, then the docs' tables and one report: `-- PACKAGE [...]`, or `-- --quick`.
 
-    `-- --quick` runs every script that has a quick form with little data and reports on that alone, in `out/`; a second call
-    continues where the first was stopped.
+    `-- --quick` runs every script that has a quick form with little data and reports on that alone, in `out/`; a second
+    call continues where the first was stopped.
     """
     python = workspace(session) / "python"
     if session.posargs == ["--quick"]:
