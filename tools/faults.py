@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 INSIDE = "FAULTS_INSIDE_NAMESPACE"
@@ -49,14 +50,10 @@ class Job:
     Attributes:
         command: The command line, run in the folder of the inputs, with `OUT` where its output goes.
         varies: Patterns of output files that hold times, so that they may differ from run to run.
-        resumes: Whether a second call continues a killed run in place; else it starts anew with `again`.
-        again: What is added to the command line when it is called again.
     """
 
     command: str
     varies: Sequence[str] = ()
-    resumes: bool = True
-    again: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,18 +90,18 @@ class Bench:
         self.seconds = 0.0
         self.bytes = 0
 
-    def start(self, out: Path, *, again: bool = False, **options: object) -> subprocess.Popen[str]:
+    def start(self, out: Path, **options: Any) -> subprocess.Popen[str]:
         """Start the command with its output in `out`."""
-        words = self.job.command.replace("OUT", str(out)).split() + (self.job.again.split() if again else [])
+        words = self.job.command.replace("OUT", str(out)).split()
         program = str(Path(sys.executable).parent / words[0])
-        settings = {"cwd": self.inputs, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        return subprocess.Popen([program, *words[1:]], **({"env": variables} | settings | options))  # type: ignore[call-overload, no-any-return]
+        settings: dict[str, Any] = {"env": variables, "stdout": subprocess.DEVNULL, **options}
+        return subprocess.Popen([program, *words[1:]], cwd=self.inputs, stderr=subprocess.PIPE, text=True, **settings)
 
-    def run(self, out: Path, **options: object) -> Ended:
+    def run(self, out: Path, **options: Any) -> Ended:
         """Run the command to its end."""
         begin = time.monotonic()
-        process = self.start(out, **options)  # type: ignore[arg-type]
+        process = self.start(out, **options)
         _, errors = process.communicate()
         return Ended(process.returncode, errors, time.monotonic() - begin)
 
@@ -134,7 +131,7 @@ class Bench:
 
     def finish(self, out: Path) -> str | None:
         """Call the same command again, to the end; what is wrong with it, or None."""
-        ended = self.run(out, again=True)
+        ended = self.run(out)
         return ended.complaint(0) or self.same(out)
 
 
@@ -154,7 +151,7 @@ def kill(bench: Bench) -> str | None:
     moments: list[str] = []
     for _ in range(bench.dice.randint(1, 3)):
         moment = bench.dice.uniform(0.3, 1.0) * bench.seconds
-        process = bench.start(out, again=bool(moments))
+        process = bench.start(out)
         moments.append(f"{moment:.2f} s")
         try:
             process.communicate(timeout=moment)
