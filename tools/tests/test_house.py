@@ -1,11 +1,13 @@
 """What holds for the structure of every package."""
 
 import ast
+import importlib
 import importlib.metadata
 import subprocess
 import sys
 import tomllib
 
+import click
 import pytest
 from workspace import ROOT, packages
 
@@ -98,3 +100,21 @@ def test_nothing_is_unpickled(package):
             if called == "yaml.load" or options.get("allow_pickle"):
                 found.append(f"{path.name}:{node.lineno}: {called}")
     assert found == []
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "core-tensor"])
+def test_help_is_whole_on_every_level(package):
+    """No sentence of a list of commands is cut, and no default is shown that says nothing."""
+    name = package.replace("-", "_")
+    main = importlib.import_module(f"{name}.cli").main
+    waiting, seen = [(main, click.Context(main, info_name=package))], 0
+    while waiting:
+        command, context = waiting.pop()
+        told = command.get_help(context)
+        assert '[default: ""]' not in told, context.command_path
+        if isinstance(command, click.Group):
+            assert "..." not in told.partition("Commands:")[2], context.command_path
+            for part in command.commands.values():
+                waiting.append((part, click.Context(part, context, part.name)))
+        seen += 1
+    assert seen > 3

@@ -24,7 +24,24 @@ _FOREIGN = {("zipfile", "BadZipFile"), ("zlib", "error"), ("struct", "error"), (
 _FILE_FORMATS = ("safetensors", "safetensors_rust", "pyarrow", "PIL", "yaml", "msgspec", "lmdb")
 
 
-class CommandLine(click.Group):
+class CommandGroup(click.Group):
+    """A click group whose help has the whole first sentence of every command; click would cut it at the line's end."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List every command with its whole first sentence.
+
+        Args:
+            ctx: Click's context.
+            formatter: Where the help is written.
+        """
+        commands = [self.commands[name] for name in self.list_commands(ctx)]
+        rows = [(str(c.name), c.get_short_help_str(limit=1000)) for c in commands if not c.hidden]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+
+class CommandLine(CommandGroup):
     """A click group whose commands end bad input with one clear line and exit code 2, and Ctrl-C with code 130.
 
     Bad input is a ValueError or TypeError, whatever the operating system refuses, a broken file, or a missing extra.
@@ -52,19 +69,6 @@ class CommandLine(click.Group):
                 raise
             _stop(f"Error: {one_line(error)}", 2)
         sys.exit(result if isinstance(result, int) else 0)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List every command with its whole first sentence; click would cut it at the end of the line.
-
-        Args:
-            ctx: Click's context.
-            formatter: Where the help is written.
-        """
-        commands = [self.commands[name] for name in self.list_commands(ctx)]
-        rows = [(str(c.name), c.get_short_help_str(limit=1000)) for c in commands if not c.hidden]
-        if rows:
-            with formatter.section("Commands"):
-                formatter.write_dl(rows)
 
 
 def _stop(line: str, code: int) -> NoReturn:

@@ -15,7 +15,12 @@ _SHOWN = ("rows", "positives", "auc", "gauc", "logloss", "normalized_entropy", "
 @run_argument
 @click.argument("logs", type=click.Path(exists=True, path_type=Path), required=False)
 @click.option("--intervals", is_flag=True, help="Bootstrap intervals of the AUC, over groups.")
-@click.option("--by", default="", help="Column of LOGS whose values are reported one by one (the 20 most frequent).")
+@click.option(
+    "--by",
+    default="",
+    show_default=False,
+    help="Column of LOGS whose values are reported one by one (the 20 most frequent).",
+)
 @click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Run to compare with.")
 @threads_option
 @json_option

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from core_tensor.app.cli import emit, json_option, out_option, seed_option, table, threads_option
+from core_tensor.app.cli import CommandGroup, emit, json_option, out_option, seed_option, table, threads_option
 
 from lirank.cli.options import logs_argument, run_argument
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def explore() -> None:
     """Explore on the last layer of a run, and judge policies on logged propensities."""
 
@@ -18,7 +18,7 @@ def explore() -> None:
 @run_argument
 @click.argument("logs", type=click.Path(exists=True, path_type=Path), required=False)
 @out_option("File for the posterior (safetensors).", required=True)
-@click.option("--label", default="", help="Label to explore. [default: the first]")
+@click.option("--label", default="", show_default=False, help="Label to explore. [default: the first]")
 @click.option("--precision", type=click.FloatRange(0, min_open=True), default=1.0, help="Of the prior around the head.")
 @click.option(
     "--from", "start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Posterior to continue."
@@ -59,7 +59,7 @@ def fit(
 @click.option("--request", required=True, help="Column that tells requests apart; one row per candidate.")
 @click.option("--shown", required=True, help="Column that is 1 for the candidate that was shown, one per request.")
 @click.option("--propensity", required=True, help="Column of the probability with which it was shown.")
-@click.option("--label", default="", help="Label that is the reward. [default: the first]")
+@click.option("--label", default="", show_default=False, help="Label that is the reward. [default: the first]")
 @click.option("--posterior", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="For ucb and thompson.")
 @click.option(
     "--policy", type=click.Choice(["best", "softmax", "ucb", "thompson"]), default="best", help="What to judge."

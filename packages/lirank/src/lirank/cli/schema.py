@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import click
-from core_tensor.app.cli import out_option
+from core_tensor.app.cli import CommandGroup, out_option
 
 from lirank.cli.options import logs_argument, schema_option
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def schema() -> None:
     """Draft or check the schema of a log."""
 
@@ -16,8 +16,10 @@ def schema() -> None:
 @schema.command()
 @logs_argument
 @click.option("--label", "labels", multiple=True, help="Column of a label; several are several tasks.")
-@click.option("--time", default="", help="Column of the event time.")
-@click.option("--group", default="", help="Column within which ranking is judged, such as the user.")
+@click.option("--time", default="", show_default=False, help="Column of the event time.")
+@click.option(
+    "--group", default="", show_default=False, help="Column within which ranking is judged, such as the user."
+)
 @out_option("Schema to write (YAML); without it the schema is printed.")
 def infer(logs: Path, labels: tuple[str, ...], time: str, group: str, out: Path | None) -> None:
     """Draft a schema from LOGS, to be read and edited."""
