@@ -1,13 +1,17 @@
 """Long commands of quantease for `tools/faults.py`."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SMALL = "--text text.txt --windows 6 --length 32 --threads 1"
-JOBS = {"quantize": {"command": f"quantease quantize model OUT {SMALL}", "varies": ["report.json", "run.json"]}}
+JOBS = {
+    "quantize": {"command": f"quantease quantize model OUT {SMALL}", "varies": ["*run.json", "*.seconds", "*report.md"]}
+}
 
 
 def prepare(folder: Path) -> None:
@@ -19,3 +23,16 @@ def prepare(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n\n".join(f"line {i} of a text that says little" for i in range(200)))
+
+
+def content(path: Path) -> bytes:
+    """A report also holds times."""
+    return (
+        path.read_bytes() if path.name != "report.json" else json.dumps(_untimed(json.loads(path.read_text()))).encode()
+    )
+
+
+def _untimed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _untimed(part) for key, part in value.items() if "seconds" not in key}
+    return [_untimed(part) for part in value] if isinstance(value, list) else value
