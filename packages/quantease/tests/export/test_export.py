@@ -5,7 +5,7 @@ import torch
 import transformers
 from quantease.algorithms.quantize import quantize_layer
 from quantease.evaluation.perplexity import perplexity, streamed_perplexity
-from quantease.export.save import FORMATS, export_model
+from quantease.export.save import FORMATS, check_format, export_model
 from quantease.model.causal_lm import open_causal_lm
 from quantease.model.plan import ModelConfig
 from quantease.model.quantize_model import quantize_model
@@ -76,6 +76,38 @@ def test_packed_layer_is_what_compressed_tensors_unpacks(tiny_llama, tokens, tmp
     zeros = unpack_from_int32(tensors[f"{name}.weight_zero_point"], 3, layer.zeros.shape, packed_dim=0)
     torch.testing.assert_close(codes.int() + 4, layer.codes.int())  # signed there, unsigned here
     torch.testing.assert_close(zeros.int() + 4, layer.zeros.int())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_are_packed_one_by_one(name, build, tokens, tmp_path):
+    """In the names and shapes of the checkpoints that the models come from, which vLLM reads as well."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from safetensors.torch import load_file
+
+    run = quantized(build(name), tokens, tmp_path, bits=4, symmetric=True, group_size=8)
+    assert export_model(run, tmp_path / "out").logit_difference == 0.0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    mlp, gate, down = ("block_sparse_moe", "w1", "w2") if name == "mixtral" else ("mlp", "gate_proj", "down_proj")
+    prefix = f"model.layers.1.{mlp}"
+    for part, fused in ((gate, "gate_up_proj"), (down, "down_proj")):
+        layer = run.store.load(1, f"mlp.experts.{fused}.3")
+        shape = tensors[f"{prefix}.experts.3.{part}.weight_shape"].tolist()
+        codes = unpack_from_int32(tensors[f"{prefix}.experts.3.{part}.weight_packed"], 4, torch.Size(shape))
+        torch.testing.assert_close(codes.int() + 8, layer.codes[: shape[0]].int())
+        torch.testing.assert_close(tensors[f"{prefix}.experts.3.{part}.weight_scale"], layer.scales[: shape[0]].float())
+    assert f"{prefix}.gate.weight" in tensors
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert f"{prefix}.gate" in config["ignore"]
+
+
+def test_experts_that_no_reader_finds_are_refused(build, tokens, tmp_path):
+    lm = open_causal_lm(build("mixtral"))
+    for layer, skip, words in (
+        ({}, (), "on symmetric grids only"),
+        ({"symmetric": True}, (r"gate_up_proj\.2$", "gate$"), "all experts of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_format(lm, ModelConfig(LayerConfig("rtn", **layer), skip=skip), "compressed-tensors")
 
 
 def test_what_a_format_cannot_hold_is_refused(build, tokens, tmp_path):

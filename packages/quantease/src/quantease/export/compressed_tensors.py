@@ -1,19 +1,25 @@
 """The `pack-quantized` format of compressed-tensors, which transformers, vLLM and SGLang load.
 
 A linear layer is stored as `weight_packed` (codes as a dense little-endian bit stream per row), `weight_scale`
-(out, groups), `weight_shape`, and, where zero points differ, `weight_zero_point` packed along the outputs.
+(out, groups), `weight_shape`, and, where zero points differ, `weight_zero_point` packed along the outputs. Experts that
+transformers fuses into one parameter are stored one by one, as in the checkpoints they come from; on symmetric grids
+only, since transformers' reader of packed experts knows no zero points.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from core_tensor import pack_bits
+from core_tensor.app.extras import require
 from torch import Tensor, nn
 
 from quantease.model.causal_lm import CausalLM
-from quantease.model.matrices import find_matrices
+from quantease.model.matrices import Matrix, find_matrices
 from quantease.model.plan import Blocks, ModelConfig
 from quantease.model.quantize_model import QuantizedCausalLM
+from quantease.problem.layer import QuantizedLayer
 
 
 def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
@@ -25,8 +31,8 @@ def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
         matrices: The quantized matrices of every block.
 
     Raises:
-        ValueError: If there are outliers, matrices that are no `nn.Linear`, groups of unequal size, or mixed bits that
-            transformers would not read.
+        ValueError: If there are outliers, matrices that are neither `nn.Linear` nor experts that checkpoints store one
+            by one, experts on asymmetric grids, groups of unequal size, or mixed bits that transformers would not read.
     """
     layer = config.layer
     if layer.outliers:
@@ -38,8 +44,9 @@ def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
             "plain nn.Linear layers; use native, dense, or symmetric grids"
         )
     for index, block_matrices in enumerate(matrices):
+        _check_experts(lm, index, block_matrices, symmetric=layer.symmetric)
         for matrix in block_matrices:
-            if matrix.expert is not None or matrix.transposed:
+            if matrix.expert is None and matrix.transposed:
                 raise ValueError(f"format: compressed-tensors holds nn.Linear layers, not {matrix.name}; use dense")
             features = matrix.weight(lm.block(index)).shape[1]
             if layer.group_size > 0 and features % layer.group_size:
@@ -47,6 +54,33 @@ def check(lm: CausalLM, config: ModelConfig, matrices: Blocks) -> None:
                     f"format: compressed-tensors needs inputs divisible by the group size {layer.group_size}, "
                     f"got {features} in {matrix.name}; use native or dense"
                 )
+
+
+def _check_experts(lm: CausalLM, index: int, matrices: Sequence[Matrix], *, symmetric: bool) -> None:
+    """Refuse fused experts that no reader finds packed."""
+    chosen = Counter(m.parameter for m in matrices if m.expert is not None)
+    for name, count in chosen.items():
+        values = lm.block(index).get_parameter(name)
+        one_by_one = values.ndim == 3 and not any(m.transposed for m in matrices if m.parameter == name)
+        if not one_by_one or len(_one_by_one(lm, index, {name: values.to("meta")})) < values.shape[0]:
+            raise ValueError(
+                f"format: compressed-tensors holds experts that checkpoints store one by one, not {name}; use dense"
+            )
+        if count < values.shape[0]:
+            raise ValueError(f"format: compressed-tensors needs all experts of {name} quantized; use dense")
+        if not symmetric:
+            raise ValueError(
+                f"format: transformers reads packed experts ({name}) on symmetric grids only; use --symmetric "
+                "(symmetric=True) or dense"
+            )
+
+
+def _one_by_one(lm: CausalLM, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a block under the names of checkpoints, which have one per expert."""
+    loading = require("transformers.core_model_loading", "quantease[hf]")
+    named = {f"{lm.blocks[index]}.{name}": value for name, value in tensors.items()}
+    found: dict[str, Tensor] = loading.revert_weight_conversion(lm.skeleton, named)
+    return found
 
 
 def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
@@ -79,8 +113,9 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
         "ignore": _left_alone(quantized),
     }
     if not layer.symmetric or not _all_plain(quantized.lm, quantized.matrices):
-        # transformers would build a skeleton of packed modules, which fails for packed zero points (another shape) and
-        # for subclasses of nn.Linear whose initialisation looks for `weight`; so it dequantizes while loading.
+        # transformers would build a skeleton of packed modules, which fails for packed zero points (another shape), for
+        # subclasses of nn.Linear whose initialisation looks for `weight`, and for experts, which are no modules; so it
+        # dequantizes while loading.
         values["dequantize"] = True
     return values
 
@@ -107,7 +142,17 @@ def _left_alone(quantized: QuantizedCausalLM) -> list[str]:
     lm = quantized.lm
     chosen = {f"{lm.blocks[i]}.{m.name}" for i, ms in enumerate(quantized.matrices) for m in ms}
     everything = {m.name for m in find_matrices(lm.skeleton, skip=()) if m.expert is None}
-    return sorted(everything - chosen)
+    routers = {name for i, ms in enumerate(quantized.matrices) for name in _routers(lm, i, ms)}
+    return sorted(everything - chosen | routers)
+
+
+def _routers(lm: CausalLM, index: int, matrices: Sequence[Matrix]) -> list[str]:
+    """What other readers build as linear layers beside packed experts, though transformers does not."""
+    if all(m.expert is None for m in matrices):
+        return []
+    taken = {m.parameter for m in matrices}
+    rest = {n: p.to("meta") for n, p in lm.block(index).named_parameters() if p.ndim == 2 and n not in taken}
+    return [name.removesuffix(".weight") for name in _one_by_one(lm, index, rest) if name.endswith(".weight")]
 
 
 def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
@@ -120,16 +165,37 @@ def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
     Returns:
         Tensors by name.
     """
-    prefix = quantized.lm.blocks[index]
+    lm = quantized.lm
     matrices = quantized.matrices[index] if index < len(quantized.matrices) else ()
     tensors = quantized.beside(index)
+    experts: dict[str, list[QuantizedLayer]] = {}
     for matrix in matrices:
         layer = quantized.store.load(index, matrix.name)
+        if matrix.expert is not None:
+            experts.setdefault(matrix.parameter, []).append(layer)
+            continue
         del tensors[f"{matrix.name}.weight"]
-        tensors[f"{matrix.name}.weight_packed"] = pack_bits(layer.codes, layer.bits)
-        tensors[f"{matrix.name}.weight_scale"] = layer.scales.to(quantized.lm.dtype)
-        tensors[f"{matrix.name}.weight_shape"] = torch.tensor(layer.codes.shape, dtype=torch.int64)
-        if not layer.symmetric:
-            packed = pack_bits(layer.zeros.T.contiguous(), layer.bits)  # (groups, ceil(out b / 32))
-            tensors[f"{matrix.name}.weight_zero_point"] = packed.T.contiguous()
-    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+        tensors |= _packed(f"{matrix.name}.weight", layer.codes, layer.scales, layer, lm.dtype)
+    if not experts:
+        return {f"{lm.blocks[index]}.{name}": value for name, value in tensors.items()}
+    # what takes fused weights apart does the same to codes and scales, whose rows are those of the weights
+    codes = _one_by_one(lm, index, {name: torch.stack([e.codes for e in found]) for name, found in experts.items()})
+    scales = _one_by_one(lm, index, {name: torch.stack([e.scales for e in found]) for name, found in experts.items()})
+    any_layer = next(iter(experts.values()))[0]
+    found = _one_by_one(lm, index, {name: value for name, value in tensors.items() if name not in experts})
+    for name, part in codes.items():
+        found |= _packed(name, part.contiguous(), scales[name].contiguous(), any_layer, lm.dtype)
+    return found
+
+
+def _packed(name: str, codes: Tensor, scales: Tensor, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What stands for a weight: of a layer, or of an expert's part of one (on symmetric grids)."""
+    tensors = {
+        f"{name}_packed": pack_bits(codes, layer.bits),
+        f"{name}_scale": scales.to(dtype),
+        f"{name}_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+    if not layer.symmetric:
+        packed = pack_bits(layer.zeros.T.contiguous(), layer.bits)  # (groups, ceil(out b / 32))
+        tensors[f"{name}_zero_point"] = packed.T.contiguous()
+    return tensors
