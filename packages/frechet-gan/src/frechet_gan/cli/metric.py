@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from frechet_gan.frechet.stats import FeatureStats
 
 _ENCODERS = (
-    "efficientnet-lite0|1|2, inception:FILE, pixels, pixels:SIZE, mobilenet:FILE.npz, torchvision:MODEL, timm:MODEL or "
-    "dinov2"
+    "efficientnet-lite0|1|2, inception:FILE, dinov2:FILE, clip:FILE (OpenAI's), openclip:FILE (LAION's), pixels, "
+    "pixels:SIZE, mobilenet:FILE.npz, torchvision:MODEL or timm:MODEL"
 )
 _encoder_option = click.option("--encoder", default="efficientnet-lite0", help=f"{_ENCODERS}.")
 _images = click.Path(exists=True, path_type=Path)

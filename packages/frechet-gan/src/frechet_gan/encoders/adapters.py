@@ -117,12 +117,11 @@ def torchvision_encoder(name: str, size: int = 224) -> FrozenEncoder:
     raise ValueError(f"name: expected a torchvision classifier with a known last layer, got {name!r}")
 
 
-def timm_encoder(name: str, size: int | None = None) -> FrozenEncoder:
+def timm_encoder(name: str) -> FrozenEncoder:
     """A timm network without its classifier (weights are downloaded by timm).
 
     Args:
         name: Model name, such as `vit_small_patch14_dinov2.lvd142m`.
-        size: Height and width images are resized to, in pixels; the network's own if None.
 
     Returns:
         An encoder.
@@ -134,4 +133,4 @@ def timm_encoder(name: str, size: int | None = None) -> FrozenEncoder:
     with _loading(f"timm:{name}"):
         network = timm.create_model(name, pretrained=True, num_classes=0)
     config = network.pretrained_cfg
-    return FrozenEncoder(network, size or config["input_size"][-1], config["mean"], config["std"])
+    return FrozenEncoder(network, config["input_size"][-1], config["mean"], config["std"])

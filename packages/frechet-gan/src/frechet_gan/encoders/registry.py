@@ -7,6 +7,7 @@ from core_tensor.app.files import digest
 from torch import nn
 
 from frechet_gan.encoders.adapters import Pixels, efficientnet_lite, timm_encoder, torchvision_encoder
+from frechet_gan.encoders.clip_dinov2 import clip, dinov2
 from frechet_gan.encoders.frozen import Encoder, FrozenEncoder
 from frechet_gan.encoders.inception import inception
 from frechet_gan.encoders.mobilenet import MobileNetV1
@@ -18,7 +19,9 @@ def load_encoder(name: str, *, device: torch.device | str = "cpu") -> Encoder:
     Args:
         name: `efficientnet-lite0` (1, 2), `pixels`, `pixels:SIZE` (resized first), `inception:FILE` (FID's network,
             from the file that pytorch-fid and torch-fidelity download), `inception` (where they have downloaded it),
-            `mobilenet:FILE.npz`, `torchvision:MODEL`, `timm:MODEL`, or `dinov2` (timm's ViT-S/14).
+            `dinov2:FILE` (torch.hub's, timm's or transformers' file), `dinov2` (the ViT-L/14 that torch.hub has
+            downloaded), `clip:FILE` (OpenAI's weights), `openclip:FILE` (LAION's), `mobilenet:FILE.npz`,
+            `torchvision:MODEL`, or `timm:MODEL`.
         device: Where it runs.
 
     Returns:
@@ -45,12 +48,14 @@ def load_encoder(name: str, *, device: torch.device | str = "cpu") -> Encoder:
         found = torchvision_encoder(rest)
     elif kind == "timm" and rest:
         found = timm_encoder(rest)
-    elif name == "dinov2":
-        found = timm_encoder("vit_small_patch14_dinov2.lvd142m", 224)
+    elif kind == "dinov2":
+        found = dinov2(rest or None)
+    elif kind in {"clip", "openclip"} and rest:
+        found = clip(rest, "quick_gelu" if kind == "clip" else "gelu")
     else:
         raise ValueError(
-            "encoder: expected efficientnet-lite0|1|2, pixels[:SIZE], inception:FILE, mobilenet:FILE.npz, "
-            f"torchvision:MODEL, timm:MODEL or dinov2, got {name!r}"
+            "encoder: expected efficientnet-lite0|1|2, pixels[:SIZE], inception:FILE, dinov2:FILE, clip:FILE, "
+            f"openclip:FILE, mobilenet:FILE.npz, torchvision:MODEL or timm:MODEL, got {name!r}"
         )
     return found.to(device)
 

@@ -33,7 +33,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         except FileNotFoundError:
             raise
         except Exception as error:  # torch raises many types for foreign files
-            why = "TorchScript archives run code" if "TorchScript" in str(error) else type(error).__name__
+            why = type(error).__name__
+            if "TorchScript" in str(error):
+                why = "TorchScript archives run code; if you trust it: torch.save(torch.jit.load(IT).state_dict(), NEW)"
             raise ValueError(f"{path}: expected a state dictionary ({why})") from error
     for entry in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
