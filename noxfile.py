@@ -83,13 +83,18 @@ def run(session: nox.Session, program: Path, *arguments: str, **options: object)
     session.run(str(program), *arguments, external=True, **options)
 
 
-def parse(session: nox.Session, *, affected: bool = False, package: bool = False) -> argparse.Namespace:
+def parse(
+    session: nox.Session, *, affected: bool = False, package: bool = False, wheels: bool = False
+) -> argparse.Namespace:
     """Split what follows `--` into our own arguments and `rest`, which the tool behind the session gets."""
     parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --", allow_abbrev=False)
     if package:
         parser.add_argument("package", choices=PACKAGES)
     if affected:
         parser.add_argument("--affected", metavar="REF", help="only what the diff to REF touches, and dependants")
+    if wheels:
+        parser.add_argument("--quick", action="store_true", help="of the tests, those of commands and examples alone")
+        parser.add_argument("--python", metavar="VERSION", choices=PYTHONS, help="another Python than the workspace's")
     options, rest = parser.parse_known_args(session.posargs)
     options.rest = rest
     return options
@@ -274,8 +279,15 @@ def site(session: nox.Session) -> None:
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Every wheel and sdist; each wheel alone outside the tree: `-- [--affected REF] [pytest arguments]`."""
-    options = parse(session, affected=True)
+    """Every wheel and sdist; each wheel alone outside the tree: `-- [--quick] [--python VERSION] [--affected REF]`.
+
+    Each must import and answer `--help` bare; with its extras it runs its demo and its fast tests. `--quick` takes the
+    tests of commands and examples alone. What follows goes to pytest.
+    """
+    options = parse(session, affected=True, wheels=True)
+    python = interpreter(options.python) if options.python else python_of_workspace()
+    if python is None:
+        session.error(f"no working Python {options.python} on this machine")
     commands = workspace(session)
     run(session, commands / "python", "tools/version_windows.py")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
@@ -289,18 +301,19 @@ def wheels(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory(prefix="wheels-") as name:
         outside = Path(name)
         (outside / "pins.txt").write_text(pins())
-        session.run(UV, "venv", "--quiet", "--python", python_of_workspace(), str(outside / "venv"), external=True)
+        session.run(UV, "venv", "--quiet", "--python", python, str(outside / "venv"), external=True)
         shutil.copy(ROOT / "pyproject.toml", outside)  # pytest's configuration
-        run_all(session, chosen, lambda package: test_wheel(session, package, outside, options.rest))
+        run_all(session, chosen, lambda package: test_wheel(session, package, outside, options))
 
 
-def test_wheel(session: nox.Session, package: str, outside: Path, arguments: list[str]) -> None:
+def test_wheel(session: nox.Session, package: str, outside: Path, options: argparse.Namespace) -> None:
     """Test one wheel outside the tree, first bare (it must import and answer `--help`), then with its extras.
 
     `--exact` removes whatever the wheel before it left behind, so that only torch, which all need, is made once.
     """
     wheel, core = (next((ROOT / "dist").glob(f"{import_name(name)}-*.whl")) for name in (package, "core-tensor"))
     extras = ",".join(project(package).get("optional-dependencies", {}))
+    scripts = list(project(package).get("scripts", {}))
     tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
     commands = outside / "venv" / "bin"
     install = (UV, "pip", "install", "--quiet", "--python", str(commands / "python"), "--exact")
@@ -310,15 +323,19 @@ def test_wheel(session: nox.Session, package: str, outside: Path, arguments: lis
     session.run(*install, f"{package} @ {wheel.as_uri()}", *core_requirement, external=True)
     with session.chdir(outside):
         run(session, commands / "python", "-c", f"import {import_name(package)}")
-        for command in project(package).get("scripts", {}):
+        for command in scripts:
             run(session, commands / command, "--help", silent=True)
     session.run(*install, f"{package}[{extras}] @ {wheel.as_uri()}", *core_requirement, *tests, external=True)
     folder = outside / "packages" / package
     without_sources = shutil.ignore_patterns("src", "csrc", "__pycache__")
     shutil.copytree(ROOT / "packages" / package, folder, ignore=without_sources)
+    quick = ("-m", "not slow and not distributed", "-k", "cli or command or demo or example")
+    chosen = quick if options.quick else ("-m", "not slow")
     with session.chdir(outside):
-        fast = (*PYTEST, "-m", "not slow", str(folder / "tests"))
-        run(session, commands / "python", *fast, *arguments, env=shared_data() | ONE_THREAD)
+        for command in [] if options.quick else scripts:
+            run(session, commands / command, "demo", "--quick", env=ONE_THREAD)
+        tests_of_package = (*PYTEST, *chosen, str(folder / "tests"), *options.rest)
+        run(session, commands / "python", *tests_of_package, env=shared_data() | ONE_THREAD)
 
 
 def python_of_workspace() -> str:
