@@ -123,7 +123,7 @@ def written(log: Path) -> str:
 
 
 def apply(release: Release, root: Path = ROOT) -> None:
-    """Write the version, the windows and the change log of one package, commit and tag.
+    """Write the version, the windows, the addresses and the change log of one package, commit and tag.
 
     Args:
         release: What was planned.
@@ -140,6 +140,8 @@ def apply(release: Release, root: Path = ROOT) -> None:
         raise ValueError(f'{project}: expected a line version = "X.Y.Z"')
     for old, new in release.windows.items():
         text = text.replace(f'"{old}"', f'"{new}"')
+    if home := home_page(root):
+        text = with_urls(text, home, release.name)
     heading, _, rest = log.read_text(encoding="utf-8").partition("\n")
     if UNRELEASED in rest:  # its text is part of the notes
         rest = "".join(re.split(r"(?m)^(?=## )", rest.partition(f"{UNRELEASED}\n")[2])[1:])
@@ -150,6 +152,29 @@ def apply(release: Release, root: Path = ROOT) -> None:
     title = f"chore(release): {release.name} {release.version}"
     run(root, "git", "commit", "--quiet", "--allow-empty", "--message", title)
     run(root, "git", "tag", "--annotate", release.tag, "--message", f"{release.name} {release.version}")
+
+
+def home_page(root: Path) -> str | None:
+    """Address of the repository on the web, from its remote `origin`; None where that is a folder, or there is none."""
+    if "origin" not in run(root, "git", "remote").split():
+        return None
+    remote = run(root, "git", "remote", "get-url", "origin")
+    found = re.fullmatch(r"(?:(?:https|ssh)://)?(?:[^@/]+@)?([\w-]+(?:\.[\w-]+)+)[:/](.+?)(?:\.git)?/?", remote)
+    return f"https://{found[1]}/{found[2]}" if found else None
+
+
+def with_urls(project: str, home: str, name: str) -> str:
+    """The text of a `pyproject.toml` with the table `[project.urls]`, which only a clone with its remote can know."""
+    table = f'''[project.urls]
+Source = "{home}"
+Changelog = "{home}/blob/HEAD/packages/{name}/CHANGELOG.md"
+Issues = "{home}/issues"
+
+'''
+    without = re.sub(r"(?ms)^\[project\.urls\]\n.*?(?=^\[|\Z)", "", project)
+    before, project_table, rest = without.partition("[project]\n")
+    own, bracket, others = rest.partition("\n[")
+    return f"{before}{project_table}{own.rstrip()}\n\n{table}{bracket.strip()}{others}".rstrip() + "\n"
 
 
 def build(names: Sequence[str], root: Path = ROOT) -> None:

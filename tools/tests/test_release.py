@@ -1,7 +1,9 @@
+import tomllib
+
 import pytest
 import release
 from changes import Change, as_markdown, parse
-from release import apply, last_version, main, plan
+from release import apply, home_page, last_version, main, plan
 from version_windows import problems
 from workspace import packages
 
@@ -165,6 +167,38 @@ def test_apply_writes_version_log_commit_and_annotated_tag(released, change):
     assert released.git("cat-file", "-t", "lonely-v0.2.0") == "tag"
     assert released.git("status", "--porcelain") == ""
     assert last_version(released.root, "lonely") == "0.2.0"
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        "https://example.org/group/papers.git",
+        "https://token@example.org/group/papers",
+        "git@example.org:group/papers.git",
+        "ssh://git@example.org/group/papers.git",
+    ],
+)
+def test_the_addresses_of_a_package_come_from_its_remote(released, change, remote):
+    change("lonely", "feat(lonely): new")
+    released.git("remote", "add", "origin", remote)
+    for _ in range(2):  # written again, not twice
+        (release,) = plan(released.root)
+        apply(release, released.root)
+        project = tomllib.loads(released.read("packages/lonely/pyproject.toml"))["project"]
+        assert project["urls"] == {
+            "Source": "https://example.org/group/papers",
+            "Changelog": "https://example.org/group/papers/blob/HEAD/packages/lonely/CHANGELOG.md",
+            "Issues": "https://example.org/group/papers/issues",
+        }
+        assert project["version"] == release.version
+        assert project["dependencies"] == []
+        change("lonely", "fix(lonely): mend")
+
+
+def test_a_remote_on_this_machine_is_no_address(released, tmp_path):
+    assert home_page(released.root) is None
+    released.git("remote", "add", "origin", str(tmp_path / "bare.git"))
+    assert home_page(released.root) is None
 
 
 def test_tags_are_ordered_as_versions(released, change):
