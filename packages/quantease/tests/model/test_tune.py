@@ -121,7 +121,13 @@ def test_tuning_is_taken_up_where_it_stopped(tiny_llama, tokens, tmp_path):
 def test_only_two_bits_and_less_are_tuned_unasked():
     assert ModelConfig(LayerConfig(bits=2)).tunes("block")
     assert not ModelConfig(LayerConfig(bits=2)).tunes("model")
-    assert not ModelConfig(LayerConfig(bits=3)).tunes("block")
+    assert ModelConfig(LayerConfig(bits=3)).tunes("block")
+    assert not ModelConfig(LayerConfig(bits=4)).tunes("block")
+    assert not ModelConfig(LayerConfig("gptq-descent", bits=3)).tunes("block")
+    assert ModelConfig(LayerConfig("gptq-descent", bits=2)).tunes("block")
+    assert not ModelConfig(LayerConfig(bits=4), average_bits=3.5).tunes("block")
+    steps = [ModelConfig(LayerConfig(bits=b), tune=t).steps for b, t in ((2, "auto"), (3, "auto"), (3, "block"))]
+    assert steps == [48, 16, 48]
     assert not ModelConfig(LayerConfig("gptq", bits=2)).tunes("block")
     assert not ModelConfig(LayerConfig(bits=2), target="own").tunes("block")
     assert ModelConfig(LayerConfig("gptq", bits=4), tune="model").tunes("block")

@@ -47,13 +47,15 @@ from quantease.cli.options import (
     type=click.Choice(["auto", "none", "block", "model"]),
     default="auto",
     help="Tune scales and norms once codes are fixed: block by block, and for `model` then all together against the "
-    "whole model's predictions, which holds it in memory.  [auto: block at 1 and 2 bits]",
+    "whole model's predictions, which holds it in memory.  [auto: block up to 3 bits]",
 )
 @click.option(
     "--skip",
     multiple=True,
     help="Regular expression: matrices whose names it finds stay as they are.  [default: routers]",
 )
+@click.option("--lm-head", is_flag=True, help="Quantize the output head, too (and embeddings that it shares).")
+@click.option("--embeddings", is_flag=True, help="Quantize the token embeddings, too (and a head that shares them).")
 @click.option(
     "--order", type=click.Choice(["layer", "block"]), default="layer", help="Passes per group of layers or per block."
 )
@@ -102,6 +104,8 @@ def quantize(
             target=options["target"],
             tune=options["tune"],
             skip=skip or DEFAULT_SKIP,
+            lm_head=options["lm_head"],
+            embeddings=options["embeddings"],
             folds=options["folds"],
             outlier_budget=options["outlier_budget"],
         )

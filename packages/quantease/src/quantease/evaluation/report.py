@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,13 +30,17 @@ def layer_rows(run: QuantizedCausalLM) -> list[Row]:
         run: A finished run.
 
     Returns:
-        Rows with the layer's name, shape and report.
+        Rows with the layer's name, shape and report; those outside the blocks last, under the number of blocks.
     """
+    last = len(run.original.blocks)
+    layers = chain(
+        ((index, matrix.name, layer) for index, matrix, layer in run.layers()),
+        ((last, name, layer) for name, layer in run.end_layers().items()),
+    )
     rows = []
-    for index, matrix, layer in run.layers():
+    for index, name, layer in layers:
         out, features = layer.codes.shape
-        report = layer.report.to_dict()
-        rows.append({"block": index, "matrix": matrix.name, "out": out, "in": features} | _finite(report))
+        rows.append({"block": index, "matrix": name, "out": out, "in": features} | _finite(layer.report.to_dict()))
     return rows
 
 
@@ -152,9 +157,10 @@ def write_report(
         total |= _scores(run, evaluation, stage)
     total |= dict(extra or {})
     write_json(folder / "report.json", {"summary": total, "layers": rows})
+    last = len(run.original.blocks)
     shown = [
         {
-            "layer": f"{row['block']}.{row['matrix']}",
+            "layer": row["matrix"] if row["block"] == last else f"{row['block']}.{row['matrix']}",
             "bits/weight": row["bits_per_weight"],
             "calibration error": row["calibration_error"],
             "held-out error": row["heldout_error"],

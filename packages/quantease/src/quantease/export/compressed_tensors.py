@@ -112,10 +112,11 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
         },
         "ignore": _left_alone(quantized),
     }
-    if not layer.symmetric or not _all_plain(quantized.lm, quantized.matrices):
+    packed_embeddings = _embeddings(quantized)
+    if packed_embeddings or not layer.symmetric or not _all_plain(quantized.lm, quantized.matrices):
         # transformers would build a skeleton of packed modules, which fails for packed zero points (another shape), for
-        # subclasses of nn.Linear whose initialisation looks for `weight`, and for experts, which are no modules; so it
-        # dequantizes while loading.
+        # subclasses of nn.Linear whose initialisation looks for `weight`, for embeddings, and for experts, which are no
+        # modules; so it dequantizes while loading.
         values["dequantize"] = True
     return values
 
@@ -123,11 +124,16 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
 def _targets(quantized: QuantizedCausalLM) -> dict[int, list[str]]:
     """Modules by their bits: one class where all have the same, else names."""
     if quantized.config.average_bits is None:
-        return {quantized.config.layer.bits: ["Linear"]}
-    names: dict[int, list[str]] = {}
+        return {quantized.config.layer.bits: ["Linear", "Embedding"] if _embeddings(quantized) else ["Linear"]}
+    names = {quantized.config.layer.bits: [m.name for m in quantized.ends]} if quantized.ends else {}
     for index, matrix, layer in quantized.layers():
         names.setdefault(layer.bits, []).append(f"{quantized.lm.blocks[index]}.{matrix.name}")
     return dict(sorted(names.items()))
+
+
+def _embeddings(quantized: QuantizedCausalLM) -> bool:
+    skeleton = quantized.original.skeleton
+    return any(isinstance(skeleton.get_submodule(m.name), nn.Embedding) for m in quantized.ends)
 
 
 def _all_plain(lm: CausalLM, matrices: Blocks) -> bool:
@@ -141,6 +147,7 @@ def _all_plain(lm: CausalLM, matrices: Blocks) -> bool:
 def _left_alone(quantized: QuantizedCausalLM) -> list[str]:
     lm = quantized.lm
     chosen = {f"{lm.blocks[i]}.{m.name}" for i, ms in enumerate(quantized.matrices) for m in ms}
+    chosen |= {m.name for m in quantized.ends}
     everything = {m.name for m in find_matrices(lm.skeleton, skip=()) if m.expert is None}
     routers = {name for i, ms in enumerate(quantized.matrices) for name in _routers(lm, i, ms)}
     return sorted(everything - chosen | routers)
@@ -186,6 +193,21 @@ def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
     for name, part in codes.items():
         found |= _packed(name, part.contiguous(), scales[name].contiguous(), any_layer, lm.dtype)
     return found
+
+
+def ends(quantized: QuantizedCausalLM) -> dict[str, Tensor]:
+    """Tensors of the quantized matrices outside the blocks.
+
+    Args:
+        quantized: The model.
+
+    Returns:
+        Tensors by name, in the place of `<matrix>.weight`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in quantized.end_layers().items():
+        tensors |= _packed(f"{name}.weight", layer.codes, layer.scales, layer, quantized.lm.dtype)
+    return tensors
 
 
 def _packed(name: str, codes: Tensor, scales: Tensor, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -50,3 +50,15 @@ def block(quantized: QuantizedCausalLM, index: int) -> dict[str, Tensor]:
         tensors = {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
         reverted: dict[str, Tensor] = loading.revert_weight_conversion(quantized.lm.skeleton, tensors)
         return reverted
+
+
+def ends(quantized: QuantizedCausalLM) -> dict[str, Tensor]:
+    """Tensors of the quantized matrices outside the blocks.
+
+    Args:
+        quantized: The model.
+
+    Returns:
+        Their weights by name.
+    """
+    return {m.parameter: m.weight(quantized.lm.skeleton) for m in quantized.ends}

@@ -40,12 +40,14 @@ class Format:
         config: What `config.json` says under `quantization_config`, or None.
         check: Raises ValueError where the format cannot hold the model.
         load: Loads a saved folder in a dtype as a transformers model.
+        ends: Tensors of the quantized matrices outside the blocks; None where the format has none of them.
     """
 
     block: Callable[[QuantizedCausalLM, int], Tensors]
     config: Callable[[QuantizedCausalLM], dict[str, Any] | None]
     check: Callable[[CausalLM, ModelConfig, Blocks], None]
     load: Callable[[Path, torch.dtype], Any]
+    ends: Callable[[QuantizedCausalLM], Tensors] | None = None
 
 
 def pretrained(folder: Path, dtype: torch.dtype) -> Any:
@@ -71,11 +73,15 @@ def _brings_code(folder: Path) -> bool:
 
 FORMATS = {
     "compressed-tensors": Format(
-        compressed_tensors.block, compressed_tensors.config, compressed_tensors.check, pretrained
+        compressed_tensors.block,
+        compressed_tensors.config,
+        compressed_tensors.check,
+        pretrained,
+        compressed_tensors.ends,
     ),
     "gptq": Format(partial(gptq.block, version=1), partial(gptq.config, version=1), gptq.check, gptq.load),
     "gptq_v2": Format(partial(gptq.block, version=2), partial(gptq.config, version=2), gptq.check, gptq.load),
-    "dense": Format(dense.block, dense.config, dense.check, pretrained),
+    "dense": Format(dense.block, dense.config, dense.check, pretrained, dense.ends),
     "native": Format(native.block, native.config, native.check, pretrained),
 }
 
@@ -122,6 +128,10 @@ def check_format(lm: CausalLM, config: ModelConfig, format: str) -> None:  # noq
         ValueError: If the format cannot hold it.
     """
     check_choice("format", format, (*FORMATS, GGUF))
+    if (config.lm_head or config.embeddings) and (format == GGUF or FORMATS[format].ends is None):
+        raise ValueError(
+            f"format: {format} keeps lm_head and embeddings at full precision; use compressed-tensors or dense"
+        )
     check = gguf.check if format == GGUF else FORMATS[format].check
     check(lm, config, model_matrices(lm, config))
 
@@ -154,10 +164,10 @@ def export_model(
     check_choice("format", format, (*FORMATS, GGUF))
     folder = Path(folder)
     check_destination(folder, quantized.original.source)
+    check_format(quantized.original, quantized.config, format)
     if format == GGUF:
         return _export_gguf(quantized, folder)
     chosen = FORMATS[format]
-    chosen.check(quantized.lm, quantized.config, quantized.matrices)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -185,7 +195,6 @@ def export_model(
 
 
 def _export_gguf(quantized: QuantizedCausalLM, folder: Path) -> ExportReport:
-    gguf.check(quantized.original, quantized.config, quantized.matrices)
     path = folder / f"model-{gguf.TYPES[quantized.config.layer.bits][0]}.gguf"
     with atomic_path(path) as unproved:
         gguf.write(quantized, unproved)
@@ -261,6 +270,10 @@ def _parts(quantized: QuantizedCausalLM, chosen: Format) -> Iterator[Tensors]:
     tied = set(lm.skeleton.all_tied_weights_keys)
     prefixes = tuple(f"{block}." for block in lm.blocks)
     outside = {k: v for k, v in lm.skeleton.state_dict().items() if not k.startswith(prefixes) and k not in tied}
+    if quantized.ends and chosen.ends is not None:
+        for matrix in quantized.ends:
+            del outside[matrix.parameter]
+        outside |= chosen.ends(quantized)
     yield outside
     for index in range(len(lm.blocks)):
         yield chosen.block(quantized, index)

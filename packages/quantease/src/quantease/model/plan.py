@@ -15,6 +15,7 @@ from torch import Tensor
 from quantease.choices import DEFAULT_SKIP
 from quantease.model.budget import bits_by_layer, outlier_fractions
 from quantease.model.causal_lm import CausalLM
+from quantease.model.ends import find_ends
 from quantease.model.matrices import Matrix, find_matrices
 from quantease.problem.config import LayerConfig
 from quantease.problem.gram import Shrinkage
@@ -41,9 +42,13 @@ class ModelConfig:
             inputs it sees (as in the paper); `auto` is the former for `quantease` and `gptq-descent`.
         tune: What is tuned once codes are fixed (`model.tune`): nothing (`none`), every block (`block`), or every block
             and then all of them together on the whole model's predictions (`model`, which holds all blocks in memory);
-            `auto` is `block` at 2 bits and less (an average below 3) where layers aim at full precision, else `none`.
-        tune_steps: Steps of each tuning, one window a step.
+            `auto` is `block` where layers aim at full precision, at 3 bits and less for `quantease` and at 2 for
+            `gptq-descent`, else `none`.
+        tune_steps: Steps of each tuning, one window a step; None is 48, but 16 where `auto` tunes at 3 bits, which
+            leaves less to gain.
         skip: Regular expressions over matrix names within a block; what one finds stays as it is.
+        lm_head: Whether the output head is quantized as well; where it shares its weights with the embeddings, both.
+        embeddings: Whether the token embeddings are (rounded to the clip grid); likewise.
         folds: Token folds of the Gram matrices; held-out choices need 2 or more.
         segment: Consecutive tokens that stay in one fold; None is a whole window (less where there are fewer windows
             than folds). The first tokens of a window are unlike the others, so that every fold needs its share.
@@ -59,8 +64,10 @@ class ModelConfig:
     order: Literal["layer", "block"] = "layer"
     target: Literal["auto", "full-precision", "own"] = "auto"
     tune: Literal["auto", "none", "block", "model"] = "auto"
-    tune_steps: int = 48
+    tune_steps: int | None = None
     skip: Sequence[str] = DEFAULT_SKIP
+    lm_head: bool = False
+    embeddings: bool = False
     folds: int = 2
     segment: int | None = None
     outlier_budget: Literal["layer", "model"] = "layer"
@@ -77,10 +84,11 @@ class ModelConfig:
         check_choice("outlier_budget", self.outlier_budget, ("layer", "model"))
         if self.outlier_budget == "model" and self.layer.structure == "structured":
             raise ValueError("outlier_budget: expected 'layer' with structured outliers, got 'model'")
-        for name in ("tune_steps", "folds", "min_tokens", "gram_bytes"):
+        for name in ("folds", "min_tokens", "gram_bytes"):
             check_number(name, getattr(self, name), low=1, integer=True)
-        if self.segment is not None:
-            check_number("segment", self.segment, low=1, integer=True)
+        for name in ("tune_steps", "segment"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1, integer=True)
         for pattern in self.skip:
             try:
                 re.compile(pattern)
@@ -102,9 +110,20 @@ class ModelConfig:
             True or false.
         """
         if self.tune == "auto":
-            few = self.layer.bits <= 2 if self.average_bits is None else self.average_bits < 3
-            return what == "block" and few and self.aims_at_full_precision
+            most = 3 if self.layer.algorithm == "quantease" else 2
+            return what == "block" and self._bits <= most and self.aims_at_full_precision
         return self.tune == "model" or self.tune == what
+
+    @property
+    def steps(self) -> int:
+        """Steps of each tuning."""
+        if self.tune_steps is not None:
+            return self.tune_steps
+        return 16 if self.tune == "auto" and self._bits == 3 else 48
+
+    @property
+    def _bits(self) -> float:
+        return self.layer.bits if self.average_bits is None else self.average_bits
 
     @property
     def follows_full_precision(self) -> bool:
@@ -142,6 +161,7 @@ class Plan:
     Attributes:
         config: How the model is quantized.
         matrices: The matrices that will be quantized, by block.
+        ends: Those outside the blocks.
         tokens: Calibration tokens of all ranks, shape (windows, length), int64.
         segment: Consecutive tokens that stay in one fold.
         inputs: All that the result depends on, for `run.json`; each layer's file also names the digest of its weights.
@@ -149,13 +169,14 @@ class Plan:
 
     config: ModelConfig
     matrices: Blocks
+    ends: tuple[Matrix, ...]
     tokens: Tensor
     segment: int
     inputs: dict[str, Any]
 
     @property
     def total(self) -> int:
-        """Number of matrices."""
+        """Number of matrices in blocks."""
         return sum(map(len, self.matrices))
 
 
@@ -196,7 +217,8 @@ def make_plan(lm: CausalLM, tokens: Tensor, config: ModelConfig, blocks: int | N
         "blocks": count,
         "config": asdict(config),
     }
-    return Plan(config, model_matrices(lm, config, count), tokens, segment, inputs)
+    ends = find_ends(lm, lm_head=config.lm_head, embeddings=config.embeddings)
+    return Plan(config, model_matrices(lm, config, count), ends, tokens, segment, inputs)
 
 
 def _check_mixed_bits(lm: CausalLM, config: ModelConfig) -> None:

@@ -18,6 +18,7 @@ from quantease.algorithms.quantize import choose, quantize_layer
 from quantease.model.block_stream import BlockStream
 from quantease.model.calibration import INPUT, BlockShape, FullPrecision, block_shape, collect_grams, named
 from quantease.model.causal_lm import CausalLM
+from quantease.model.ends import end_layers, find_ends, quantize_ends, with_ends
 from quantease.model.layer_store import LayerStore
 from quantease.model.matrices import Group, Matrix
 from quantease.model.plan import (
@@ -52,6 +53,7 @@ class QuantizedCausalLM:
         original: The model as it was.
         config: How it was quantized.
         matrices: The quantized matrices of every block.
+        ends: Those outside the blocks; their layers are stored under the number of blocks.
         store: The quantized layers.
         folder: Where they, `run.json` and the report are.
     """
@@ -60,11 +62,12 @@ class QuantizedCausalLM:
     original: CausalLM
     config: ModelConfig
     matrices: Blocks
+    ends: tuple[Matrix, ...]
     store: LayerStore
     folder: Path
 
     def layers(self) -> Iterator[tuple[int, Matrix, QuantizedLayer]]:
-        """All quantized layers in order, one in memory at a time.
+        """All quantized layers of the blocks in order, one in memory at a time.
 
         Yields:
             Number of the block, the matrix, and its quantized form.
@@ -72,6 +75,14 @@ class QuantizedCausalLM:
         for index, matrices in enumerate(self.matrices):
             for matrix in matrices:
                 yield index, matrix, self.store.load(index, matrix.name)
+
+    def end_layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers outside the blocks.
+
+        Returns:
+            By their names in the model.
+        """
+        return end_layers(self.original, self.ends, self.store)
 
     def beside(self, index: int) -> dict[str, Tensor]:
         """Tensors of a block that are not quantized.
@@ -129,7 +140,7 @@ def quantize_model(
             run.finish({"layers": plan.total})
         elif progress is not None:
             progress(plan.total, plan.total, "")
-    return _quantized(lm, plan.config, plan.matrices, store, run.path)
+    return _quantized(lm, plan.config, plan.matrices, plan.ends, store, run.path)
 
 
 def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
@@ -155,11 +166,13 @@ def open_quantized(lm: CausalLM, folder: Path | str) -> QuantizedCausalLM:
         raise ValueError(f"{folder}: expected the run of {lm.name}, but it is one of another model")
     matrices, store = model_matrices(lm, config, blocks), LayerStore(folder / "layers")
     missing = [f"{i}:{m.name}" for i, ms in enumerate(matrices) for m in ms if not store.has(i, m.name)]
+    ends = find_ends(lm, lm_head=config.lm_head, embeddings=config.embeddings)
+    missing += [m.name for m in ends if not store.has(len(lm.blocks), m.name)]
     missing += [f"{i}:tuning" for i in range(blocks) if config.tunes("block") and not store.has_tuned(i)]
     missing += ["tuning"] if config.tunes("model") and not store.has_tuned() else []
     if missing:
         raise ValueError(f"{folder}: the run is not finished, {len(missing)} layers are missing from {missing[0]} on")
-    return _quantized(lm, config, matrices, store, folder)
+    return _quantized(lm, config, matrices, ends, store, folder)
 
 
 def run_dtype(folder: Path | str) -> str:
@@ -181,7 +194,7 @@ def run_dtype(folder: Path | str) -> str:
 
 
 def _quantized(
-    lm: CausalLM, config: ModelConfig, matrices: Blocks, store: LayerStore, folder: Path
+    lm: CausalLM, config: ModelConfig, matrices: Blocks, ends: tuple[Matrix, ...], store: LayerStore, folder: Path
 ) -> QuantizedCausalLM:
     def overlay(index: int, block: nn.Module) -> None:
         if index < len(matrices):
@@ -189,7 +202,8 @@ def _quantized(
                 matrix.assign(block, store.load(index, matrix.name, matrix.weight(block)).dequantize())
             put_norms(block, store.tuned(index))
 
-    return QuantizedCausalLM(replace(lm, overlay=overlay), lm, config, matrices, store, folder)
+    quantized = replace(with_ends(lm, ends, store), overlay=overlay)
+    return QuantizedCausalLM(quantized, lm, config, matrices, ends, store, folder)
 
 
 def _silent(done: int, total: int, name: str) -> None:
@@ -199,9 +213,16 @@ def _silent(done: int, total: int, name: str) -> None:
 def _execute(lm: CausalLM, plan: Plan, store: LayerStore, budgets: Budgets, ranks: Ranks, progress: Progress) -> None:
     """Quantize all blocks in order; two streams of the same windows run beside each other, one at full precision."""
     tokens, first = own_windows(plan, ranks)
+    original, config = lm, plan.config
+    if plan.ends:
+        options = {"folds": config.folds, "segment": plan.segment, "first": first}
+        quantize_ends(lm, plan.ends, tokens, store, config.layer, ranks, **options)
+        lm = with_ends(lm, plan.ends, store)
     stream = BlockStream(lm, tokens)
     beginning = stream.fork()
-    exact = stream.fork() if plan.config.follows_full_precision else None
+    exact = None
+    if config.follows_full_precision:
+        exact = BlockStream(original, tokens) if plan.ends else stream.fork()
     windows = Windows(ranks, len(plan.tokens), first // plan.tokens.shape[1], len(tokens))
     done = 0
     for index, matrices in enumerate(plan.matrices):
@@ -214,9 +235,9 @@ def _execute(lm: CausalLM, plan: Plan, store: LayerStore, budgets: Budgets, rank
             if index + 1 < len(plan.matrices):
                 stream.advance(index, block)
         done += len(matrices)
-    if plan.config.tunes("model") and exact is not None and not store.has_tuned():
+    if config.tunes("model") and exact is not None and not store.has_tuned():
         progress(plan.total, plan.total, "tuning")
-        _tune_end_to_end(lm, plan, store, beginning, exact, windows)
+        _tune_end_to_end(original, plan, store, beginning, exact, windows)
     progress(plan.total, plan.total, "")
 
 
@@ -238,7 +259,7 @@ def _tune_end_to_end(
     for index in range(len(plan.matrices), len(lm.blocks)):
         with lm.loaded(index) as block:
             exact.advance(index, block)
-    quantized = _quantized(lm, plan.config, plan.matrices, store, store.folder)
+    quantized = _quantized(lm, plan.config, plan.matrices, plan.ends, store, store.folder)
     with ExitStack() as stack:
         blocks = [stack.enter_context(quantized.lm.loaded(index)) for index in range(len(lm.blocks))]
         parameters = {
@@ -246,7 +267,7 @@ def _tune_end_to_end(
             for index, matrices in enumerate(plan.matrices)
             if matrices
         }
-        tuned, losses = tune_model(parameters, blocks, stream, exact, windows, plan.config.tune_steps)
+        tuned, losses = tune_model(parameters, blocks, stream, exact, windows, plan.config.steps)
     if windows.ranks.first:
         store.save_tuned(tuned, losses)
     windows.ranks.barrier()
@@ -323,7 +344,7 @@ class _BlockJob:
             return
         layers = {m.name: self.store.load(self.index, m.name) for m in self.matrices}
         parameters = BlockParameters(self.block, self.matrices, layers)
-        steps = self.plan.config.tune_steps
+        steps = self.plan.config.steps
         tuned, losses = tune_block(self.index, parameters, self.stream, self.exact, self.windows, steps)
         self.ranks.barrier()  # nobody reads tuned scales while others still start from the old ones
         if self.ranks.first:
