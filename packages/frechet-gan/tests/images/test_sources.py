@@ -71,7 +71,7 @@ def test_what_is_skipped_is_named_and_links_are_followed(folder, tmp_path):
     assert len(source) == 7 + 3 + 1
     assert "link/linked.png" in source.names
     assert source.skipped == ["readme.txt", "x.npy"]
-    assert "2 files are no images by their names and were skipped (readme.txt, x.npy)" in source.note()
+    assert "2 files are no image by name and skipped (readme.txt, x.npy)" in source.note()
 
 
 def test_digest_follows_the_content(folder):

@@ -22,6 +22,9 @@ _reader_options = [
     click.option("--batch", default=64, type=click.IntRange(1), help="Images per batch."),
     click.option("--workers", default=0, type=click.IntRange(0), help="Processes that read and resize images."),
     click.option("--num", type=click.IntRange(16), help="Random choice of this many images. [default: all]"),
+    click.option(
+        "--cache", type=click.Path(file_okay=False), help="Folder that keeps features by the content of the images."
+    ),
     device_option,
     threads_option,
     json_option,
@@ -53,7 +56,7 @@ def stats(images: Path, out: Path, encoder: str, num: int | None, seed: int, as_
         raise ValueError(f"out: expected a name ending in .npz, got {out}")
     source = open_images(images)
     _say(source.note())
-    found = Reader(encoder, **options).stats(source, None, choose(source, num, seed))
+    found = Reader(encoder, **options).stats(source, None, choose(source, num, seed, str(source.path)))
     found.save(out)
     result = {
         "out": str(out),
@@ -115,7 +118,7 @@ def fd(
     for side in given:
         _check_reader(side, reader.identity)
     channels = shared_channels(sources)
-    features = [reader.features(s, channels, choose(s, num, 0))[0] for s in sources]
+    features = [reader.features(s, channels, choose(s, num, 0, str(s.path)))[0] for s in sources]
     # 2. estimate, averaged over splits
     left, right = features[0], given[0] if given else features[1]
     runs = [estimate_frechet(left, right, estimator, confidence=confidence, seed=s) for s in range(seeds)]
@@ -171,7 +174,6 @@ def _between_stats(left: "FeatureStats", right: "FeatureStats", estimator: str, 
 @click.argument("real", type=_images)
 @click.option("--encoder", default="efficientnet-lite0", help=f"One or several, separated by commas: {_ENCODERS}.")
 @click.option("--confidence", default=0.95, type=click.FloatRange(0, 1, True, True), help="Coverage of the interval.")
-@click.option("--cache", type=click.Path(file_okay=False), help="Folder to keep features in, by content of the images.")
 @seed_option
 @_with_reader
 def evaluate(
@@ -199,31 +201,33 @@ def evaluate(
 
 
 def _report(found: dict[str, Any]) -> str:
-    """The report as a table: a row per figure, a column per encoder."""
+    """The report as a table: a row per figure with its sample and cost, a column per encoder."""
     views = found["encoders"]
+    debiased = {id(v): next(e for e in v["distance"] if e != "plugin") for v in views}
 
-    def debiased(view: dict[str, Any]) -> str:
-        name = next(e for e in view["distance"] if e != "plugin")
-        ends = "" if view["low"] is None else f" [{view['low']:.4g}, {view['high']:.4g}]"
-        return f"{view['distance'][name]:.4g}{ends} ({name})"
+    def interval(view: dict[str, Any]) -> str:
+        name = debiased[id(view)]
+        ends = "too few for an interval" if view["low"] is None else f"{view['low']:.4g} to {view['high']:.4g}"
+        return f"{view['distance'][name]:.4g} ({name}; {ends})"
 
-    figures: list[tuple[str, Any]] = [
-        ("Frechet distance (plug-in)", lambda v: f"{v['distance']['plugin']:.5g}"),
-        (f"debiased, {100 * found['confidence']:g} % interval", debiased),
-        ("over real against real (FDr)", lambda v: f"{v['ratio']:.3g}"),
-        ("KID x 1000", lambda v: f"{1000 * v['kid']:.3g} +- {1000 * v['kid_spread']:.2g}"),
-        ("CMMD, of these features", lambda v: f"{v['cmmd']:.3g}"),
-        ("precision / recall", lambda v: f"{v['precision']:.3f} / {v['recall']:.3f}"),
-        ("density / coverage", lambda v: f"{v['density']:.3f} / {v['coverage']:.3f}"),
-        ("near copies of real images", lambda v: f"{100 * v['memorized']:.1f} %"),
-        ("images, generated / real", lambda v: f"{v['count']} / {v['real_count']}"),
-        ("images for precision ... coverage", lambda v: str(v["manifold_rows"])),
-        ("features", lambda v: str(v["width"])),
-        ("seconds: encode / the rest", lambda v: _seconds(v["seconds"])),
+    figures: list[tuple[str, Any, str]] = [
+        ("Frechet distance (plug-in)", lambda v: f"{v['distance']['plugin']:.5g}", "plugin"),
+        (f"debiased, with a {100 * found['confidence']:g} % interval", interval, "debiased"),
+        ("over real against real (FDr)", lambda v: f"{v['ratio']:.3g}", "ratio"),
+        ("KID x 1000, 20 subsets", lambda v: f"{1000 * v['kid']:.3g} +- {1000 * v['kid_spread']:.2g}", "kid"),
+        ("CMMD, of these features", lambda v: f"{v['cmmd']:.3g}", "cmmd"),
+        ("precision / recall", lambda v: f"{v['precision']:.3f} / {v['recall']:.3f}", "manifold"),
+        ("density / coverage", lambda v: f"{v['density']:.3f} / {v['coverage']:.3f}", ""),
+        ("near copies of real images", lambda v: f"{100 * v['memorized']:.1f} %", "memorized"),
+        ("number of features", lambda v: str(v["width"]), "encode"),
     ]
-    rows = [{"figure": title, **{f"{v['encoder']}": show(v) for v in views}} for title, show in figures]
+    rows = []
+    for title, show, key in figures:
+        keys = [debiased[id(v)] if key == "debiased" else key for v in views]
+        sizes = {v["rows"][k] for v, k in zip(views, keys, strict=True) if k in v["rows"]}
+        took = [v["seconds"][k] for v, k in zip(views, keys, strict=True) if k in v["seconds"]]
+        row = {"figure": title, **{str(v["encoder"]): show(v) for v in views}}
+        row["images, generated / real"] = ", ".join(f"{a} / {b}" for a, b in sorted(sizes))
+        rows.append(row | {"seconds": f"{sum(took):.1f}" if took else ""})
+    rows[-1]["images, generated / real"] = f"{views[0]['count']} / {views[0]['real_count']}"
     return "\n".join([table(rows), *(f"alarm: {a}" for a in found["alarms"])])
-
-
-def _seconds(parts: dict[str, float]) -> str:
-    return f"{parts['encode']:.1f} / {sum(parts.values()) - parts['encode']:.1f}"

@@ -28,8 +28,9 @@ def load_encoder(name: str, *, device: torch.device | str = "cpu") -> Encoder:
         The encoder.
 
     Raises:
-        ValueError: If the name is unknown, or weights cannot be read.
+        ValueError: If the name is unknown, weights cannot be read, or there is no such device.
     """
+    device = check_device(device)
     kind, _, rest = name.partition(":")
     found: nn.Module
     if kind == "pixels" and not rest:
@@ -58,6 +59,27 @@ def load_encoder(name: str, *, device: torch.device | str = "cpu") -> Encoder:
             f"openclip:FILE, mobilenet:FILE.npz, torchvision:MODEL or timm:MODEL, got {name!r}"
         )
     return found.to(device)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Refuse a device that this machine does not have.
+
+    Args:
+        device: Name, such as `cpu` or `cuda:0`.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If it is no name of a device, or torch finds none of its kind.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: expected a device of this machine, such as cpu, got {device!s} ({why})") from error
+    return found
 
 
 def identity(name: str, encoder: Encoder) -> str:

@@ -1,10 +1,11 @@
 """Two sets of images, on disk or in memory, compared by name of encoder: what `fid` and the command `eval` are."""
 
+import itertools
 import os
 import random
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,19 +15,18 @@ import numpy as np
 import torch
 from core_tensor.app.cli import progress
 from core_tensor.app.files import atomic_path, digest, read_npz, reading
+from core_tensor.checks import check_number
 from torch import Tensor
 
 from frechet_gan.choices import RESIZES, Estimator, Resize
 from frechet_gan.encoders.frozen import Encoder, FrozenEncoder, encode, encoded_batches
 from frechet_gan.encoders.inception import InceptionFID
-from frechet_gan.encoders.registry import identity, load_encoder
+from frechet_gan.encoders.registry import check_device, identity, load_encoder
 from frechet_gan.evaluation.report import Alarms, judge, raise_alarms
 from frechet_gan.frechet.distance import frechet_distance
 from frechet_gan.frechet.stats import FeatureStats
-from frechet_gan.images.arrays import resize as resize_tensor
-from frechet_gan.images.arrays import to_images
 from frechet_gan.images.files import image_batches
-from frechet_gan.images.resizing import resized
+from frechet_gan.images.memory import memory_batches
 from frechet_gan.images.sources import Source, open_images
 
 
@@ -56,7 +56,9 @@ class Reader:
     ) -> None:
         if resize not in RESIZES:
             raise ValueError(f"resize: expected one of {', '.join(RESIZES)}, got {resize!r}")
-        self.device, self.batch, self.workers, self.resize = device, batch, workers, resize
+        check_number("batch", batch, low=1, integer=True)
+        check_number("workers", workers, low=0, integer=True)
+        self.device, self.batch, self.workers, self.resize = check_device(device), batch, workers, resize
         self.encoder = load_encoder(name, device=device) if isinstance(name, str) else name
         self.size: int | None = size or getattr(self.encoder, "size", None)
         self.colored = isinstance(self.encoder, FrozenEncoder)  # which repeats grey images anyway
@@ -83,39 +85,58 @@ class Reader:
         yield from progress(found, f"encode {images.path.name}", total, "batch")
 
     def stats(self, images: Source, channels: int | None = None, chosen: Sequence[int] | None = None) -> FeatureStats:
-        """Statistics of the features, which are not kept."""
-        found: FeatureStats | None = None
-        for features in encoded_batches(self.encoder, self.batches(images, channels, chosen), device=self.device):
-            found = found or FeatureStats(features.shape[1], features.device)
-            found.update(features)
-        assert found is not None  # a source has at least one image
-        found.encoder = self.identity
+        """Statistics of the features, which are not kept; the cache keeps the statistics."""
+        path = self._cached("stats", images, channels, chosen)
+        if path is not None and path.exists():
+            return FeatureStats.load(path)
+        batches = self.batches(images, channels, chosen)
+        found = self._absorbed(encoded_batches(self.encoder, batches, device=self.device))
+        if path is not None and found.count > 1:
+            found.save(path)
+            return FeatureStats.load(path)  # so that the first call gives the digits of all later ones
         return found
 
     def features(
         self, images: Source, channels: int | None = None, chosen: Sequence[int] | None = None
     ) -> tuple[Tensor, bool]:
         """All features, shape (n, d), and whether they came from the cache."""
-        path = None
-        if self.cache is not None and self.identity is not None:
-            rows = None if chosen is None else digest(str(list(chosen)))
-            key = digest(images.digest(), self.identity, channels, rows, version("frechet-gan"))
-            path = self.cache / f"features-{key}.npz"
-            if path.exists():
-                return torch.from_numpy(cached_features(path, len(images) if chosen is None else len(chosen))), True
+        path = self._cached("features", images, channels, chosen)
+        if path is not None and path.exists():
+            return torch.from_numpy(cached_features(path, len(images) if chosen is None else len(chosen))), True
         found = encode(self.encoder, self.batches(images, channels, chosen), device=self.device)
         if path is not None:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, features=found.cpu().numpy(), encoder=np.array(self.identity))
         return found, False
 
-    def features_of_tensor(self, images: Tensor) -> Tensor:
-        """Features of images in memory, which are resized on the way."""
-        if self.colored and images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        batches = images.split(self.batch)
-        ready = (part if self.size is None else _resized(part, self.size, self.resize) for part in batches)
-        return encode(self.encoder, ready, device=self.device)
+    def _cached(self, what: str, images: Source, channels: int | None, chosen: Sequence[int] | None) -> Path | None:
+        """The file of the cache for the content of images, as this encoder sees it; None without a cache."""
+        if self.cache is None or self.identity is None:
+            return None
+        rows = None if chosen is None else digest(str(list(chosen)))
+        key = digest(images.digest(), self.identity, channels, rows, version("frechet-gan"))
+        return self.cache / f"{what}-{key}.npz"
+
+    def stats_of_memory(
+        self, images: Any, name: str, value_range: tuple[float, float] | None, chosen: Sequence[int] | None
+    ) -> FeatureStats:
+        """Statistics of the features of images in memory, which are resized on the way."""
+        batches = memory_batches(
+            images, name, self.batch, self.size, resize=self.resize, value_range=value_range, chosen=chosen
+        )
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(f"{name}: expected images, got none")
+        return self._absorbed(encoded_batches(self.encoder, itertools.chain([first], batches), device=self.device))
+
+    def _absorbed(self, batches: Iterable[Tensor]) -> FeatureStats:
+        found: FeatureStats | None = None
+        for features in batches:
+            found = found or FeatureStats(features.shape[1], features.device)
+            found.update(features)
+        assert found is not None  # encoded_batches refuses an empty source
+        found.encoder = self.identity
+        return found
 
 
 def cached_features(path: Path, count: int) -> Any:
@@ -126,21 +147,14 @@ def cached_features(path: Path, count: int) -> Any:
     return found
 
 
-def _resized(images: Tensor, size: int, mode: Resize) -> Tensor:
-    """Images in memory at another size; `native` and floats stay floats, the other modes go through pixels."""
-    if images.shape[-2:] == (size, size) or mode == "native":
-        return resize_tensor(images, size)
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return torch.stack([resized(p, size, mode).float() for p in pixels]) / 127.5 - 1
-
-
-def choose(images: Source, number: int | None, seed: int) -> list[int] | None:
+def choose(images: Any, number: int | None, seed: int, name: str) -> list[int] | None:
     """Indices of a random choice of images, in order; None for all.
 
     Args:
-        images: The images.
+        images: The images; anything with a length.
         number: How many; None for all.
         seed: Seed of the choice.
+        name: What they are called, for messages.
 
     Returns:
         Indices, or None.
@@ -150,8 +164,11 @@ def choose(images: Source, number: int | None, seed: int) -> list[int] | None:
     """
     if number is None:
         return None
+    check_number("num", number, low=2, integer=True)
+    if not hasattr(images, "__len__"):
+        raise ValueError(f"num: expected None, because {name} does not say how many images it has")
     if number > len(images):
-        raise ValueError(f"{images.path}: expected at least {number} images (--num), found {len(images)}")
+        raise ValueError(f"{name}: expected at least {number} images (--num), found {len(images)}")
     return sorted(random.Random(seed).sample(range(len(images)), number))
 
 
@@ -182,22 +199,25 @@ def fid(
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> float:
     """Frechet distance of two sets of images, the plug-in that papers report.
 
     Args:
         a: Images: a folder, a zip file, an npz file (images `arr_0`, or statistics `mu` and `sigma`), a tensor
-            (n, c, h, w), an array (n, h, w, c), a list of PIL images, or `FeatureStats`.
+            (n, c, h, w), an array (n, h, w, c), a list or data set of images (PIL, arrays, pairs, dictionaries), a
+            DataLoader, or `FeatureStats`.
         b: Images to compare with.
         encoder: Name for `load_encoder`, or a callable from images in [-1, 1] to features. `inception` takes the file
             that pytorch-fid, torchmetrics or torch-fidelity have downloaded.
         resize: `clean` as clean-fid, `legacy-pytorch` as pytorch-fid, `legacy-tf` as torch-fidelity, or `native`.
-        num: Random choice of this many images of either folder; all if None.
+        num: Random choice of this many images of either side; all if None.
         device: Where the encoder runs.
         batch: Images per call of the encoder.
         workers: Processes that read and resize files.
         seed: Seed of the choice.
+        cache: Folder in which statistics are kept by the content of folders and files; None for none.
         value_range: Smallest and largest value of floats in memory; [-1, 1] if None.
 
     Returns:
@@ -206,20 +226,19 @@ def fid(
     Raises:
         ValueError: If images or weights cannot be read, or statistics are those of another encoder.
     """
-    reader = Reader(encoder, resize=resize, device=device, batch=batch, workers=workers)
+    reader = Reader(encoder, resize=resize, device=device, batch=batch, workers=workers, cache=cache)
     sources = [open_images(s) if isinstance(s, (str, os.PathLike)) and not is_stats(s) else s for s in (a, b)]
     channels = shared_channels([s for s in sources if isinstance(s, Source)])
     sides = []
     for name, side in zip("ab", sources, strict=True):
         if isinstance(side, Source):
-            sides.append(reader.stats(side, channels, choose(side, num, seed)))
+            sides.append(reader.stats(side, channels, choose(side, num, seed, str(side.path))))
         elif isinstance(side, (str, os.PathLike)):
             sides.append(FeatureStats.load(side))
         elif isinstance(side, FeatureStats):
             sides.append(side)
         else:
-            sides.append(FeatureStats.from_features(reader.features_of_tensor(to_images(side, name, value_range))))
-            sides[-1].encoder = reader.identity
+            sides.append(reader.stats_of_memory(side, name, value_range, choose(side, num, seed, name)))
     check_encoders(*sides)
     return float(frechet_distance(*sides))
 
@@ -241,6 +260,12 @@ def check_encoders(a: FeatureStats, b: FeatureStats) -> None:
     """
     if a.encoder is not None and b.encoder is not None and a.encoder != b.encoder:
         raise ValueError(f"expected statistics of one encoder, got those of `{a.encoder}` and `{b.encoder}`")
+
+
+def _labels(encoders: Sequence[str]) -> dict[str, str]:
+    """A short name of each encoder: its kind, unless two are of one kind."""
+    kinds = [name.partition(":")[0] for name in encoders]
+    return {name: kind if kinds.count(kind) == 1 else name for name, kind in zip(encoders, kinds, strict=True)}
 
 
 def compare(
@@ -270,12 +295,19 @@ def compare(
     Raises:
         ValueError: If images or weights cannot be read, or there are too few images.
     """
-    if not encoders:
-        raise ValueError("encoders: expected at least one name")
+    if not encoders or len(set(encoders)) < len(encoders):
+        raise ValueError(f"encoders: expected at least one name, and each once, got {', '.join(encoders)}")
+    labels = _labels(encoders)
     sources = [open_images(generated), open_images(real)]
     channels = shared_channels(sources)
-    chosen = [choose(s, num, seed) for s in sources]
+    chosen = [choose(s, num, seed, str(s.path)) for s in sources]
     notes = [note for source in sources if (note := source.note()) is not None]
+    shares = [source.jpeg_share() for source in sources]
+    if abs(shares[0] - shares[1]) > 0.5:
+        notes.append(
+            f"{100 * shares[0]:.0f} % of the generated and {100 * shares[1]:.0f} % of the real images are JPEG files: "
+            "compression by itself moves distances"
+        )
     reports, rows = [], []
     for name in encoders:
         reader, start = Reader(name, **options), time.perf_counter()
@@ -288,7 +320,7 @@ def compare(
         # the debiased estimator that the sample allows: rtd needs pilots of full rank
         fewest = min(len(fake), len(target))
         debiased: Estimator = "rtd" if fewest >= 4 * (fake.shape[1] + 1) / 3 + 1 else "vale2"
-        view = judge(name.partition(":")[0], [fake], target, ["plugin", debiased], confidence=confidence)
+        view = judge(labels[name], [fake], target, ["plugin", debiased], confidence=confidence)
         view.seconds["encode"] = seconds
         reports.append(view)
         published = getattr(reader.encoder, "published", None)

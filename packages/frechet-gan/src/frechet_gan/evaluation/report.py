@@ -19,7 +19,7 @@ from frechet_gan.frechet.distance import frechet_distance
 from frechet_gan.frechet.estimators import Estimate, estimate_frechet
 from frechet_gan.frechet.stats import FeatureStats
 from frechet_gan.images.arrays import check_images, check_same_range
-from frechet_gan.transport.mmd import cmmd, kid
+from frechet_gan.transport.mmd import cmmd, kid, subset_rows
 
 MANIFOLD_ROWS, MMD_ROWS = 5000, 10_000
 """Most rows of either side for figures whose cost grows with the square of their number."""
@@ -61,14 +61,15 @@ class EncoderReport:
         ratio: FD(generated, real) / FD(other real, real) at equal counts: 1 is as good as real data.
         kid: Kernel distance, mean over subsets.
         kid_spread: Its standard deviation over subsets.
-        cmmd: CMMD of the first rows, of this encoder's features.
+        cmmd: CMMD of this encoder's features.
         precision: Share of generated images inside the real manifold.
         recall: Share of real images inside the generated manifold.
         density: Mean number of real balls around a generated image, over k.
         coverage: Share of real balls that hold a generated image.
         rank: Effective rank of the generated features over the real ones'.
         memorized: Share of generated images that are near copies of real ones; see `manifold.memorized_share`.
-        manifold_rows: Images of either side that precision, recall, density and coverage are taken from.
+        rows: Generated and real images that a figure is taken from, by figure: estimators, `ratio`, `kid`, `cmmd`,
+            `manifold`, `memorized`; a random choice where it is not all of them.
         seconds: Wall-clock time by figure.
     """
 
@@ -91,7 +92,7 @@ class EncoderReport:
     coverage: float
     rank: float
     memorized: float
-    manifold_rows: int
+    rows: dict[str, tuple[int, int]]
     seconds: dict[str, float] = field(compare=False)
 
 
@@ -219,36 +220,47 @@ def judge(
         The view.
     """
     seconds: dict[str, float] = {}
+    rows: dict[str, tuple[int, int]] = {}
     first, start = generated[0], time.perf_counter()
+    # folders are often in the order of their classes: parts are drawn, not cut off
+    generator = torch.Generator().manual_seed(0)
+    drawn_fake, drawn_real = (torch.randperm(len(side), generator=generator) for side in (first, target))
 
-    def lap(what: str) -> None:
+    def lap(what: str, fakes: int, reals: int) -> None:
         nonlocal start
         now = time.perf_counter()
-        seconds[what] = seconds.get(what, 0.0) + now - start
+        seconds[what], rows[what] = now - start, (fakes, reals)
         start = now
 
     # 1. distances to all real images, and what real images score among themselves
     found: dict[str, list[Estimate]] = {}
     for e in estimators:
         found[e] = [estimate_frechet(f, target, e, confidence=confidence, seed=i) for i, f in enumerate(generated)]
-        lap(e)
-    reference, other = target[::2], target[1::2]
-    equal = min(first.shape[0], other.shape[0])  # the plug-in's bias is the same on both sides of the ratio
+        lap(e, len(first), len(target))
+    reference, other = target[drawn_real[::2]], target[drawn_real[1::2]]
+    equal = min(len(first), len(other))  # the plug-in's bias is the same on both sides of the ratio
     best = float(frechet_distance(other[:equal].double(), reference.double()))
-    ratios = [float(frechet_distance(f[:equal].double(), reference.double())) / max(best, 1e-300) for f in generated]
-    lap("ratio")
+    ratios = [
+        float(frechet_distance(f[drawn_fake[:equal]].double(), reference.double())) / max(best, 1e-300)
+        for f in generated
+    ]
+    lap("ratio", equal, len(reference))
     # 2. kernels
     kernel, kernel_spread = kid(first, target, subsets=20)
-    lap("kid")
-    few = min(MANIFOLD_ROWS, first.shape[0], reference.shape[0])
-    clip_like = cmmd(first[:MMD_ROWS], target[:MMD_ROWS])
-    lap("cmmd")
+    size = subset_rows(first, target)
+    lap("kid", size, size)
+    some, few_real = first[drawn_fake[:MMD_ROWS]], target[drawn_real[:MMD_ROWS]]
+    clip_like = cmmd(some, few_real)
+    lap("cmmd", len(some), len(few_real))
     # 3. neighbors, and the spread over directions
-    shape = manifold(first[:few], reference[:few])
-    copies = memorized_share(first[:MANIFOLD_ROWS], target)
-    lap("manifold")
+    few = min(MANIFOLD_ROWS, len(first), len(reference))
+    shape = manifold(first[drawn_fake[:few]], reference[:few])
+    lap("manifold", few, few)
+    some = first[drawn_fake[:MANIFOLD_ROWS]]
+    copies = memorized_share(some, target)
+    lap("memorized", len(some), len(target))
     ranks = [effective_rank(FeatureStats.from_features(f).covariance()) for f in (first, target)]
-    lap("rank")
+    lap("rank", len(first), len(target))
     interval = next(((e[0].low, e[0].high) for e in found.values() if e[0].low is not None), (None, None))
     return EncoderReport(
         encoder=name,
@@ -270,7 +282,7 @@ def judge(
         coverage=shape.coverage,
         rank=ranks[0] / max(ranks[1], 1e-300),
         memorized=copies,
-        manifold_rows=few,
+        rows=rows,
         seconds=seconds,
     )
 

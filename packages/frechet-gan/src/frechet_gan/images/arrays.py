@@ -93,11 +93,34 @@ def to_images(images: Any, name: str = "images", value_range: tuple[float, float
         raise TypeError(f"{name}: expected a tensor, an array or a sequence of images, got {type(images).__name__}")
     _check_dtype(name, batch)
     check_images(name, batch)
-    if value_range is not None and batch.dtype != torch.uint8:
-        low, high = value_range
-        batch = (batch - low) * (2 / (high - low)) - 1
+    batch = in_range(name, batch, value_range)
     check_range(name, batch, claimed=value_range is not None)
     return unit(batch).float()
+
+
+def in_range(name: str, images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
+    """Floats of a given range in [-1, 1]; bytes, and floats without a given range, as they are.
+
+    Args:
+        name: The argument's name.
+        images: Images, of any dtype.
+        value_range: Smallest and largest value of floats, or None.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: If the range is empty, or values lie outside it.
+    """
+    if value_range is None or images.dtype == torch.uint8:
+        return images
+    low, high = value_range
+    if not low < high:
+        raise ValueError(f"value_range: expected a smallest and a larger value, got {value_range}")
+    least, most = (float(v) for v in images.aminmax())
+    if least < low - _SLACK * (high - low) or most > high + _SLACK * (high - low):
+        raise ValueError(f"{name}: expected values in [{low:g}, {high:g}], got [{least:.3g}, {most:.3g}]")
+    return images if (low, high) == (-1, 1) else (images - low) * (2 / (high - low)) - 1
 
 
 def _check_dtype(name: str, images: Tensor) -> None:

@@ -57,7 +57,13 @@ class Source:
         if not self.skipped:
             return None
         some = ", ".join(self.skipped[:3]) + (", ..." if len(self.skipped) > 3 else "")
-        return f"{self.path}: {len(self.skipped)} files are no images by their names and were skipped ({some})"
+        count = f"{len(self.skipped)} files are" if len(self.skipped) > 1 else "1 file is"
+        return f"{self.path}: {count} no image by name and skipped ({some})"
+
+    def jpeg_share(self) -> float:
+        """Share of names that are JPEG's, whose compression itself moves features."""
+        names = [str(name).lower() for name in self.names]
+        return sum(name.endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for name in names) / len(names)
 
 
 @dataclass

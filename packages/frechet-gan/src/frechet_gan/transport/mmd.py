@@ -129,7 +129,7 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 50, subset_size: int = 1000, see
     check_number("subsets", subsets, low=1, integer=True)
     check_number("subset_size", subset_size, low=2, integer=True)
     generator = torch.Generator().manual_seed(seed)
-    size = min(subset_size, max(2, min(x.shape[0], y.shape[0]) // 2))
+    size = subset_rows(x, y, subset_size)
     values = torch.stack(
         [
             mmd(
@@ -141,6 +141,11 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 50, subset_size: int = 1000, see
         ]
     )
     return float(values.mean()), float(values.std()) if subsets > 1 else 0.0
+
+
+def subset_rows(x: Tensor, y: Tensor, subset_size: int = 1000) -> int:
+    """Rows of either side in one of KID's subsets: at most half of the smaller sample."""
+    return min(subset_size, max(2, min(x.shape[0], y.shape[0]) // 2))
 
 
 def cmmd(x: Tensor, y: Tensor, bandwidth: float = 10.0) -> float:
