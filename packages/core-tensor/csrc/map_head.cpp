@@ -16,6 +16,7 @@ constexpr double kSmall = 1.0;       // up to this largest change of a logit the
 constexpr double kConverged = 1e-6;  // of a logit: the step after it would change some 1e-12
 
 typedef double Vec __attribute__((vector_size(32)));
+typedef uint64_t Bits __attribute__((vector_size(32)));
 
 CT_INLINE Vec load(const double* from) {
   Vec v;
@@ -40,9 +41,22 @@ struct Space {  // buffers of one thread; the rows are those of the longest task
       : width(width), h(rows * width), base(rows), y(rows), w(rows), z(rows), along(rows), p(rows) {}
 };
 
-CT_INLINE double sigmoid(double z) {
-  const double q = std::exp(-std::fabs(z));
-  return (z >= 0 ? 1.0 : q) / (1.0 + q);
+// exp(x) for x <= 0, to an ulp or so: 2^n times the Taylor polynomial of the rest, which is at most log(2) / 2.
+CT_INLINE Vec exp_negative(Vec x) {
+  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: what is added to it is rounded to an integer
+  constexpr double kTaylor[] = {1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0,
+                                1 / 40320.0,      1 / 5040.0,      1 / 720.0,      1 / 120.0,     1 / 24.0,
+                                1 / 6.0,          1 / 2.0,         1.0,            1.0};
+  x = x > -708.0 ? x : Vec{} - 708.0;  // below it the result would be denormal
+  const Vec shifted = x * 1.4426950408889634 + kShift, n = shifted - kShift;
+  const Vec r = (x - n * 0x1.62e42fefa38p-1) - n * 0x1.ef35793c7673p-45;
+  Vec value = Vec{} + kTaylor[0];
+  for (int k = 1; k < 14; ++k) value = value * r + kTaylor[k];
+  return value * (Vec)(((Bits)shifted << 52) + (Bits)(Vec{} + 1.0));
+}
+CT_INLINE Vec sigmoid(Vec z) {
+  const Vec q = exp_negative(z < 0.0 ? z : -z);
+  return (z < 0.0 ? q : Vec{} + 1.0) / (1.0 + q);
 }
 CT_INLINE double softplus(double z) { return std::max(z, 0.0) + std::log1p(std::exp(-std::fabs(z))); }
 
@@ -52,8 +66,21 @@ CT_INLINE double dot(const double* a, const double* b, int64_t width) {
   return total(sum);
 }
 
+// Products of four rows with x, from one column on.
+CT_INLINE Vec four_dots(const double* rows, const double* x, int64_t first, int64_t width) {
+  Vec a = {}, b = {}, c = {}, d = {};
+  for (int64_t j = first; j < width; j += 4) {
+    const Vec at = load(x + j);
+    a += load(rows + j) * at, b += load(rows + width + j) * at;
+    c += load(rows + 2 * width + j) * at, d += load(rows + 3 * width + j) * at;
+  }
+  return (Vec{a[0], b[0], c[0], d[0]} + Vec{a[1], b[1], c[1], d[1]}) +
+         (Vec{a[2], b[2], c[2], d[2]} + Vec{a[3], b[3], c[3], d[3]});
+}
+
+// A x, with a multiple of four rows.
 CT_INLINE void product(const double* A, const double* x, int64_t n, int64_t width, double* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = dot(A + i * width, x, width);
+  for (int64_t i = 0; i < n; i += 4) store(out + i, four_dots(A + i * width, x, 0, width));
 }
 
 // H = P + sum_i s_i h_i h_i', s_i = w_i p_i (1 - p_i), from the diagonal's vector on; n is a multiple of four.
@@ -76,32 +103,41 @@ CT_INLINE void hessian(const double* P, const Space& space, int64_t n, double* H
   }
 }
 
-// Cholesky H = U'U in place, the reciprocals of U's diagonal apart. A pivot that rounding has eaten is replaced, so the
-// direction stays one of descent.
-CT_INLINE void factor(double* H, double* inverse, int64_t width) {
-  double least[kWidest];
-  for (int64_t j = 0; j < width; ++j) least[j] = 1e-15 * H[j * width + j];
-  for (int64_t j = 0; j < width; ++j) {
-    double* row = H + j * width;
-    inverse[j] = 1.0 / std::sqrt(std::max(row[j], least[j]));
-    for (int64_t b = j / 4 * 4; b < width; b += 4) store(row + b, load(row + b) * inverse[j]);
-    for (int64_t a = j + 1; a < width; ++a) {
-      const double c = row[a];
-      for (int64_t b = a / 4 * 4; b < width; b += 4)
-        store(H + a * width + b, load(H + a * width + b) - c * load(row + b));
-    }
-  }
+CT_INLINE void eliminate(const double* row, double c, double* from, int64_t first, int64_t width) {
+  for (int64_t k = first; k < width; k += 4) store(from + k, load(from + k) - c * load(row + k));
 }
 
-CT_INLINE void solve(const double* U, const double* inverse, double* x, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) {
-    x[i] *= inverse[i];
-    for (int64_t k = i + 1; k < width; ++k) x[k] -= U[i * width + k] * x[i];
+// H x = b: H = U' D^-1 U in place, U the rows as elimination leaves them, D their diagonal, of which the reciprocals are
+// kept; what stands left of the diagonal is cleared as far as its vector reaches. A pivot that rounding has eaten is
+// replaced, so the direction stays one of descent. b becomes x.
+CT_INLINE void solve(double* H, double* b, int64_t width) {
+  double least[kWidest], inverse[kWidest];
+  for (int64_t j = 0; j < width; ++j) least[j] = 1e-15 * H[j * width + j];
+  for (int64_t block = 0; block < width; block += 4) {
+    double* rows = H + block * width;
+    for (int64_t j = block; j < block + 4; ++j) {  // four rows among themselves
+      double* row = H + j * width;
+      inverse[j] = 1.0 / std::max(row[j], least[j]);
+      for (int64_t k = block; k <= j; ++k) row[k] = 0.0;
+      for (int64_t a = j + 1; a < block + 4; ++a) eliminate(row, row[a] * inverse[j], H + a * width, block, width);
+      eliminate(row, b[j] * inverse[j], b, block, width);
+    }
+    for (int64_t a = block + 4; a < width; ++a) {  // and from all others
+      double c[4];
+      for (int k = 0; k < 4; ++k) c[k] = rows[k * width + a] * inverse[block + k];
+      double* target = H + a * width;
+      for (int64_t k = a / 4 * 4; k < width; k += 4)
+        store(target + k, load(target + k) - ((c[0] * load(rows + k) + c[1] * load(rows + width + k)) +
+                                              (c[2] * load(rows + 2 * width + k) + c[3] * load(rows + 3 * width + k))));
+    }
   }
-  for (int64_t i = width - 1; i >= 0; --i) {
-    double value = x[i];
-    for (int64_t k = i + 1; k < width; ++k) value -= U[i * width + k] * x[k];
-    x[i] = value * inverse[i];
+  for (int64_t block = width - 4; block >= 0; block -= 4) {
+    const double* rows = H + block * width;
+    store(b + block, load(b + block) - four_dots(rows, b, block + 4, width));
+    for (int64_t i = block + 3; i >= block; --i) {
+      for (int64_t k = i + 1; k < block + 4; ++k) b[i] -= H[i * width + k] * b[k];
+      b[i] *= inverse[i];
+    }
   }
 }
 
@@ -123,7 +159,7 @@ CT_INLINE int64_t widen(const Batch<T>& batch, int64_t task, Space& space) {
 CT_INLINE void predict(Space& space, const double* e, int64_t n) {
   product(space.h.data(), e, n, space.width, space.z.data());
   for (int64_t i = 0; i < n; ++i) space.z[i] += space.base[i];
-  for (int64_t i = 0; i < n; ++i) space.p[i] = sigmoid(space.z[i]);
+  for (int64_t i = 0; i < n; i += 4) store(&space.p[i], sigmoid(load(&space.z[i])));
 }
 
 // Objective at z + t along, off + t x, where off = e - mu.
@@ -138,13 +174,29 @@ CT_INLINE double objective(const Space& s, const double* P, const double* off, c
   return value + 0.5 * dot(image, at, s.width);
 }
 
+// Slope of the objective there.
+CT_INLINE double slope_at(const Space& s, const double* P, const double* off, const double* x, double t, int64_t n) {
+  double at[kWidest], image[kWidest];
+  Vec sum = {};
+  for (int64_t i = 0; i < n; i += 4) {
+    const Vec along = load(&s.along[i]), p = sigmoid(load(&s.z[i]) + t * along);
+    sum += load(&s.w[i]) * (p - load(&s.y[i])) * along;
+  }
+  for (int64_t j = 0; j < s.width; ++j) at[j] = off[j] + t * x[j];
+  product(P, at, s.width, s.width, image);
+  return total(sum) + dot(image, x, s.width);
+}
+
 // Along a line the logistic loss has |F'''| <= r F'', r the largest change of a logit (generalized self-concordance), so
 // F(t) - F(0) <= slope (t - (e^{rt} - 1 - rt) / r^2): up to r = 1 the whole step decreases the objective, beyond it
 // t = log(1 + r) / r does. Larger ones are tried first, because they mostly do as well.
 CT_INLINE double step_size(const Space& s, const double* P, const double* off, const double* x, double slope,
                            double reach, int64_t n) {
   if (reach <= kSmall) return 1.0;
-  const double safe = std::log1p(reach) / reach, start = objective(s, P, off, x, 0.0, n);
+  const double safe = std::log1p(reach) / reach;
+  // a slope that is still negative is enough, since F is convex: F(t) <= F(0) + t F'(t)
+  if (slope_at(s, P, off, x, 1.0, n) <= 1e-4 * slope) return 1.0;
+  const double start = objective(s, P, off, x, 0.0, n);
   double t = 1.0;
   while (t > safe && !(objective(s, P, off, x, t, n) <= start + 1e-4 * t * slope)) t = std::max(t / 2, safe);
   return t;
@@ -154,7 +206,7 @@ template <class T>
 CT_INLINE void forward_task(const Batch<T>& batch, const double* P, int64_t task, int steps, Space& space, T* e_out,
                             T* H_out) {
   const int64_t d = batch.d, width = space.width, n = widen(batch, task, space);
-  double mu[kWidest] = {}, e[kWidest], off[kWidest], H[kWidest * kWidest], inverse[kWidest], gradient[kWidest], x[kWidest];
+  double mu[kWidest] = {}, e[kWidest], off[kWidest], H[kWidest * kWidest], gradient[kWidest], x[kWidest];
   for (int64_t j = 0; j < d; ++j) mu[j] = static_cast<double>(batch.mu[task * d + j]);
   std::copy(mu, mu + width, e);
   bool done = n == 0;
@@ -169,8 +221,7 @@ CT_INLINE void forward_task(const Batch<T>& batch, const double* P, int64_t task
       for (int64_t j = 0; j < width; j += 4) store(gradient + j, load(gradient + j) + r * load(&space.h[i * width + j]));
     }
     for (int64_t j = 0; j < width; ++j) x[j] = -gradient[j];
-    factor(H, inverse, width);
-    solve(H, inverse, x, width);
+    solve(H, x, width);
     product(space.h.data(), x, n, width, space.along.data());
     double reach = 0.0;
     for (int64_t i = 0; i < n; ++i)
@@ -196,13 +247,12 @@ template <class T>
 CT_INLINE void backward_task(const Batch<T>& batch, const double* P, int64_t task, Space& space,
                              const Adjoint<T>& out) {
   const int64_t d = batch.d, width = space.width, first = task * batch.rows, n = widen(batch, task, space);
-  double e[kWidest] = {}, v[kWidest] = {}, H[kWidest * kWidest], inverse[kWidest], image[kWidest];
+  double e[kWidest] = {}, v[kWidest] = {}, H[kWidest * kWidest], image[kWidest];
   for (int64_t j = 0; j < d; ++j) e[j] = static_cast<double>(out.e[task * d + j]);
   for (int64_t j = 0; j < d; ++j) v[j] = static_cast<double>(out.v[task * d + j]);
   predict(space, e, n);
   hessian(P, space, n, H);
-  factor(H, inverse, width);
-  solve(H, inverse, v, width);
+  solve(H, v, width);
   product(space.h.data(), v, n, width, space.along.data());
   for (int64_t i = 0; i < batch.rows; ++i) {
     T* row = out.h + (first + i) * d;
