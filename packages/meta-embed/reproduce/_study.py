@@ -8,7 +8,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from meta_embed.adapt.maml import InnerOptions
 from meta_embed.config import Config, ModelOptions, TrainOptions
 from meta_embed.evaluate import baselines
 from meta_embed.evaluate.buckets import SIZES, model_scores
-from meta_embed.evaluate.metrics import Scores
+from meta_embed.evaluate.metrics import Scores, paired_bootstrap
 from meta_embed.model.build import build_model
 from meta_embed.model.personalizer import Personalizer
 from meta_embed.tasks.encode import Vocabulary, build_vocabulary
@@ -32,7 +32,7 @@ from meta_embed.tasks.events import Events, build_events
 from meta_embed.tasks.schema import Schema
 from meta_embed.tasks.split import Split, by_key, split_at
 from meta_embed.train.outer import fit
-from meta_embed.train.tune import tune
+from meta_embed.train.tune import EPOCHS, tune
 
 QUERY, START = 40, 32
 PRECISIONS = (1.0, 3.0, 10.0, 30.0)
@@ -58,7 +58,7 @@ class Draw:
     train: Events
     held_back: Events
     tested: Events
-    epochs: int = 25
+    epochs: int = EPOCHS
 
     @functools.cached_property
     def warm(self) -> Config:
@@ -108,7 +108,7 @@ def make_draw(
     seen = table.filter(pc.is_in(table[schema.entity], value_set=pa.array(keys[train])))
     vocabulary = build_vocabulary(seen, schema)
     log = build_events(table, schema, vocabulary)
-    return Draw(config, vocabulary, *(log.choose(p) for p in (train, held_back, tested)), epochs=3 if quick else 25)
+    return Draw(config, vocabulary, *(log.choose(p) for p in (train, held_back, tested)), epochs=3 if quick else EPOCHS)
 
 
 def scored(draw: Draw, model: Personalizer, about: dict[str, Any], *, adapted: bool = True) -> Found:
@@ -194,15 +194,29 @@ def gradient_steps(draw: Draw, inner: InnerOptions, start: tuple[int, float]) ->
     return trained(draw, config, (start[1],))
 
 
-def maml(inner: InnerOptions) -> Callable[[Draw], Found]:
-    """Gradient steps, from the start that is best for MAML of second order on the held-back members."""
+def maml(*inner: InnerOptions) -> Callable[[Draw], Found]:
+    """Gradient steps, from the start that is best for MAML of second order; the best of several inner loops.
+
+    Start and inner loop are chosen on the held-back members.
+    """
 
     def run(draw: Draw) -> Found:
         best, start = draw.second_order
-        return scored(draw, *(best if inner == InnerOptions() else gradient_steps(draw, inner, start)))
+        found = [best if each == InnerOptions() else gradient_steps(draw, each, start) for each in inner]
+        chosen = min(range(len(inner)), key=lambda i: found[i][1]["held_back_loss"])
+        model, about = found[chosen]
+        return scored(draw, model, {**about, "inner_lr": inner[chosen].lr})
 
     return run
 
+
+VARIANTS = {
+    "maml_first_order": "MAML, first order",
+    "anil": "ANIL (last layer)",
+    "maml_tensor": "MAML, a learned rate per tensor",
+    "maml_fixed": "MAML, one tuned rate",
+}
+"""Of MAML of second order with one learned rate."""
 
 METHODS: Mapping[str, Callable[[Draw], Found]] = {
     "none": none,
@@ -215,7 +229,29 @@ METHODS: Mapping[str, Callable[[Draw], Found]] = {
     "maml": maml(InnerOptions()),
     "maml_first_order": maml(InnerOptions(order=1)),
     "anil": maml(InnerOptions(adapt="last")),
+    "maml_tensor": maml(InnerOptions(rates="tensor")),
+    "maml_fixed": maml(*(InnerOptions(rates="fixed", lr=lr) for lr in (0.03, 0.1, 0.3, 1.0))),
 }
+
+
+def differences(
+    pairs: Sequence[tuple[str, str]], methods: Mapping[str, Sequence[Found]], labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """AUC of one method over another by support size, with intervals of a paired bootstrap over members."""
+    rows = []
+    for ours, peer in pairs:
+        row: dict[str, Any] = {"pair": f"{ours}-{peer}", "ours": ours, "peer": peer}
+        row["compared"] = f"{labels[ours]} over {labels[peer]}"
+        for n in SIZES:
+            both = [[f.tested[n] for f in methods[m] if n in f.tested] for m in (ours, peer)]
+            if not (both[0] and both[1]):  # an ID embedding says nothing at 0 events
+                row |= {f"n{n}": None, f"n{n}_low": None, f"n{n}_high": None, f"n{n}_text": None}
+                continue
+            d = paired_bootstrap(*both, draws=400)
+            text = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
+            row |= {f"n{n}": d.value, f"n{n}_low": d.low, f"n{n}_high": d.high, f"n{n}_text": text}
+        rows.append(row)
+    return rows
 
 
 def run(method: str, draw: Draw, path: Path) -> Found:

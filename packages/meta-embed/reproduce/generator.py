@@ -14,7 +14,6 @@ import _study
 import numpy as np
 from core_tensor.app.files import write_json
 from meta_embed.evaluate.buckets import SIZES
-from meta_embed.evaluate.metrics import paired_bootstrap
 from meta_embed.evaluate.plots import bucket_plot
 from meta_embed.evidence.generator import SCHEMA, make_world
 from meta_embed.evidence.oracle import oracle_scores
@@ -23,8 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "generator.json"
 LABELS = {
     "none": "no personalization",
     "maml": "MAML, second order",
-    "maml_first_order": "MAML, first order",
-    "anil": "ANIL",
+    **_study.VARIANTS,
     "fold_in": "MAP head without meta-training",
     "map": "MAP head",
     "oracle": "near-oracle",
@@ -58,16 +56,20 @@ def report(worlds: list[dict[str, _study.Found]]) -> dict[str, Any]:
             row |= {f"auc{n}": float(auc[:, 1].mean()), f"auc{n}_sd": float(auc[:, 1].std())}
             row |= {f"closed{n}": float(closed.mean()), f"closed{n}_sd": float(closed.std())} if n else {}
         rows.append(row)
-    against = {}
-    for peer in ("maml", "maml_first_order", "anil", "fold_in"):
-        for n in (0, 4, 16, 32):
-            d = paired_bootstrap([w["map"].tested[n] for w in worlds], [w[peer].tested[n] for w in worlds])
-            against.setdefault(peer, {})[f"n{n}"] = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
     first = next(row for row in rows if row["key"] == "map")
     bars = {"gap_closed_n16": first["closed16"], "gap_closed_n16_sd": first["closed16_sd"]}
-    differences = [{"peer": LABELS[peer], **row} for peer, row in against.items()]
     chosen = {name: [w[name].about for w in worlds] for name in LABELS if name != "oracle"}
-    return {"worlds": len(worlds), "rows": rows, "map_over": differences, "bars": bars, "chosen": chosen}
+    members = sum(len(np.unique(w["none"].tested[0].owner)) for w in worlds)
+    pairs = [("map", peer) for peer in ("fold_in", "maml", *_study.VARIANTS)]
+    pairs += [("maml", peer) for peer in _study.VARIANTS]
+    return {
+        "worlds": len(worlds),
+        "members": members,
+        "rows": rows,
+        "differences": _study.differences(pairs, {name: [w[name] for w in worlds] for name in LABELS}, LABELS),
+        "bars": bars,
+        "chosen": chosen,
+    }
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import _logs
 import _study
 import numpy as np
-from _mixture import fit_mixture
 from _study import SUPPORTS, Found
 from core_tensor.app.files import read_json, write_json
 from meta_embed.evaluate.buckets import SIZES
-from meta_embed.evaluate.metrics import Scores, paired_bootstrap
+from meta_embed.evaluate.metrics import Scores
+from meta_embed.evaluate.mixture import fit_mixture
 from meta_embed.evaluate.plots import bucket_plot
 
 RESULTS = Path(__file__).parent / "results" / "real_logs.json"
@@ -30,12 +30,15 @@ LABELS = {
     "fold_in": "MAP head without meta-training",
     "map": "MAP head",
     "maml": "MAML, second order",
+    **_study.VARIANTS,
     "hybrid": "ID and MAP head, mixed per n",
     "map_again": "MAP head, another seed",
     "two_heads": "two MAP heads, mixed per n",
 }
 TITLES = {"movielens": "MovieLens-100k", "amazon": "Amazon"}
 METHODS = ("none", "id", "fold_in", "map", "map_again", "maml")
+ON_MOVIELENS = tuple(_study.VARIANTS)
+"""The other forms of MAML need a meta block that reads something of a member, which Amazon's log has not."""
 OTHER_ID_MODELS, OTHER_DRAWS = ("deep", "wide"), 3
 """Two more ID models, on the first draws only: each takes as long as all of `METHODS` but the ID model."""
 QUICK = ("none", "id", "map", "maml")
@@ -105,18 +108,7 @@ def report(draws: list[dict[str, Found]]) -> dict[str, Any]:
         loss.append(rows[1])
     pairs = [("map", name) for name in AGAINST if name in methods]
     pairs += [("hybrid", name) for name in ("map", "id", "best_id", "two_heads") if name in methods]
-    differences = []
-    for ours, peer in pairs:
-        row = {"ours": ours, "peer": peer, "compared": f"{LABELS[ours]} over {LABELS[peer]}"}
-        for n in SIZES:
-            both = [[f.tested.get(n) for f in methods[m]] for m in (ours, peer)]
-            if any(s is None for s in both[0] + both[1]):
-                row |= {f"n{n}": None, f"n{n}_low": None, f"n{n}_high": None, f"n{n}_text": None}
-                continue
-            d = paired_bootstrap(*both, draws=400)  # type: ignore[arg-type]
-            text = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
-            row |= {f"n{n}": d.value, f"n{n}_low": d.low, f"n{n}_high": d.high, f"n{n}_text": text}
-        differences.append(row)
+    pairs += [("maml", name) for name in _study.VARIANTS if name in methods]
     one = draws[0]["none"].tested[0]
     return {
         "draws": len(draws),
@@ -125,7 +117,7 @@ def report(draws: list[dict[str, Found]]) -> dict[str, Any]:
         "liked": float(one.y.mean()),
         "auc": auc,
         "logloss": loss,
-        "differences": differences,
+        "differences": _study.differences(pairs, methods, LABELS),
         "mixture_weights_of_id": [[w[0] for w in f.about["weights"]] for f in methods["hybrid"]],
         "chosen": {name: [f.about for f in found] for name, found in methods.items() if name != "hybrid"},
     }
@@ -175,8 +167,8 @@ def main() -> None:
             draw = _study.make_draw(table, schema, part, parts, options.quick)
             prefix = f"{name}-{part}-of-{parts}"
             methods = QUICK if options.quick else METHODS
-            if name == "movielens" and part < OTHER_DRAWS and not options.quick:
-                methods += OTHER_ID_MODELS
+            if name == "movielens" and not options.quick:
+                methods += ON_MOVIELENS + (OTHER_ID_MODELS if part < OTHER_DRAWS else ())
             draws.append(one_draw(draw, methods, work, prefix))
         common = [method for method in LABELS if all(method in found for found in draws)]
         results[name] = report([{method: found[method] for method in common} for found in draws])

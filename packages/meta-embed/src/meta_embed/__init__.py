@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from meta_embed.adapt.maml import InnerOptions
     from meta_embed.adapt.map_head import MapHead, logit_variance, thompson
     from meta_embed.config import Config, read_config
+    from meta_embed.evaluate.mixture import Mixture, fit_mixture
     from meta_embed.generate.job import GenerateOptions
     from meta_embed.generate.refresh import refresh
     from meta_embed.model.build import build_model, load_model, save_model
@@ -30,12 +31,14 @@ __all__ = [
     "Lookup",
     "MapHead",
     "MetaModel",
+    "Mixture",
     "Schema",
     "Store",
     "build_events",
     "build_model",
     "create_store",
     "fit",
+    "fit_mixture",
     "load_model",
     "logit_variance",
     "open_store",

@@ -93,6 +93,17 @@ def test_evaluate(run, place, tmp_path, options):
     assert picture.stat().st_size > 5000
 
 
+def test_a_hybrid_is_the_model_alone_where_nobody_has_events_and_both_where_they_have(run, place):
+    found = run("evaluate", place / "run", "--baselines", "id,hybrid", "--query", 8, "--start", 8, "--json")
+    first, *rest = found["rows"]
+    assert first["support"] == 0
+    assert first["hybrid_logloss"] == first["ours_logloss"]
+    for row in rest:
+        # the mean of two logits loses no more than the mean of their losses, whatever the weights
+        assert row["hybrid_logloss"] <= max(row["ours_logloss"], row["id_logloss"]) + 1e-9
+        assert row["hybrid_logloss"] not in (row["ours_logloss"], row["id_logloss"])
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "parquet"])
 def test_other_stores_by_address(run, place, tmp_path, kind):
     store = f"{kind}:{tmp_path / 'v'}"

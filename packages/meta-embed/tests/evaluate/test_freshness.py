@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
-from meta_embed.evaluate.freshness import by_period, refreshed
+from meta_embed.evaluate.buckets import model_scores
+from meta_embed.evaluate.freshness import freshness_scores, refreshed
 from meta_embed.evidence.generator import DAY
+from meta_embed.tasks.split import split_at
 
 
 @pytest.mark.parametrize("period", [0.0, DAY / 24, DAY, 7 * DAY, float("inf")])
@@ -21,8 +23,13 @@ def test_a_support_is_what_the_last_refresh_knew(trained, period):
         assert found.tolist() == known
 
 
-def test_fresher_vectors_know_more(trained):
-    periods = {"never": float("inf"), "daily": DAY, "every event": 0.0}
-    rows = by_period(trained.model(), trained.events, 4, 6, periods, 8)
-    assert [row["refresh"] for row in rows] == list(periods)
-    assert len({row["auc"] for row in rows}) == 3
+def test_every_interval_scores_the_same_rows_with_other_vectors(trained):
+    model, events = trained.model(), trained.events
+    by_period = [freshness_scores(model, events, 4, 6, period, 8) for period in (float("inf"), DAY, 0.0)]
+    for scores in by_period[1:]:
+        np.testing.assert_array_equal(scores.y, by_period[0].y)
+        np.testing.assert_array_equal(scores.owner, by_period[0].owner)
+        assert (scores.logit != by_period[0].logit).any()
+    # without a refresh, what came before the query is all there is
+    stale = model_scores(model, events, split_at(events, 4, 6, start=4))
+    np.testing.assert_allclose(by_period[0].logit, stale.logit, atol=1e-6)

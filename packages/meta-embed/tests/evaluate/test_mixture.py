@@ -1,18 +1,6 @@
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-PATH = Path(__file__).parents[2] / "reproduce" / "_mixture.py"
-if not PATH.exists():
-    pytest.skip("the scripts of the evidence are not installed with the wheel", allow_module_level=True)
-_spec = importlib.util.spec_from_file_location("meta_embed_mixture", PATH)
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["meta_embed_mixture"] = _module  # dataclasses look their module up
-_spec.loader.exec_module(_module)
-Mixture, fit_mixture = _module.Mixture, _module.fit_mixture
+from meta_embed.evaluate.mixture import Mixture, fit_mixture
 
 
 def _world(weights, rows=20_000, seed=0):

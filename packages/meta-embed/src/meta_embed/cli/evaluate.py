@@ -12,6 +12,7 @@ LABELS = {
     "id": "ID embedding, retrained",
     "deep": "ID embedding and MLP, retrained",
     "wide": "wide-and-deep ID, retrained",
+    "hybrid": "ID embedding and meta-embed, mixed",
     "ours": "meta-embed",
 }
 
@@ -23,7 +24,8 @@ LABELS = {
 @click.option(
     "--baselines",
     default="none,id",
-    help="Comma-separated, out of none, id, deep, wide; each tuned on held-back members.",
+    help="Comma-separated, out of none, id, deep, wide; each tuned on held-back members. And hybrid: the retrained ID"
+    " embedding and meta-embed, with weights by number of events.",
 )
 @click.option("--query", default=40, type=click.IntRange(1), help="Events each member is asked about.")
 @click.option("--start", default=32, type=click.IntRange(0), help="Events before the query, without --by-activity.")
@@ -38,7 +40,7 @@ def evaluate(
     names = [name.strip() for name in baselines.split(",") if name.strip()]
     unknown = [name for name in names if name not in LABELS or name == "ours"]
     if unknown or len(set(names)) != len(names):
-        raise ValueError(f"baselines: expected different ones out of none, id, deep, wide, got {baselines!r}")
+        raise ValueError(f"baselines: expected different ones out of none, id, deep, wide, hybrid, got {baselines!r}")
     if plot is not None:
         figures.check(plot, "meta-embed[plot]")
     from meta_embed.evaluate.buckets import finite

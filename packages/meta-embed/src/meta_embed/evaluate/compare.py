@@ -1,13 +1,18 @@
 """A run's model against tuned baselines on its test members: `meta-embed evaluate`."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from meta_embed.evaluate import baselines as tuned
 from meta_embed.evaluate import buckets
 from meta_embed.evaluate.buckets import SIZES, last_events, model_scores
 from meta_embed.evaluate.metrics import Scores
+from meta_embed.evaluate.mixture import Mixture, fit_mixture
+from meta_embed.model.personalizer import Personalizer
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.split import Split, split_at
 from meta_embed.train.run import load_with_parts
@@ -23,7 +28,7 @@ def compare_run(
     Args:
         run: Run folder.
         events: Events; None for those of the training.
-        baselines: Out of `none`, `id`, `deep`, `wide`.
+        baselines: Out of `none`, `id`, `deep`, `wide`, `hybrid`.
         by_activity: By activity before each member's last events; otherwise by support size before a fixed query.
         query: Events of a query at most.
         start: Position of the fixed query.
@@ -51,6 +56,12 @@ def compare_run(
             make = makers[name](config, vocabulary)
             predictors[name] = retrained(make, train, held_back, tested, judged, config.train.warm_lr)
     predictors["ours"] = lambda split: model_scores(model, tested, split)
+    if "hybrid" in baselines:
+        make, lr = tuned.id_maker(config, vocabulary), config.train.warm_lr
+        by_id = predictors.get("id") or retrained(make, train, held_back, tested, judged, lr)
+        splits = {n: split_at(held_back, n, query, start=start) for n in sizes if n}
+        weights = hybrid_weights(make, model, train, held_back, splits, lr)
+        predictors["hybrid"] = functools.partial(mixed, by_id, predictors["ours"], weights)
     if by_activity:
         return buckets.by_activity(tested, query, support, predictors)
     return buckets.by_size(tested, sizes, query, start, predictors)
@@ -73,8 +84,47 @@ def retrained(
         The predictor.
     """
 
+    @functools.cache
     def predict(split: Split) -> Scores:
         found = tuned.tune_id(make, train, held_back, [judged(split)], lr)[0]
         return tuned.retrained_id(make, train, asked, split, found.choice, lr)
 
     return predict
+
+
+def hybrid_weights(
+    make: tuned.Maker, model: Personalizer, train: Events, held_back: Events, splits: Mapping[int, Split], lr: float
+) -> Mixture:
+    """Weights per n of a retrained ID embedding and a model, fitted on the held-back members.
+
+    Args:
+        make: A new ID model.
+        model: The model.
+        train: Training log.
+        held_back: Log of the members that decide.
+        splits: Their tasks by support size, 0 not among them.
+        lr: Adam's rate of the ID model.
+
+    Returns:
+        The mixture; without events it is the model alone, since an ID embedding knows nobody then.
+
+    Raises:
+        ValueError: If there is no split.
+    """
+    if not splits:
+        raise ValueError("hybrid: expected supports of some events, got none; ask with a larger start")
+    logits, y = {}, {}
+    for (n, split), found in zip(
+        splits.items(), tuned.tune_id(make, train, held_back, list(splits.values()), lr), strict=True
+    ):
+        logits[n] = (found.scores.logit, model_scores(model, held_back, split).logit)
+        y[n] = found.scores.y
+    fitted = fit_mixture(logits, y)
+    return Mixture((0, *fitted.sizes), np.concatenate([[[0.0, 1.0]], fitted.weights]))
+
+
+def mixed(first: Predictor, second: Predictor, weights: Mixture, split: Split) -> Scores:
+    """Scores of two predictors mixed by the events of each member's support."""
+    one, other = first(split), second(split)
+    n = np.repeat(split.support, split.query)
+    return Scores(weights.mix((one.logit, other.logit), n), one.y, one.owner)

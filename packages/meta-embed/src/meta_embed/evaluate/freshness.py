@@ -1,8 +1,5 @@
 """How old vectors may be: the same queries scored with vectors refreshed at different intervals."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
 from meta_embed.evaluate.buckets import model_scores
@@ -48,32 +45,24 @@ def refreshed(events: Events, start: int, query: int, period: float, support: in
     return known_before(events, Split(members, support_start, lengths, rows, np.ones_like(rows)))
 
 
-def by_period(
-    model: Personalizer, events: Events, start: int, query: int, periods: Mapping[str, float], support: int
-) -> list[dict[str, Any]]:
-    """Figures of a model whose vectors are refreshed at several intervals.
+def freshness_scores(
+    model: Personalizer, events: Events, start: int, query: int, period: float, support: int
+) -> Scores:
+    """Scores of a model whose vectors are refreshed at an interval; every interval gives scores of the same rows.
 
     Args:
         model: The model.
         events: The log of the members who are asked.
         start: Position of the first asked event in a history.
         query: Asked events of a member at most.
-        periods: Seconds between refreshes, by name.
+        period: Seconds between refreshes; 0 refreshes before every event, infinity never.
         support: Events of a support at most.
 
     Returns:
-        One row per period: `refresh`, and the figures of all asked events.
+        The scores.
     """
-    rows = []
-    for name, period in periods.items():
-        split = refreshed(events, start, query, period, support)
-        rows.append({"refresh": name, **_scores(model, events, split).figures()})
-    return rows
-
-
-def _scores(model: Personalizer, events: Events, split: Split) -> Scores:
-    """Scores of many short tasks, in chunks."""
-    parts: Sequence[Scores] = [
+    split = refreshed(events, start, query, period, support)
+    parts = [
         model_scores(model, events, Split(*(column[first : first + CHUNK] for column in vars(split).values())))
         for first in range(0, len(split.members), CHUNK)
     ]

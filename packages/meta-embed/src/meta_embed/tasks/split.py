@@ -8,9 +8,9 @@ from meta_embed.tasks.encode import Array
 from meta_embed.tasks.events import Events
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
-    """Tasks as slices of a log.
+    """Tasks as slices of a log. Hashed by identity.
 
     Attributes:
         members: Position of each task's member, shape (T,).

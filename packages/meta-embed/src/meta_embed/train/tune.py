@@ -15,7 +15,8 @@ from meta_embed.train.outer import held_back_tasks, mean_loss
 from meta_embed.train.warm import TableOptions, train_table
 
 PRECISIONS = (3.0, 10.0, 30.0)
-EPOCHS = 25
+EPOCHS = 100
+"""Of a trial at most; it ends earlier where more of them no longer help."""
 PATIENCE = 2
 """Epochs without a better loss before a trial ends, at least."""
 

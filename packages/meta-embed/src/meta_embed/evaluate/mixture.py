@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from meta_embed.tasks.encode import Array
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+from meta_embed.tasks.encode import Array
 
 
 @dataclass(frozen=True)
