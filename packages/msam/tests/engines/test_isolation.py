@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from msam import MSAM, micro_batches
+from msam.step.passes import NumpyState
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -214,3 +215,31 @@ def test_reentrant_checkpointing_with_a_group_that_is_not_perturbed(double, orac
         opt.backward(loss_fn, batch)
         found.append(oracle.gradients(model))
     assert oracle.relative_error(*found) < 1e-12
+
+
+@pytest.mark.parametrize("before", [0, 1, 700], ids=["fresh", "one waits", "next block"])
+@pytest.mark.parametrize("draw", ["standard_normal", "random", "permutation", None])
+def test_numpys_state_is_that_of_its_own_functions(before, draw):
+    """Also where a second normal number waits that no word of the generator shows, and after a state set by hand."""
+    np.random.seed(3)  # noqa: NPY002 (the global generator is the one that losses draw from)
+    np.random.standard_normal(before)  # noqa: NPY002
+    for _ in range(2):
+        want, state = np.random.get_state(), NumpyState()  # noqa: NPY002
+        if draw is not None:
+            getattr(np.random, draw)(5)
+        state.rewind()
+        got = np.random.get_state()  # noqa: NPY002
+        assert (got[0], *got[2:]) == (want[0], *want[2:])
+        np.testing.assert_array_equal(got[1], want[1])
+        np.random.standard_normal(1)  # noqa: NPY002
+
+
+def test_another_generator_of_numpy():
+    own = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(5))
+        state, first = NumpyState(), np.random.random()  # noqa: NPY002
+        state.rewind()
+        assert np.random.random() == first  # noqa: NPY002
+    finally:
+        np.random.set_bit_generator(own)

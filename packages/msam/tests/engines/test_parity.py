@@ -11,6 +11,7 @@ from msam import MSAM, msam_grad
 from msam.engines.ghost.directions import FEW, Plan
 from msam.engines.ghost.factors import Kept
 from msam.engines.ghost.uses.linear import LowRankStep, OwnWeights
+from msam.engines.ghost.uses.rules import RULES
 from msam.step.batches import cut
 from torch import nn
 from torch.func import functional_call
@@ -53,6 +54,55 @@ def test_small_layers_keep_their_factors(double, oracle, monkeypatch, few, forms
     opt = MSAM(model, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode="ghost")
     opt.backward(oracle.loss_of(model), batch)
     assert found == forms
+
+
+@pytest.mark.parametrize("ascent", ["full", "chained"])
+@pytest.mark.parametrize("frozen", ["none", "norm"])
+def test_norms_of_large_micro_batches(double, oracle, monkeypatch, ascent, frozen):
+    """One kernel call for each micro-batch, with its own scale and shift, instead of `vmap`'s elementwise ones."""
+    called = []
+    for name in ("group_norm", "layer_norm"):
+        norm = getattr(F, name)
+        monkeypatch.setitem(RULES, norm, lambda *a, rule=RULES[norm], n=name, **k: called.append(n) or rule(*a, **k))
+    monkeypatch.setattr("msam.engines.ghost.uses.rules.LARGE", 1)
+    model = nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), nn.GroupNorm(4, 8, affine=False), nn.Flatten(),
+        nn.Linear(32, 16), nn.LayerNorm(16, bias=False), nn.Tanh(), nn.Unflatten(1, (4, 4)), nn.LayerNorm((4, 4)),
+        nn.LayerNorm(4, elementwise_affine=False), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    if frozen == "norm":
+        model[1].weight.requires_grad_(False)
+        model[9].requires_grad_(False)
+    batch, found = (torch.randn(12, 3, 6), torch.randint(5, (12,))), []
+    for mode in ("ghost", "sequential"):
+        twin = copy.deepcopy(model)
+        opt = MSAM(twin, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=4, mode=mode, ascent=ascent)
+        for _ in range(2):
+            opt.step(oracle.loss_of(twin), batch)
+        assert opt.record.mode == mode
+        found.append([p.grad for p in twin.parameters() if p.grad is not None])
+    assert set(called) == {"group_norm", "layer_norm"}
+    assert oracle.relative_error(*found) < 1e-12
+
+
+def test_a_product_written_to_a_given_tensor(double):
+    """No rule may drop `out=`; autograd refuses it for what it differentiates, so the weight is data here."""
+    weight, buffer = nn.Parameter(torch.randn(20, 5)), torch.empty(3, 5)
+    model = nn.ParameterList([weight])
+    opt = MSAM(model, torch.optim.SGD, lr=0.0, num_micro_batches=4, mode="ghost")
+
+    def loss_fn(batch):
+        with torch.no_grad():
+            torch.matmul(batch[0], weight, out=buffer)
+        return F.cross_entropy(batch[0] @ weight, batch[1]) + buffer.square().mean()
+
+    batch = (torch.randn(12, 20), torch.randint(5, (12,)))
+    with pytest.warns(UserWarning, match="sequential mode instead of ghost"):
+        loss = opt.step(loss_fn, batch)
+    parts = zip(batch[0].chunk(4), batch[1].chunk(4), strict=True)
+    with torch.no_grad():
+        truth = torch.stack([F.cross_entropy(x @ weight, y) + (x @ weight).square().mean() for x, y in parts]).mean()
+    torch.testing.assert_close(loss, truth)
 
 
 def test_what_pass_1_collects_has_no_graph(double, oracle, case, monkeypatch):

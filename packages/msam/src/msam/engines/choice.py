@@ -23,7 +23,7 @@ from msam.engines.sequential import (
     stretches,
 )
 from msam.engines.vectorised import vectorised_gradient
-from msam.step.batches import Shards
+from msam.step.batches import Shards, constant
 from msam.step.chain import Chain
 from msam.step.options import Options
 from msam.step.passes import Generators, is_sharded, norm_layers, remembered, unsynchronised
@@ -249,11 +249,11 @@ def _now(devices: set[torch.device]) -> float:
 def _record(found: Sequence[tuple[Piece, tuple[float, ...]]], tracked: Tracked) -> StepRecord:
     """What the pieces of a step say together."""
     pieces = [piece for piece, _ in found]
-    shares = [share for _, own in found for share in own]
+    shares = tuple(share for _, own in found for share in own)
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         joined = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
-        return torch.dot(joined, joined.new_tensor(shares)) if len(shares) > 1 else joined[0]
+        return torch.dot(joined, constant(shares, joined.dtype, joined.device)) if len(shares) > 1 else joined[0]
 
     norms = pieces[0].norms if len(pieces) == 1 else torch.cat([piece.norms for piece in pieces])
     sizes = None

@@ -202,8 +202,7 @@ def stretches(batch: Any, shards: Shards, options: Options) -> list[Stretch]:
     found = []
     for first, count, size in shards.runs:
         part = batch if count == shards.count else narrow(batch, shards.starts[first], count * size)
-        own = tuple(shares[first : first + count])
-        found.append(Stretch(part, first, count, size, own, first + count == shards.count))
+        found.append(Stretch(part, first, count, size, shares[first : first + count], first + count == shards.count))
     return found
 
 
@@ -394,7 +393,7 @@ class Sequential:
         return loss.detach()
 
 
-def shard_shares(batch: Any, shards: Shards, options: Options) -> list[float]:
+def shard_shares(batch: Any, shards: Shards, options: Options) -> tuple[float, ...]:
     """Shares n_j / n of the micro-batches in the mean loss.
 
     Args:
@@ -409,13 +408,14 @@ def shard_shares(batch: Any, shards: Shards, options: Options) -> list[float]:
         ValueError: If the weights are negative, not finite, or all zero.
     """
     if options.reduction == "sum":
-        return [1.0] * shards.count
-    weigh = options.shard_weight
-    weights = [float(n) for n in shards.sizes] if weigh is None else [float(weigh(p)) for p in shards.parts(batch)]
+        return (1.0,) * shards.count
+    if options.shard_weight is None:
+        return shards.shares
+    weights = [float(options.shard_weight(part)) for part in shards.parts(batch)]
     total = sum(weights)
     if not (min(weights) >= 0 and 0 < total < float("inf")):
         raise ValueError(f"shard_weight: expected weights >= 0 with a positive sum, got {weights}")
-    return [w / total for w in weights]
+    return tuple(w / total for w in weights)
 
 
 def backward(loss: Tensor, scale: Scale | None, factor: float = 1.0) -> None:

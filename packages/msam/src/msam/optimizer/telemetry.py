@@ -243,7 +243,7 @@ def ascent_part(optimizer: MSAM, part: Any) -> Any:
     return narrow(part, 0, -(-size // 2)) if optimizer.options.ascent == "half" else part
 
 
-def _plan(optimizer: MSAM, batch: Any) -> tuple[Shards, Tracked, list[Any], list[float]]:
+def _plan(optimizer: MSAM, batch: Any) -> tuple[Shards, Tracked, list[Any], tuple[float, ...]]:
     options = optimizer.options
     shards = cut(batch_size(batch), options.num_micro_batches, options.micro_batch_size)
     parts = shards.parts(batch)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from msam.step.options import check_micro_batches
@@ -77,6 +78,11 @@ class Shards:
         return sum(self.sizes)
 
     @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """Share of each micro-batch in the examples."""
+        return tuple(size / self.total for size in self.sizes)
+
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """First example of each micro-batch."""
         return tuple(sum(self.sizes[:j]) for j in range(self.count))
@@ -146,6 +152,21 @@ def cut(size: int, num_micro_batches: int | None = None, micro_batch_size: int |
     assert micro_batch_size is not None
     whole, rest = divmod(size, micro_batch_size)
     return Shards((micro_batch_size,) * whole + ((rest,) if rest else ()))
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that are the same in every step, such as shares, made once.
+
+    Args:
+        values: The numbers.
+        dtype: Of the tensor.
+        device: Of the tensor.
+
+    Returns:
+        Shape (number of values,); nobody may write to it.
+    """
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def narrow(batch: Any, start: int, length: int) -> Any:

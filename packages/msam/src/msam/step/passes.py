@@ -1,10 +1,11 @@
 """What must hold around the two passes: batch norm statistics, dropout masks, gradient synchronisation."""
 
+import ctypes
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,7 @@ class Generators:
         self._states: list[Tensor] = [torch.get_rng_state()]
         self._states += [module.get_rng_state(device) for module, device in self._modules]
         self._python = random.getstate()
-        self._numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
-        self._drawn = None if self._numpy is None else self._numpy.get_state()
+        self._numpy = NumpyState()
 
     def rewind(self) -> None:
         """Set every generator back to the state it had when this was made."""
@@ -111,8 +111,48 @@ class Generators:
         for (module, device), state in zip(self._modules, self._states[1:], strict=True):
             module.set_rng_state(state, device)
         random.setstate(self._python)
-        if self._numpy is not None:
-            self._numpy.set_state(self._drawn)
+        self._numpy.rewind()
+
+
+class NumpyState:
+    """State of numpy's global generator, if numpy is loaded.
+
+    numpy takes as long to read or set it as a small layer takes to run. So it is read anew only after the words of the
+    generator have changed, and set only where they have since. A second normal number that waits, drawn along with the
+    first, is in none of these words: such a state is always read and set.
+    """
+
+    _last: ClassVar[tuple[bytes | None, Any]] = (
+        None,
+        None,
+    )  # words and state of the last one that was read, without such a number
+
+    def __init__(self) -> None:
+        self._random: Any = getattr(sys.modules.get("numpy"), "random", None)
+        self._state: Any = None
+        if self._random is None:
+            return
+        self._words = self._read_words()
+        known, state = NumpyState._last
+        if self._words is None or self._words != known:
+            state = self._random.get_state(legacy=False)
+            if state["has_gauss"]:
+                self._words = None
+            elif self._words is not None:
+                NumpyState._last = self._words, state
+        self._state = state
+
+    def _read_words(self) -> bytes | None:
+        """The Mersenne twister's 624 words and its position; None of another generator."""
+        generator = self._random.get_bit_generator()
+        if type(generator) is not self._random.MT19937:
+            return None
+        return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+
+    def rewind(self) -> None:
+        """Set the generator back, if it has drawn."""
+        if self._random is not None and (self._words is None or self._read_words() != self._words):
+            self._random.set_state(self._state)
 
 
 def unsynchronised(model: nn.Module) -> AbstractContextManager[None]:

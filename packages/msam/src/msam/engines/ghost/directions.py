@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from core_tensor import ghost_norms
@@ -97,7 +98,7 @@ class Plan:
         """
         return torch.tensor(values, dtype=self._dtype, device=self._device)
 
-    @property
+    @cached_property
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self.tracked.parameters[0].dtype, torch.float32)
 

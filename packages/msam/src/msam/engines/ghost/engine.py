@@ -17,7 +17,7 @@ from msam.engines.ghost.sharded import sharded
 from msam.engines.ghost.tape import Tape
 from msam.engines.ghost.uses.rules import RULES
 from msam.engines.sequential import Piece, Stretch, nodes_of, poison, taken
-from msam.step.batches import halves
+from msam.step.batches import constant, halves
 from msam.step.chain import Chain
 from msam.step.checks import check_finite_loss, check_finite_norms
 from msam.step.gradients import Gradients
@@ -154,7 +154,7 @@ class Ghost:
             if alone:
                 self._chain.drop(stretch.first, stretch.count)
             self._seen = True
-            shares = losses.new_tensor([weight * share for share in stretch.shares])
+            shares = constant(tuple(weight * share for share in stretch.shares), losses.dtype, losses.device)
             with nullcontext() if stretch.last else unsynchronised(self._model):
                 torch.autograd.backward(losses if scale is None else scale(losses), shares)
             if gathered is not None:
@@ -238,12 +238,13 @@ class Ghost:
 
     def _around(self, stretch: Stretch, first: bool, synchronised: bool = False) -> AbstractContextManager[object]:
         """What must hold around a pass."""
+        alone = nullcontext() if synchronised else unsynchronised(self._model)
+        if not self._norms:
+            return alone
         with ExitStack() as stack:
-            if not synchronised:
-                stack.enter_context(unsynchronised(self._model))
-            if self._norms:
-                stack.enter_context(statistics(self._norms, self._options.bn, first=first))
-                stack.enter_context(_counted(self._norms, stretch.count))
+            stack.enter_context(alone)
+            stack.enter_context(statistics(self._norms, self._options.bn, first=first))
+            stack.enter_context(_counted(self._norms, stretch.count))
             return stack.pop_all()
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from msam.engines.ghost.directions import Plan
     from msam.engines.ghost.factors import Kept
 
-Rule = Callable[["Tape", Any, Sequence[Any], Mapping[str, Any]], Any]
-"""Computes a torch function of tracked parameters, or returns `NotImplemented`: then replicas take their place."""
+Rule = Callable[..., Any]
+"""Takes a tape, a torch function and its arguments; returns its result, or `NotImplemented`: then replicas take the
+place of parameters."""
 
 Contribution = Callable[[Gradients, Tensor], None]
 """Adds what the gradient at a use says about its parameters' gradients."""
@@ -136,7 +137,7 @@ class Tape(TorchFunctionMode):
             self.compiled = _called_by_compiled_code()
         rule = self._rules.get(func)
         if rule is not None:
-            result = rule(self, func, args, kwargs)
+            result = rule(self, func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         elif func in _READS and not self.nested:

@@ -56,7 +56,7 @@ class Geometry:
         Returns:
             Gradient of the input and of the kernel; None where it is not wanted.
         """
-        dx, dw, _ = torch.ops.aten.convolution_backward(
+        dx, dw, _ = torch.ops.aten.convolution_backward.default(
             dy, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding,
             self.groups, (*mask, False),
         )  # fmt: skip

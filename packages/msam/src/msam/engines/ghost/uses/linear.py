@@ -15,16 +15,14 @@ Totals = tuple[Tensor, Tensor | None]
 class Step(Protocol):
     """How every micro-batch's weights differ from the shared ones."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Multiply by the perturbed weights.
 
         Args:
             x: Input, shape (rows, d_in), contiguous.
             weight: W, shape (d_out, d_in).
             bias: b, shape (d_out,), or None.
-
-        Returns:
-            y, shape (rows, d_out).
+            out: Where y is written, shape (rows, d_out), contiguous.
         """
         ...
 
@@ -71,32 +69,16 @@ class LowRankStep:
     bias: float
     product: Tensor | None
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Step.forward`.
-
-        Args:
-            x: Input.
-            weight: W.
-            bias: b or None.
-
-        Returns:
-            y.
-        """
-        if self.product is not None:
-            base, self.product = self.product, None
-            return low_rank_add(base, x, self.inner, self.outer, self.coefficient, self.bias)
-        return low_rank_add(bias, x, self.inner, self.outer, self.coefficient, self.bias).addmm_(x, weight.t())
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """See `Step.forward`."""
+        known, self.product = self.product, None
+        base = bias if known is None else known
+        low_rank_add(base, x, self.inner, self.outer, self.coefficient, self.bias, out=out)
+        if known is None:
+            out.addmm_(x, weight.t())
 
     def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """See `Step.backward`.
-
-        Args:
-            dy: Gradient of y.
-            weight: W.
-
-        Returns:
-            dx.
-        """
+        """See `Step.backward`."""
         return low_rank_add(None, dy, self.outer, self.inner, self.coefficient, 0.0).addmm_(dy, weight)
 
     def totals(self, dy: Tensor, x: Tensor) -> Totals | None:
@@ -119,37 +101,18 @@ class OwnWeights:
     biases: Tensor | None
     each: Callable[[Tensor, Tensor], Totals | None] | None = None
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Step.forward`.
-
-        Args:
-            x: Input.
-            weight: W.
-            bias: b or None; unused, as `biases` holds it.
-
-        Returns:
-            y.
-        """
-        del bias
-        y = x.new_empty(x.shape[0], weight.shape[0])  # no view, which nobody could overwrite outside
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """See `Step.forward`; `biases` take the place of b."""
+        del weight, bias
         m = len(self.weights)
-        rows, result = x.view(m, -1, x.shape[-1]), y.view(m, -1, y.shape[-1])
+        rows, result = x.view(m, -1, x.shape[-1]), out.view(m, -1, out.shape[-1])
         if self.biases is None:
             torch.bmm(rows, self.weights.mT, out=result)
         else:
             torch.baddbmm(self.biases[:, None], rows, self.weights.mT, out=result)
-        return y
 
     def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """See `Step.backward`.
-
-        Args:
-            dy: Gradient of y.
-            weight: W.
-
-        Returns:
-            dx.
-        """
+        """See `Step.backward`."""
         del weight
         return torch.bmm(dy.view(len(self.weights), -1, dy.shape[-1]), self.weights).flatten(0, 1)
 
@@ -167,17 +130,19 @@ class PerturbedProduct(torch.autograd.Function):
 
         Args:
             ctx: Autograd's context.
-            x: Input, shape (rows, d_in), contiguous.
+            x: Input, shape (m, ..., d_in), contiguous.
             weight: W, shape (d_out, d_in).
             bias: b, shape (d_out,), or None.
             step: The perturbation, a constant.
 
         Returns:
-            y, shape (rows, d_out).
+            y, shape (m, ..., d_out); no view, so that it may be overwritten outside.
         """
         ctx.save_for_backward(x, weight)
         ctx.step = step
-        return step.forward(x, weight, bias)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        step.forward(x.view(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -190,11 +155,11 @@ class PerturbedProduct(torch.autograd.Function):
         Returns:
             Gradients of x, W and b, and None for the perturbation.
         """
-        dy = gradients[0].contiguous()
         x, weight = ctx.saved_tensors
+        dy, rows = gradients[0].contiguous().view(-1, weight.shape[0]), x.view(-1, x.shape[-1])
         step, ctx.step = ctx.step, None  # frees the perturbation layer by layer
-        dx = step.backward(dy, weight) if ctx.needs_input_grad[0] else None
-        totals = step.totals(dy, x)
+        dx = step.backward(dy, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        totals = step.totals(dy, rows)
         if totals is None:
-            totals = dy.t().mm(x), dy.sum(0) if ctx.needs_input_grad[2] else None
+            totals = dy.t().mm(rows), dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, *totals, None

@@ -53,11 +53,9 @@ def _product(
     """The product of all micro-batches, x of shape (m, ..., d_in)."""
     weight, bias = parameters
     tape.position += 1
-    shape = (*x.shape[:-1], weight.shape[1 if flipped else 0])
     if tape.plan is not None:
-        moved = (tape.shared(weight), tape.shared(bias))
-        return _perturbed(tape, x, moved, owners, flipped, weight.shape).view(shape)
-    recorded = torch.is_grad_enabled()
+        return _perturbed(tape, x, (tape.shared(weight), tape.shared(bias)), owners, flipped, weight.shape)
+    recorded, shape = torch.is_grad_enabled(), (*x.shape[:-1], weight.shape[1 if flipped else 0])
     shared = weight.detach().requires_grad_() if recorded else weight
     # Rows make a result that is no view: writing to a view would lead the graph past the recorded edge.
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -132,13 +130,12 @@ def _perturbed(
         whole: Shape of the parameter that the matrix is, or a flattened kernel is made of.
 
     Returns:
-        Shape (m * rows of each, d_out).
+        Shape (m, ..., d_out).
     """
     (weight, bias), (w, b), plan = parameters, owners, tape.plan
     assert plan is not None
     found = plan.low_rank.get(w)
     dtype, without_autocast = precision(x)
-    rows = _rows(cast(x, dtype))
     step: LowRankStep | OwnWeights | None = None
     shift = None
     if found is not None:
@@ -154,15 +151,16 @@ def _perturbed(
         each = None if tape.found is None else keeper(tape.found, whole, owners, flipped)
         step = OwnWeights(own.mT if flipped else own, moved, each)
     if step is None:  # the matrix itself does not move
-        y, shift = _multiply(rows, weight, bias, flipped), plan.shift(b, bias)
+        y, shift = _multiply(x.reshape(-1, x.shape[-1]), weight, bias, flipped), plan.shift(b, bias)
     else:
+        wide, known_bias = weight.mT if flipped else weight, None if bias is None else cast(bias, dtype)
         with without_autocast:
-            y = PerturbedProduct.apply(
-                rows, cast(weight.mT if flipped else weight, dtype), None if bias is None else cast(bias, dtype), step
-            )
+            y = PerturbedProduct.apply(cast(x, dtype).contiguous(), cast(wide, dtype), known_bias, step)
     if tape.found is not None and not isinstance(step, OwnWeights) and y.requires_grad:
         tape.record(y, contribution(held(x), whole, owners, flipped, tape.count))
-    return _shifted(y, shift)
+    if shift is not None:  # every micro-batch's own constant vector
+        y = y.view(tape.count, -1, y.shape[-1]) + shift[:, None].to(y.dtype)
+    return y if y.ndim == x.ndim else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def keeper(
@@ -185,17 +183,6 @@ def keeper(
         return gradient.sum(0), sums.sum(0)
 
     return each
-
-
-def _shifted(y: Tensor, step: Tensor | None) -> Tensor:
-    """Add every micro-batch's own constant vector, shape (m, d), to rows; None adds nothing."""
-    if step is None:
-        return y
-    return (y.view(len(step), -1, y.shape[-1]) + step[:, None].to(y.dtype)).flatten(0, 1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
 def embedding(tape: Tape, ids: Tensor, weight: Tensor, padding: int | None) -> Any:

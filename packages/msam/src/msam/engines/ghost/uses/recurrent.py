@@ -7,7 +7,7 @@ these products and all h_{t-1}, which an `Anchor` meets once, after the last ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +126,7 @@ class Anchor(torch.autograd.Function):
 def recurrent(cell: Cell) -> Rule:
     """The rule of `torch.lstm` and its kin."""
 
-    def rule(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def rule(tape: Tape, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         del func
         if len(args) != 9 or kwargs or tape.nested or args[0].ndim != 3:
             return NotImplemented
@@ -157,7 +157,7 @@ def recurrent(cell: Cell) -> Rule:
 def recurrent_cell(cell: Cell) -> Rule:
     """The rule of `torch.lstm_cell` and its kin."""
 
-    def rule(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def rule(tape: Tape, func: Any, /, *args: Any, **kwargs: Any) -> Any:
         del func
         if kwargs or tape.nested:
             return NotImplemented
