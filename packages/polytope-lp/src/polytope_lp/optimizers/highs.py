@@ -3,7 +3,7 @@
 What it returns is never claimed as it is: callers recompute bounds and violations from its points.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ TOLERANCE = 1e-9
 """Feasibility that is asked for; HiGHS takes 1e-10 at least."""
 USUAL = (1e-3, 1e3)
 """Median sizes of costs that HiGHS's absolute tolerance suits; others are brought near one by a power of two."""
+ENTRIES = (1e-6, 1e6)
+"""Sizes of coefficients that HiGHS takes as they are: it drops those below 1e-9, and its tolerances are absolute."""
+SWEEPS = 10
+"""Sweeps over rows and columns, which settle their geometric means."""
 _STATUS = {0: "optimal", 1: "time_limit", 2: "infeasible", 3: "unbounded"}
 
 
@@ -61,6 +65,42 @@ def solve_rows(
     Returns:
         The point.
     """
+    scales = _equilibration(A)
+    if scales is None:
+        return _solved(c, A, b, inequalities, lower, upper, time_limit)
+    row, column = scales
+    scaled = scipy.sparse.csr_array(scipy.sparse.diags_array(row) @ A @ scipy.sparse.diags_array(column))
+    found = _solved(column * c, scaled, row * b, inequalities, lower / column, upper / column, time_limit)
+    ray = None if found.ray is None else found.ray * (row if found.status == "infeasible" else column)
+    return replace(found, x=np.clip(column * found.x, lower, upper), lam=row * found.lam, ray=ray)
+
+
+def _equilibration(A: scipy.sparse.csr_array) -> tuple[Array, Array] | None:
+    # Powers of two by row and column that bring entries near one where some are far from it; None where none are.
+    entries = scipy.sparse.coo_array(A)
+    at = entries.data != 0
+    (i, j), size = (axis[at] for axis in entries.coords), np.abs(entries.data[at])
+    if not size.size or (size.min() >= ENTRIES[0] and size.max() <= ENTRIES[1]):
+        return None
+    logs, (m, n) = np.log2(size), A.shape
+    row, column = np.zeros(m), np.zeros(n)
+    in_row, in_column = (np.maximum(np.bincount(at, minlength=k), 1) for at, k in ((i, m), (j, n)))
+    for _ in range(SWEEPS):
+        row = -np.bincount(i, logs + column[j], m) / in_row
+        column = -np.bincount(j, logs + row[i], n) / in_column
+    return np.exp2(np.round(row)), np.exp2(np.round(column))
+
+
+def _solved(
+    c: Array,
+    A: scipy.sparse.csr_array,
+    b: Array,
+    inequalities: int,
+    lower: Array,
+    upper: Array,
+    time_limit: float | None,
+) -> Point:
+    """The point of an LP whose coefficients are of usual sizes."""
     unit = _unit(c)
     found = _linprog(c / unit, A, b, inequalities, lower, upper, time_limit)
     status = _STATUS.get(found.status, "stalled")

@@ -11,6 +11,7 @@ Cauchy point; `tests/test_lbfgs.py` compares both on the same duals.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,26 +87,29 @@ def step(objective: Objective, state: LbfgsState, free: Tensor, first: float, me
 
 
 def _inverse_hessian(state: LbfgsState, moving: Tensor, first: float) -> Tensor:
-    # Two-loop recursion on the moving coordinates; `first` times the gradient while there is no usable pair.
-    q = torch.where(moving, state.gradient, 0.0)
-    pairs = []
-    for s, y in zip(state.steps, state.changes, strict=True):
-        s, y = torch.where(moving, s, 0.0), torch.where(moving, y, 0.0)
-        curvature = dot(s, y)
-        if curvature > 1e-12 * norm(s) * norm(y) and curvature > 0:
-            pairs.append((s, y, curvature))
-    if not pairs:
-        return first * q
-    weights = []
-    for s, y, curvature in reversed(pairs):
-        alpha = dot(s, q) / curvature
-        weights.append(alpha)
-        q = q - alpha * y
-    _, y, curvature = pairs[-1]
-    q = q * (curvature / dot(y, y))
-    for (s, y, curvature), alpha in zip(pairs, reversed(weights), strict=True):
-        q = q + (alpha - dot(y, q) / curvature) * s
-    return q
+    """Two-loop recursion on the moving coordinates; `first` times the gradient while there is no usable pair."""
+    # numpy: on a thousand coordinates a call of torch takes longer than its arithmetic, and there are a hundred of them.
+    at = np.flatnonzero(moving.numpy())
+    q = state.gradient.numpy()[at]
+    S, Y = (np.array([v.numpy()[at] for v in vectors]) for vectors in (state.steps, state.changes))  # (pairs, moving)
+    if state.steps:
+        curvature, lengths, squares = (np.add.reduce(product, 1) for product in (S * Y, S * S, Y * Y))
+        usable = np.flatnonzero((curvature > 1e-12 * np.sqrt(lengths * squares)) & (curvature > 0)).tolist()
+    else:
+        usable = []
+    if usable:
+        weights = []
+        for k in reversed(usable):
+            weights.append(np.add.reduce(S[k] * q) / curvature[k])
+            q -= weights[-1] * Y[k]
+        q *= curvature[usable[-1]] / squares[usable[-1]]
+        for k in usable:
+            q += (weights.pop() - np.add.reduce(Y[k] * q) / curvature[k]) * S[k]
+    else:
+        q *= first
+    direction = torch.zeros_like(state.gradient)
+    direction.numpy()[at] = q
+    return direction
 
 
 def _line_search(
