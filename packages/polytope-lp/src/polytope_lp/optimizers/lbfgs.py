@@ -88,7 +88,7 @@ def step(objective: Objective, state: LbfgsState, free: Tensor, first: float, me
 
 def _inverse_hessian(state: LbfgsState, moving: Tensor, first: float) -> Tensor:
     """Two-loop recursion on the moving coordinates; `first` times the gradient while there is no usable pair."""
-    # numpy: on a thousand coordinates a call of torch takes longer than its arithmetic, and there are a hundred of them.
+    # numpy: on a thousand coordinates a call of torch takes longer than its arithmetic.
     at = np.flatnonzero(moving.numpy())
     q = state.gradient.numpy()[at]
     S, Y = (np.array([v.numpy()[at] for v in vectors]) for vectors in (state.steps, state.changes))  # (pairs, moving)
