@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sgd_stability import SCHEMES, CurvatureFamily, Sampling, lr_threshold, quadratic, second_moment_radius
 from sgd_stability.theory.bounds import paper_stability
+from sgd_stability.theory.dynamics import Update, noise_gain
+from sgd_stability.theory.growth import growth_grid
 from sgd_stability.theory.second_moment import critical_mode, radius_from, second_moment_step
 
 
@@ -204,3 +206,56 @@ def test_a_mode_that_overtakes_above_the_threshold_is_found_at_a_loose_tolerance
         images = [second_moment_step(family, (unit + unit.T) / 2, lr, sampling).reshape(-1) for unit in units]
         dense = float(torch.linalg.eigvals(torch.stack(images, 1)).abs().max())
         assert radius_from(family, lr, sampling, critical, tolerance=1e-5).value == pytest.approx(dense, rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_cell_of_a_grid_is_the_radius_of_the_dense_operator(scheme, oracle):
+    for seed in range(16):
+        H, drawn = oracle.random_family(seed, scheme, largest_d=7)
+        family = CurvatureFamily.from_hessians(H)
+        samplings = [Sampling(drawn.n, B, scheme) for B in sorted({1, drawn.batch_size, drawn.n})]
+        thresholds = [lr_threshold(family, sampling).value for sampling in samplings]
+        lrs = np.geomspace(min(thresholds) / 3, 2 * max(thresholds), 5).tolist()
+        grid = growth_grid(family, lrs, samplings, Update())
+        for j, sampling in enumerate(samplings):
+            for i, lr in enumerate(lrs):
+                dense = quadratic.second_moment_matrix(family.hessians(), lr, sampling)
+                assert float(grid[i, j]) == pytest.approx(float(torch.linalg.eigvalsh(dense).max()), rel=1e-7)
+
+
+def test_a_grid_of_indefinite_or_zero_families():
+    Z = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).expand(5, 2)
+    family = CurvatureFamily.from_factors(Z, signs)
+    for sampling in (Sampling(5, 2), Sampling(5, 2, "with_replacement")):
+        dense = quadratic.second_moment_matrix(family.hessians(), 0.1, sampling)
+        found = growth_grid(family, [0.1], [sampling], Update())
+        assert float(found) == pytest.approx(float(torch.linalg.eigvalsh(dense).max()), rel=1e-8)
+    zero = CurvatureFamily.from_factors(torch.zeros(3, 1, 2, dtype=torch.float64))
+    assert growth_grid(zero, [0.1], [Sampling(3, 1)], Update()).tolist() == [[1.0]]
+
+
+def test_a_grid_restarts_in_little_memory(monkeypatch):
+    monkeypatch.setattr("sgd_stability.theory.growth._NUMBERS", 1)
+    monkeypatch.setattr("sgd_stability.theory.growth._LEAST", 8)
+    Z = torch.randn(40, 1, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    family = CurvatureFamily.from_factors(Z * torch.linspace(0, -3, 12, dtype=torch.float64).exp())
+    samplings, lrs = [Sampling(40, B) for B in (1, 4, 16)], [0.1, 0.5, 1.0, 2.0]
+    grid = growth_grid(family, lrs, samplings, Update())
+    for j, sampling in enumerate(samplings):
+        for i, lr in enumerate(lrs):
+            dense = quadratic.second_moment_matrix(family.hessians(), lr, sampling)
+            assert float(grid[i, j]) == pytest.approx(float(torch.linalg.eigvalsh(dense).max()), rel=1e-7)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_noise_gains_of_all_batch_sizes_follow_from_one(scheme, oracle):
+    H, _ = oracle.random_family(3, scheme, largest_d=6)
+    family, update = CurvatureFamily.from_hessians(H), Update(momentum=0.9)
+    samplings = [Sampling(len(H), B, scheme) for B in range(1, len(H) + 1)]
+    edge = update.edge(family.lambda_max)
+    grid = growth_grid(family, [0.3 * edge, 1.1 * edge], samplings, update)
+    for gain, sampling in zip(grid[0].tolist(), samplings, strict=True):
+        alone = noise_gain(family, 0.3 * edge, sampling, update)[0].value if sampling.s else 0.0
+        assert gain == pytest.approx(alone, rel=1e-6)
+    assert bool(grid[1].isinf().all())

@@ -1,6 +1,5 @@
 """The stability map over batch size and learning rate, the paper's picture."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,10 @@ import torch
 from torch import Tensor
 
 from sgd_stability.report.plots import plot_map
-from sgd_stability.theory.dynamics import Update, noise_gain
+from sgd_stability.theory.dynamics import Update
 from sgd_stability.theory.family import CurvatureFamily
-from sgd_stability.theory.nested import compress
+from sgd_stability.theory.growth import growth_grid
 from sgd_stability.theory.sampling import Sampling, Scheme
-from sgd_stability.theory.second_moment import Extreme, critical_mode, radius_from
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,8 @@ def stability_map(
     scheme: Scheme,
     update: Update,
     curves: Mapping[str, Sequence[float]],
-    *,
-    directions: int = 128,
 ) -> StabilityMap:
-    """Evaluate the growth on a grid, for the family compressed to a few directions.
+    """Evaluate the growth on a grid.
 
     Args:
         family: The per-sample Hessians.
@@ -74,32 +70,10 @@ def stability_map(
         scheme: Minibatch scheme.
         update: Update rule.
         curves: Boundary curves to carry along.
-        directions: Most directions for the colours; the curves do not depend on it.
 
     Returns:
         The map.
     """
-    top = compress(family, directions)
-    growth = torch.empty(len(lrs), len(batch_sizes), dtype=torch.float64)
-    for j, batch_size in enumerate(batch_sizes):
-        sampling = Sampling(n, batch_size, scheme)
-        critical = critical_mode(top, sampling) if update.plain else None
-        for i, lr in enumerate(lrs):
-            growth[i, j] = _log_growth(top, lr, sampling, update, critical)
+    samplings = [Sampling(n, batch_size, scheme) for batch_size in batch_sizes]
+    growth = growth_grid(family, list(lrs), samplings, update).log()
     return StabilityMap(torch.tensor(lrs, dtype=torch.float64), torch.tensor(batch_sizes), growth, dict(curves), scheme)
-
-
-def _log_growth(
-    family: CurvatureFamily,
-    lr: float,
-    sampling: Sampling,
-    update: Update,
-    critical: tuple[Extreme, Tensor | None] | None,
-) -> float:
-    if critical is not None:
-        growth = radius_from(family, lr, sampling, critical, tolerance=1e-5).value
-    elif lr < update.edge(family.lambda_max):
-        growth = noise_gain(family, lr, sampling, update, tolerance=1e-3)[0].value
-    else:
-        growth = math.inf
-    return math.log(growth) if growth > 0 else -math.inf

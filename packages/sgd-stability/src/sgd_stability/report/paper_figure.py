@@ -8,7 +8,7 @@ import numpy as np
 from core_tensor.app.figures import pyplot, save
 
 from sgd_stability.report.maps import stability_map
-from sgd_stability.report.plots import EXTRA, STYLES, draw_map
+from sgd_stability.report.plots import EXTRA, draw_map, line_style
 from sgd_stability.theory.bounds import all_bounds, paper_instability, paper_stability
 from sgd_stability.theory.dynamics import SGD
 from sgd_stability.theory.family import CurvatureFamily
@@ -98,9 +98,9 @@ def _draw_cells(axes: Any, n: int, lambda1: float, lr: float, scheme: Scheme, se
     fine = np.geomspace(1, n, 400)
     for label, rule in (("paper's Theorem 1", paper_instability), ("paper's Theorem 2", paper_stability)):
         edges = [next((s for s in fine if rule(lambda1, s, Sampling(n, B, scheme)).lr > lr), math.nan) for B in batches]
-        axes.plot(batches, edges, label=label, zorder=3, **STYLES[label])
+        axes.plot(batches, edges, label=label, zorder=3, **line_style(label))
     exact = [_crossing(sigmas, [lr_threshold(f, Sampling(n, B, scheme)).value for f in families], lr) for B in batches]
-    axes.plot(batches, exact, label="exact threshold", zorder=3, **STYLES["exact"])
+    axes.plot(batches, exact, label="exact threshold", zorder=3, **line_style("exact"))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlabel("batch size $B$")

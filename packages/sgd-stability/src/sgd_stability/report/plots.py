@@ -18,12 +18,31 @@ if TYPE_CHECKING:
 
 EXTRA = "sgd-stability[plot]"
 STYLES: dict[str, dict[str, Any]] = {
-    "exact": {"color": "black", "linewidth": 2.2},
+    "exact": {"color": "black", "linewidth": 2.4},
     "stable below": {"color": "white", "linestyle": "--", "linewidth": 1.8},
-    "unstable above": {"color": "#08306b", "linestyle": "--", "linewidth": 1.8},
-    "paper's Theorem 1": {"color": "#762a83", "linestyle": ":", "linewidth": 2},
-    "paper's Theorem 2": {"color": "#2166ac", "linestyle": "-.", "linewidth": 1.5},
+    "unstable above": {"color": "#ffd92f", "linestyle": "--", "linewidth": 1.8},
+    "paper's Theorem 1": {"color": "#d9a6ff", "linestyle": ":", "linewidth": 2.2},
+    "paper's Theorem 2": {"color": "#80d4ff", "linestyle": "-.", "linewidth": 1.8},
 }
+
+
+def line_style(name: str) -> dict[str, Any]:
+    """How a boundary is drawn: in a light color with a dark rim, which shows on green, on red and on white.
+
+    Args:
+        name: Name of the boundary.
+
+    Returns:
+        Keyword arguments of a matplotlib line.
+    """
+    style = STYLES.get(name, {})
+    effects = require("matplotlib.patheffects", EXTRA)
+    rim = (
+        []
+        if name == "exact"
+        else [effects.withStroke(linewidth=style.get("linewidth", 1.5) + 1.6, foreground="#333333")]
+    )
+    return {**style, "path_effects": rim}
 
 
 def plot_map(found: "StabilityMap", path: str | Path, title: str = "", marks: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -70,24 +89,37 @@ def draw_map(axes: Any, found: "StabilityMap", figure: Any) -> None:
     """
     growth = found.log_growth.clamp(-0.5, 0.5).numpy()
     batches, rates = found.batch_sizes.numpy(), found.lrs.numpy()
+    columns = [batches[0] / 2**0.5, batches[-1] * 2**0.5]
+    if len(batches) > 1:
+        columns = [columns[0], *((batches[1:] + batches[:-1]) / 2), (3 * batches[-1] - batches[-2]) / 2]
     # Below the threshold the flattest directions decay slowly: on a linear scale all of it would look like zero.
     norm = require("matplotlib.colors", EXTRA).SymLogNorm(linthresh=1e-4, vmin=-0.5, vmax=0.5)
-    mesh = axes.pcolormesh(batches, rates, growth, cmap="RdYlGn_r", norm=norm, shading="nearest")
+    for j, exact in enumerate(found.curves.get("exact", [math.nan] * len(batches))):
+        rows = _row_edges(rates, exact)
+        mesh = axes.pcolormesh(columns[j : j + 2], rows, growth[:, j : j + 1], cmap="RdYlGn_r", norm=norm)
     figure.colorbar(mesh, ax=axes, label="log growth of $E\\|\\delta\\|^2$ per step (clipped)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    edges = [batches[0] / 2**0.5, batches[-1] * 2**0.5]
-    if len(batches) > 1:
-        edges = [edges[0], *((batches[1:] + batches[:-1]) / 2), (3 * batches[-1] - batches[-2]) / 2]
-    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlim(columns[0], columns[-1])
     for name, values in found.curves.items():
-        finite = [v if math.isfinite(v) else math.nan for v in values]
+        finite = [v if v is not None and math.isfinite(v) else math.nan for v in values]
         if not all(math.isnan(v) for v in finite):
             # a step per column of cells: a line between the columns' middles would contradict the cells beside it
-            axes.stairs(finite, edges, baseline=None, label=name, **STYLES.get(name, {}))
+            steps = [edge for edge in columns for _ in range(2)][1:-1]
+            axes.plot(steps, [v for v in finite for _ in range(2)], label=name, **line_style(name))
     axes.set_ylim(rates[0], rates[-1])
     axes.set_xlabel("batch size $B$")
     axes.set_ylabel("learning rate $\\eta$")
+
+
+def _row_edges(rates: Any, exact: float) -> list[float]:
+    """Where the cells of a column end: halfway between rates, and at the threshold between the two beside it."""
+    middles = [math.sqrt(low * high) for low, high in pairwise(rates)]
+    below = sum(rate < exact for rate in rates)
+    if 0 < below < len(rates):
+        middles[below - 1] = exact
+    ratio = rates[-1] / rates[-2] if len(rates) > 1 else 2.0
+    return [rates[0] / math.sqrt(ratio), *middles, rates[-1] * math.sqrt(ratio)]
 
 
 def plot_coherence(matrix: Tensor, labels: Tensor, path: str | Path) -> Path:

@@ -269,7 +269,9 @@ class StabilityReport:
         if lrs is None:
             around = [rate for rate in map(float, thresholds.values()) if 0 < rate < math.inf] or [1.0]
             lrs = np.geomspace(min(around) / 3, max(around) * 2, 28).tolist()
-        return stability_map(self.family, self.n, list(lrs), list(thresholds), self.sampling, self.update, curves)
+        # cells on the directions that the curves needed: on fewer they would contradict them
+        family = self._nested.finest
+        return stability_map(family, self.n, list(lrs), list(thresholds), self.sampling, self.update, curves)
 
     def to_dict(self, batch_sizes: Iterable[int] = (1, 4, 16, 64)) -> dict[str, Any]:
         """The report as JSON-ready values (NaN and infinities become None).

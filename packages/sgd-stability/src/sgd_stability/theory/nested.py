@@ -28,6 +28,8 @@ class Nested:
     def __init__(self, family: CurvatureFamily, tolerance: float = 1e-4) -> None:
         self.family, self.tolerance = family, tolerance
         self._levels: dict[int, CurvatureFamily] = {}
+        self.finest = self._level(_FIRST)
+        """The largest level that an answer has needed so far."""
 
     def solve(self, problem: Callable[[CurvatureFamily], Extreme]) -> Extreme:
         """Solve a problem on ever larger subspaces.
@@ -42,9 +44,15 @@ class Nested:
         while self.family.signs is None and size < len(self.family.h):
             finer = problem(self._level(size))
             if found is not None and abs(finer.value - found.value) <= self.tolerance * abs(finer.value):
+                self._used(self._level(size))
                 return finer
             found, size = finer, 2 * size
+        self._used(self.family)
         return problem(self.family)
+
+    def _used(self, level: CurvatureFamily) -> None:
+        if len(level.h) > len(self.finest.h):
+            self.finest = level
 
     def _level(self, size: int) -> CurvatureFamily:
         if size not in self._levels:
