@@ -1,5 +1,7 @@
 """Engines of the matrix root: error of value and gradient against CPU time, and where they end on a collapsed sample.
 
+    python packages/frechet-gan/reproduce/engines.py [--quick] [-o FOLDER]
+
 The truth is the SVD engine's on the same samples, which the tests check against 60 digits. Power-law spectra make the
 cross matrix as ill-conditioned as features are. Writes `results/engines.json` and `.png`.
 """
@@ -10,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from core_tensor.app.figures import pyplot
+from _options import options, parser
+from core_tensor.app.figures import pyplot, save
 from core_tensor.app.files import write_json
 from core_tensor.dev.benchmarking import seconds
 from frechet_gan import frechet_distance
 from torch import Tensor
 
-ROOT = Path(__file__).parent
-RESULTS = ROOT / "results"
-sys.path.insert(0, str(ROOT.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from forms import fd_loss, principal_root  # noqa: E402
+from forms import fd_loss, principal_root
 
 Solved = tuple[Tensor, Tensor]
 
@@ -80,10 +81,10 @@ def rows_of(n: int, d: int) -> list[dict[str, object]]:
 
 def main() -> None:
     """Measure and draw."""
-    torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
-    rows = [row for size in ((64, 128), (256, 512), (1000, 64)) for row in rows_of(*size)]
-    write_json(RESULTS / "engines.json", {"rows": rows})
+    found = options(parser(__doc__))
+    shapes = ((64, 128), (1000, 64)) if found.quick else ((64, 128), (256, 512), (1000, 64))
+    rows = [row for size in shapes for row in rows_of(*size)]
+    write_json(found.out / "engines.json", {"rows": rows})
     plt = pyplot("frechet-gan[plot]")
     sizes = sorted({(row["n"], row["d"]) for row in rows})
     figure, panels = plt.subplots(
@@ -104,7 +105,7 @@ def main() -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("relative error of the gradient")
     panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(RESULTS / "engines.png", dpi=120)
+    save(figure, found.out / "engines.png")
 
 
 if __name__ == "__main__":

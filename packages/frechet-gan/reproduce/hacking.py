@@ -1,25 +1,23 @@
 """The Frechet distance in one frozen encoder, minimised from scratch: three seeds of `frechet-gan demo hacking`.
 
-    python packages/frechet-gan/reproduce/hacking.py
+    python packages/frechet-gan/reproduce/hacking.py [--quick] [-o FOLDER]
 
-Writes `results/hacking.json` and `.png`.
+Writes `hacking.json` and `.png`.
 """
 
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
+from _options import options, parser
 from core_tensor.app.files import write_json
 from frechet_gan.demo import hacking_demo
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     """Three seeds; the picture is the first one's."""
-    torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
-    runs = [hacking_demo(str(RESULTS / f"hacking{seed or ''}.png"), seed=seed) for seed in range(3)]
+    found = options(parser(__doc__))
+    steps, seeds = (200, 2) if found.quick else (600, 3)
+    runs = [hacking_demo(str(found.out / f"hacking{seed or ''}.png"), steps, seed=seed) for seed in range(seeds)]
     rows = []
     for name in ("gamed", "honest"):
         row = {
@@ -35,7 +33,7 @@ def main() -> None:
         picture = Path(run.pop("picture"))
         if picture.name != "hacking.png":
             picture.unlink()
-    write_json(RESULTS / "hacking.json", {"rows": rows, "runs": runs})
+    write_json(found.out / "hacking.json", {"rows": rows, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Continue trained generators by the Frechet distance on frozen encoders, against more of the same training.
 
-    python packages/frechet-gan/reproduce/posttraining.py
+    python packages/frechet-gan/reproduce/posttraining.py [--quick] [-o FOLDER]
 
 Every seed trains a generator on MNIST (16 x 16), then spends the same CPU time in two ways: more steps of the trainer,
-or post-training on two frozen encoders. Encoders that neither saw judge both. Writes `results/posttraining.json` and
-`.png`.
+or post-training on two frozen encoders. Encoders that neither saw judge both. Writes `posttraining.json` and `.png`.
 """
 
-import argparse
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +13,17 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from _options import options, parser
 from core_tensor.app.cli import progress
 from core_tensor.app.files import write_json
 from frechet_gan import EMAPopulation, PosttrainConfig, PostTrainer, encoder_losses, evaluate
+from frechet_gan.encoders.adapters import pixels
 from frechet_gan.encoders.classifier import train_classifier
-from frechet_gan.encoders.frozen import Encoder, pixels
+from frechet_gan.encoders.frozen import Encoder
 from frechet_gan.images.arrays import grid
 from frechet_gan.plots import grids_and_pairs
 from training import Judge, Task, load_task, new_trainer
 
-RESULTS = Path(__file__).parent / "results"
 POINTS = 2
 RATE = 2e-3  # what the pilots of training.py chose
 
@@ -89,34 +88,36 @@ def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Three seeds, a table and a picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=555, help="generator steps of training")
-    parser.add_argument("--more", type=int, default=60, help="steps of post-training")
-    parser.add_argument("--cache", type=Path, default=Path("out/frechet-gan"), help="where training.py keeps its runs")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    task = replace(load_task("mnist"), judge_steps=600)
+    arguments = parser(__doc__)
+    arguments.add_argument("--steps", type=int, default=555, help="generator steps of training")
+    arguments.add_argument("--more", type=int, default=60, help="steps of post-training")
+    arguments.add_argument(
+        "--cache", type=Path, default=Path("out/frechet-gan"), help="where training.py keeps its runs"
+    )
+    found = options(arguments)
+    steps, more, seeds, judge_steps = found.steps, found.more, (1, 2, 3), 600
+    if found.quick:
+        steps, more, seeds, judge_steps = 100, 10, (1, 2), 150
+    task = replace(load_task("mnist"), judge_steps=judge_steps)
     judge = Judge(task)
     labels = task.fit.labels
     assert labels is not None
     encoders: dict[str, Encoder] = {
-        "classifier": train_classifier(task.fit.images, labels, steps=600, seed=1),
+        "classifier": train_classifier(task.fit.images, labels, steps=judge_steps, seed=1),
         "pixels": pixels,
     }
-    runs = [
-        run(task, judge, encoders, s, options.steps, options.more, options.cache) for s in progress((1, 2, 3), "seeds")
-    ]
+    runs = [run(task, judge, encoders, s, steps, more, found.cache) for s in progress(seeds, "seeds")]
     grids = runs[0].pop("grids")
     for other in runs[1:]:
         del other["grids"]
-    write_json(RESULTS / "posttraining.json", {"rows": rows(runs), "runs": runs, "judge_accuracy": judge.accuracy})
+    write_json(found.out / "posttraining.json", {"rows": rows(runs), "runs": runs, "judge_accuracy": judge.accuracy})
     series = {}
     for kind in ("post-training", "more training"):
         points = runs[0]["points"][kind]
         for key, name in (("fd2", "judge 2"), ("fd", "judge 1")):
             series[f"{kind}, {name}"] = ([p["cpu_seconds"] for p in points], [p[key] for p in points])
     pictures = {name: grid(images) for name, images in grids.items()}
-    grids_and_pairs(pictures, series, RESULTS / "posttraining.png", xlabel="further CPU seconds")
+    grids_and_pairs(pictures, series, found.out / "posttraining.png", xlabel="further CPU seconds")
 
 
 if __name__ == "__main__":

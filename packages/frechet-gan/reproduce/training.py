@@ -3,6 +3,7 @@
 Judged by encoders no generator ever saw; no average of weights. The default loss, over every layer: `layers.py`.
 
     python packages/frechet-gan/reproduce/training.py [--task mnist] [--seconds 9]
+    python packages/frechet-gan/reproduce/training.py --quick -o /tmp/training    # a look at the whole in a minute
 
 1. Cost: CPU time per generator step of every method, the least of many short turns; a method's number of steps is the
    budget over its cost, so that a result depends on the seed and not on what else the machine was doing.
@@ -11,7 +12,6 @@ Judged by encoders no generator ever saw; no average of weights. The default los
 4. Results: `results/training.json` and pictures.
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _options import options, parser
 from core_tensor.app.cli import progress
 from core_tensor.app.files import atomic_path, write_json
 from core_tensor.dev.testing import shared_data
@@ -30,13 +31,22 @@ from frechet_gan.images.arrays import grid
 from frechet_gan.images.data import Dataset, cifar, glyphs, mnist
 from frechet_gan.plots import curve_figure, tiles
 
-RESULTS = Path(__file__).parent / "results"
 METHODS = ("frechet", "ot", "sliced", "max-sliced", "ns", "hinge", "wgan-gp")
-RATES = (5e-4, 1e-3, 2e-3)
-SEEDS = (1, 2, 3)
 PILOT = 100
 POINTS = 3  # measurements along a run
 SAMPLES = 5000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run."""
+
+    seconds: float
+    pilot_seconds: float
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    rounds: int = 15
+    judge_steps: int = 1000
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def new_trainer(task: Task, method: str, rate: float, seed: int) -> FrechetTrain
     return FrechetTrainer(network, task.fit.images, config)
 
 
-def costs(task: Task, methods: tuple[str, ...], rounds: int = 15, steps: int = 4) -> dict[str, float]:
+def costs(task: Task, methods: tuple[str, ...], rounds: int, steps: int = 4) -> dict[str, float]:
     """CPU seconds per generator step, all methods in turns: the least of the rounds."""
     trainers = {m: new_trainer(task, m, 5e-4, 0) for m in methods}
     found: dict[str, list[float]] = {m: [] for m in methods}
@@ -138,34 +148,35 @@ def run(task: Task, judge: Judge, method: str, rate: float, seed: int, steps: in
 
 
 def tune(
-    task: Task, judge: Judge, steps: dict[str, int], folder: Path
+    task: Task, judge: Judge, steps: dict[str, int], rates: tuple[float, ...], folder: Path
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The learning rate of every method with the least distance on the pilot seed, and the whole grid."""
     rows = []
-    for r, m in progress([(r, m) for r in RATES for m in steps], "pilots", unit="run"):
+    for r, m in progress([(r, m) for r in rates for m in steps], "pilots", unit="run"):
         found = run(task, judge, m, r, PILOT, steps[m], folder)
         rows.append({"method": m, "rate": r, "fd": found["points"][-1]["fd"]})
     best = {m: min((row for row in rows if row["method"] == m), key=lambda row: row["fd"])["rate"] for m in steps}
     return best, rows
 
 
-def experiment(name: str, methods: tuple[str, ...], seconds: float, pilot_seconds: float, cache: Path) -> None:
+def experiment(name: str, methods: tuple[str, ...], plan: Plan, cache: Path) -> None:
     """Costs, pilots and runs of one task, into the cache."""
-    task = load_task(name)
+    task = replace(load_task(name), judge_steps=plan.judge_steps)
     judge = Judge(task)
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "costs.json").exists():
-        write_json(folder / "costs.json", costs(task, methods))
+        write_json(folder / "costs.json", costs(task, methods, plan.rounds))
     cost = json.loads((folder / "costs.json").read_text())
-    steps = {m: round(seconds / cost[m]) for m in methods}
-    best, pilots = tune(task, judge, {m: round(pilot_seconds / cost[m]) for m in methods}, folder)
-    for seed, m in progress([(s, m) for s in SEEDS for m in methods], f"{name}: runs", unit="run"):
+    steps = {m: round(plan.seconds / cost[m]) for m in methods}
+    best, pilots = tune(task, judge, {m: round(plan.pilot_seconds / cost[m]) for m in methods}, plan.rates, folder)
+    for seed, m in progress([(s, m) for s in plan.seeds for m in methods], f"{name}: runs", unit="run"):
         run(task, judge, m, best[m], seed, steps[m], folder)
     real = judge.distance(task.fit.images[:SAMPLES])
     real2 = judge.distance(task.fit.images[:SAMPLES], "judge2")
     info = {
-        "network": asdict(task.network), "batch": task.batch, "seconds": seconds, "pilot_seconds": pilot_seconds,
+        "network": asdict(task.network), "batch": task.batch,
+        "seconds": plan.seconds, "pilot_seconds": plan.pilot_seconds, "seeds": plan.seeds,
         "cost_ms": {m: 1000 * s for m, s in cost.items()}, "steps": steps,
         "rate": best, "pilots": pilots,
         "judge_accuracy": judge.accuracy, "real_fd": real, "real_fd2": real2,
@@ -196,38 +207,41 @@ def _last(runs: list[dict[str, Any]], key: str) -> list[float]:
     return [r["points"][-1]["fd"] if key == "fd" else r["fd2"] for r in runs]
 
 
-def write_results(cache: Path) -> None:
-    """`results/training.json`, and for every task curves and the samples of seed 1."""
+def write_results(cache: Path, out: Path) -> None:
+    """`training.json`, and for every task curves and the samples of seed 1."""
     result = {}
     for path in sorted(cache.glob("*/task.json")):
         name, info = path.parent.name, json.loads(path.read_text())
-        stems = {m: [f"{m}-{info['rate'][m]:g}-{s}-{info['steps'][m]}" for s in SEEDS] for m in info["steps"]}
+        stems = {m: [f"{m}-{info['rate'][m]:g}-{s}-{info['steps'][m]}" for s in info["seeds"]] for m in info["steps"]}
         runs = {m: [json.loads((path.parent / f"{s}.json").read_text()) for s in stems[m]] for m in stems}
         result[name] = {**info, "rows": rows(info, runs), "runs": [r for found in runs.values() for r in found]}
-        curve_figure([r for found in runs.values() for r in found], RESULTS / f"training_{name}.png")
+        curve_figure([r for found in runs.values() for r in found], out / f"training_{name}.png")
         samples = {"real": load_task(name).fit.images[:64]}
         for m in stems:
             with np.load(path.parent / f"{stems[m][0]}.npz") as file:
                 samples[f"{m}, distance {runs[m][0]['points'][-1]['fd']:.3g}"] = (
                     torch.from_numpy(file["grids"][-1]).float() / 127.5 - 1
                 )
-        tiles({title: grid(images, 8) for title, images in samples.items()}, RESULTS / f"samples_{name}.png")
-    write_json(RESULTS / "training.json", result)
+        tiles({title: grid(images, 8) for title, images in samples.items()}, out / f"samples_{name}.png")
+    write_json(out / "training.json", result)
 
 
 def main() -> None:
     """Run what is missing, then write results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", action="append", choices=("mnist", "glyphs", "cifar"), help="all if not given")
-    parser.add_argument("--method", action="append", choices=METHODS, help="all if not given")
-    parser.add_argument("--seconds", type=float, default=9.0, help="CPU seconds per run")
-    parser.add_argument("--pilot-seconds", type=float, default=6.0, help="CPU seconds per pilot run")
-    parser.add_argument("--cache", type=Path, default=Path("out/frechet-gan"), help="where runs are kept")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in options.task or ("mnist", "glyphs", "cifar"):
-        experiment(name, tuple(options.method or METHODS), options.seconds, options.pilot_seconds, options.cache)
-    write_results(options.cache)
+    arguments = parser(__doc__)
+    arguments.add_argument("--task", action="append", choices=("mnist", "glyphs", "cifar"), help="all if not given")
+    arguments.add_argument("--method", action="append", choices=METHODS, help="all if not given")
+    arguments.add_argument("--seconds", type=float, default=9.0, help="CPU seconds per run")
+    arguments.add_argument("--pilot-seconds", type=float, default=6.0, help="CPU seconds per pilot run")
+    arguments.add_argument("--cache", type=Path, default=Path("out/frechet-gan"), help="where runs are kept")
+    found = options(arguments)
+    plan, cache = Plan(found.seconds, found.pilot_seconds), found.cache
+    if found.quick:
+        plan = Plan(0.4, 0.2, rates=(1e-3,), seeds=(1, 2), rounds=3, judge_steps=150)
+        cache = found.out / "training-runs"
+    for name in found.task or ("mnist", "glyphs", "cifar"):
+        experiment(name, tuple(found.method or METHODS), plan, cache)
+    write_results(cache, found.out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Pictures of what the package measures and learns, from the runs that `training.py` left in its cache.
 
     python packages/frechet-gan/reproduce/visuals.py [--cache out/frechet-gan]
+    python packages/frechet-gan/reproduce/visuals.py --quick -o FOLDER    # without `debiased.json`
 
-Writes to `results/`: `costs.png` and `.json` (optimal transport against the Frechet distance over the batch size),
+Writes `costs.png` and `.json` (optimal transport against the Frechet distance over the batch size),
 `estimators.png` and `.json` (estimators over the sample size, known distance), `debiased.json` (the same in 512
 dimensions, as the benchmark measures it; a quarter of an hour), `spectra.png`, `interpolation.png`,
 `displacement.png` and `over_time.png` (MNIST runs of seed 1).
 """
 
-import argparse
 import json
 import sys
 import time
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _options import options, parser
 from core_tensor.app.cli import progress
 from core_tensor.app.figures import pyplot, save
 from core_tensor.app.files import write_json
@@ -41,8 +42,6 @@ from training import Judge, load_task
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from bench import debiased
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def cpu_seconds(plan: PlanName, x: Tensor, y: Tensor, repeat: int) -> float:
     """Median CPU time of a loss with its gradient."""
@@ -55,10 +54,10 @@ def cpu_seconds(plan: PlanName, x: Tensor, y: Tensor, repeat: int) -> float:
     return median(times)
 
 
-def cost_crossover() -> None:
+def cost_crossover(out: Path, *, quick: bool) -> None:
     """CPU time of a loss and its gradient at d = 128 over the batch size, all plans in turns."""
     generator = torch.Generator().manual_seed(0)
-    sizes, d = (32, 64, 128, 256, 512, 1024), 128
+    sizes, d = (32, 64, 128, 256) if quick else (32, 64, 128, 256, 512, 1024), 128
     plans: tuple[PlanName, ...] = ("gaussian", "assignment", "sinkhorn", "sliced")
     times: dict[PlanName, list[float]] = {plan: [] for plan in plans}
     for n in progress(sizes, "costs"):
@@ -66,19 +65,19 @@ def cost_crossover() -> None:
         for plan in plans:
             times[plan].append(cpu_seconds(plan, x, y, repeat=1 if plan == "sinkhorn" else 7))
     rows = [{"n": n, **{plan: 1000 * times[plan][i] for plan in plans}} for i, n in enumerate(sizes)]
-    write_json(RESULTS / "costs.json", {"d": d, "unit": "ms", "rows": rows})
+    write_json(out / "costs.json", {"d": d, "unit": "ms", "rows": rows})
     names = ("Fréchet", "exact optimal transport", "Sinkhorn divergence", "sliced")
     lines(
         {name: (sizes, [row[plan] for row in rows]) for plan, name in zip(plans, names, strict=True)},
-        RESULTS / "costs.png",
+        out / "costs.png",
         xlabel=f"batch size (d = {d})",
         ylabel="CPU ms, loss and gradient, one thread",
     )
 
 
-def estimator_curves() -> None:
+def estimator_curves(out: Path, *, quick: bool) -> None:
     """Error of every estimator over the sample size: two Gaussians of power-law spectra in 64 dimensions."""
-    d, seeds, sizes = 64, 5, (128, 256, 512, 1024, 2048, 4096)
+    d, seeds, sizes = (64, 2, (128, 256, 512)) if quick else (64, 5, (128, 256, 512, 1024, 2048, 4096))
     generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5
     shift = 0.2 * scale
@@ -94,14 +93,14 @@ def estimator_curves() -> None:
         for name, values in found.items():
             errors[name].append(sum(values) / seeds)
     rows = [{"n": n, **{e: errors[e][i] for e in ESTIMATORS}} for i, n in enumerate(sizes)]
-    write_json(RESULTS / "estimators.json", {"d": d, "truth": truth, "seeds": seeds, "rows": rows})
+    write_json(out / "estimators.json", {"d": d, "truth": truth, "seeds": seeds, "rows": rows})
     lines(
-        {e: (sizes, errors[e]) for e in ESTIMATORS}, RESULTS / "estimators.png",
+        {e: (sizes, errors[e]) for e in ESTIMATORS}, out / "estimators.png",
         xlabel=f"sample size (d = {d})", ylabel=f"mean relative error of the distance, {seeds} seeds",
     )  # fmt: skip
 
 
-def debiased_estimators() -> None:
+def debiased_estimators(out: Path) -> None:
     """What the benchmark's bar of the debiased estimator measured, as a table of relative errors."""
     found = debiased(quick=False)
     detail = found["rtd10k_vs_plugin50k_error_detail"]
@@ -113,10 +112,10 @@ def debiased_estimators() -> None:
         row = {"estimator": estimator, "n": n, "seeds": len(errors), "error": sum(relative) / len(errors)}
         rows.append(row | {"worst": max(relative)})
     ratio = found["rtd10k_vs_plugin50k_error"]
-    write_json(RESULTS / "debiased.json", {"ratio": ratio, "distance": truth, "rows": rows})
+    write_json(out / "debiased.json", {"ratio": ratio, "distance": truth, "rows": rows})
 
 
-def training_figures(cache: Path) -> None:
+def training_figures(cache: Path, out: Path) -> None:
     """Spectra, walks, displacements and samples over time of the MNIST runs of seed 1."""
     task = load_task("mnist")
     info = json.loads((cache / "mnist" / "task.json").read_text())
@@ -128,14 +127,14 @@ def training_figures(cache: Path) -> None:
         features[method] = encode(judge, sample_images(generator, network.latent, len(task.unseen.images)))
         if method == "frechet":
             write_image(
-                RESULTS / "interpolation.png", grid(interpolate(generator, network.latent, rows=8, steps=12), 12), 3
+                out / "interpolation.png", grid(interpolate(generator, network.latent, rows=8, steps=12), 12), 3
             )
-    spectra(features)
-    displacement(features["real"], {m: features[m] for m in ("frechet", "ns")})
-    over_time({m: np.load(cache / "mnist" / f"{s}.npz")["grids"] for m, s in stems.items()}, info)
+    spectra(features, out)
+    displacement(features["real"], {m: features[m] for m in ("frechet", "ns")}, out)
+    over_time({m: np.load(cache / "mnist" / f"{s}.npz")["grids"] for m, s in stems.items()}, info, out)
 
 
-def spectra(features: dict[str, Tensor]) -> None:
+def spectra(features: dict[str, Tensor], out: Path) -> None:
     """Eigenvalues of the features' covariances: a generator without variety has a steeper spectrum."""
     figure, axis = pyplot("frechet-gan[plot]").subplots(figsize=(6.5, 4.2))
     for name, rows in features.items():
@@ -144,10 +143,10 @@ def spectra(features: dict[str, Tensor]) -> None:
     axis.set(yscale="log", xlabel="index", ylabel="eigenvalue of the covariance, held-out features")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    save(figure, RESULTS / "spectra.png")
+    save(figure, out / "spectra.png")
 
 
-def displacement(real: Tensor, generated: dict[str, Tensor]) -> None:
+def displacement(real: Tensor, generated: dict[str, Tensor], out: Path) -> None:
     """Where the Gaussian transport map would move generated features, on the real features' principal axes."""
     reference = FeatureStats.from_features(real)
     axes_2d = torch.linalg.eigh(reference.covariance())[1][:, -2:].flip(1)
@@ -164,10 +163,10 @@ def displacement(real: Tensor, generated: dict[str, Tensor]) -> None:
         axis.scatter(*background[:2000].T, s=3, color="0.8", linewidths=0)
         axis.quiver(*start.T, *move.T, angles="xy", scale_units="xy", scale=1, width=0.003, color="C3")
         axis.set(title=f"{name}: displacement to the real Gaussian", xlabel="first principal axis", ylabel="second")
-    save(figure, RESULTS / "displacement.png")
+    save(figure, out / "displacement.png")
 
 
-def over_time(grids: dict[str, Any], info: dict[str, Any]) -> None:
+def over_time(grids: dict[str, Any], info: dict[str, Any], out: Path) -> None:
     """The same latents at every measurement, one row of pictures per method."""
     count = min(len(g) for g in grids.values())
     figure, axes = pyplot("frechet-gan[plot]").subplots(len(grids), count, figsize=(2.1 * count, 2.2 * len(grids)))
@@ -175,24 +174,27 @@ def over_time(grids: dict[str, Any], info: dict[str, Any]) -> None:
         for i, axis in enumerate(row):
             images = torch.from_numpy(pictures[i][:36]).float() / 127.5 - 1
             show(axis, grid(images, 6), f"{method}, {info['seconds'] * (i + 1) / len(pictures):.0f} CPU s")
-    save(figure, RESULTS / "over_time.png")
+    save(figure, out / "over_time.png")
 
 
 def main() -> None:
     """All figures; those of the runs only where the cache has them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("out/frechet-gan"), help="where training.py kept its runs")
-    parser.add_argument("--only", choices=("costs", "estimators", "debiased", "training"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.only in (None, "costs"):
-        cost_crossover()
-    if options.only in (None, "estimators"):
-        estimator_curves()
-    if options.only in (None, "debiased"):
-        debiased_estimators()
-    if options.only in (None, "training"):
-        training_figures(options.cache)
+    parts = ("costs", "estimators", "debiased", "training")
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--cache", type=Path, default=Path("out/frechet-gan"), help="where training.py kept its runs"
+    )
+    arguments.add_argument("--only", choices=parts)
+    found = options(arguments)
+    cache = found.out / "training-runs" if found.quick else found.cache
+    if found.only in (None, "costs"):
+        cost_crossover(found.out, quick=found.quick)
+    if found.only in (None, "estimators"):
+        estimator_curves(found.out, quick=found.quick)
+    if found.only in (None, "debiased") and not found.quick:
+        debiased_estimators(found.out)
+    if found.only in (None, "training") and (cache / "mnist" / "task.json").exists():
+        training_figures(cache, found.out)
 
 
 if __name__ == "__main__":
