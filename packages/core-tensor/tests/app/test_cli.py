@@ -7,7 +7,7 @@ import time
 import click
 import pytest
 from click.testing import CliRunner
-from core_tensor.app.cli import command_line, emit, json_option, progress, table
+from core_tensor.app.cli import command_line, device_option, emit, json_option, progress, table
 from core_tensor.app.extras import MissingExtraError, require
 
 
@@ -141,6 +141,18 @@ def _script(*arguments, **options):
 def test_what_comes_from_outside_is_one_line(arguments, message):
     done = _script("fail", *arguments)
     assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "", "meta:x"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(device):
+    worked = []
+    command = click.command()(device_option(lambda device: worked.append(device)))
+    done = CliRunner().invoke(command, ["--device", device])
+    assert done.exit_code == 2
+    assert f"expected a device that torch finds here, got {device!r}" in done.stderr
+    assert not worked
+    assert CliRunner().invoke(command, []).exit_code == 0
+    assert worked == ["cpu"]
 
 
 def test_a_full_disk_behind_the_output_is_one_line():

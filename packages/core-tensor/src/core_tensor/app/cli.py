@@ -171,7 +171,25 @@ seed_option = click.option("--seed", default=0, type=click.IntRange(0), help="Se
 threads_option = click.option(
     "--threads", type=click.IntRange(1), callback=_set_threads, expose_value=False, help="Threads. [default: torch's]"
 )
-device_option = click.option("--device", default="cpu", help="Device to compute on, such as cpu or cuda:0.")
+
+
+def _device(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """A device of torch that this machine has; refused before any work."""
+    del context, parameter
+    if text != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a build without CUDA
+            reason = str(error).split("\n", 1)[0]
+            raise click.BadParameter(f"expected a device that torch finds here, got {text!r} ({reason})") from error
+    return text
+
+
+device_option = click.option(
+    "--device", default="cpu", callback=_device, help="Device to compute on, such as cpu or cuda:0."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Start anew where an earlier run has written.")
 quick_option = click.option("--quick", is_flag=True, help="A smaller run that ends sooner.")
 
