@@ -140,7 +140,7 @@ def spectra(features: dict[str, Tensor], out: Path) -> None:
     for name, rows in features.items():
         values = torch.linalg.eigvalsh(FeatureStats.from_features(rows).covariance()).flip(0)
         axis.plot(range(1, len(values) + 1), values, label=name, color="black" if name == "real" else None)
-    axis.set(yscale="log", xlabel="index", ylabel="eigenvalue of the covariance, held-out features")
+    axis.set(yscale="log", xlabel="rank", ylabel="eigenvalue of the covariance, held-out features")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     save(figure, out / "spectra.png")

@@ -27,9 +27,17 @@ def curves(axis: Any, histories: Sequence[Mapping[str, Any]], label: str = "held
         values = np.array([[p["fd"] for p in r[:shortest]] for r in runs])
         (line,) = axis.plot(cpu, values.mean(0), marker="o", markersize=3, label=f"{method} ({len(runs)} seeds)")
         axis.fill_between(cpu, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axis.set(yscale="log", xlabel="CPU seconds of training", ylabel=label)
+    axis.set(xlabel="CPU seconds of training", ylabel=label)
+    _logarithmic(axis)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A vertical axis with a logarithmic scale and plain numbers, also between powers of ten."""
+    axis.set_yscale("log", subs=(2, 5))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
 
 
 def curve_figure(histories: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -83,7 +91,8 @@ def grids_and_pairs(
     styles = [("C3", "--"), ("C3", "-"), ("C0", "--"), ("C0", "-")]
     for (name, (x, y)), (color, style) in zip(series.items(), styles, strict=False):
         axes[-1].plot(x, y, color=color, linestyle=style, marker="o", markersize=3, label=name)
-    axes[-1].set(yscale="log", xlabel=xlabel, ylabel="Fréchet distance")
+    axes[-1].set(xlabel=xlabel, ylabel="Fréchet distance")
+    _logarithmic(axes[-1])
     axes[-1].grid(alpha=0.3, which="both")
     axes[-1].legend(fontsize=8)
     save(figure, path)
@@ -145,6 +154,7 @@ def lines(
         axis.axhline(0, color="black", linewidth=0.8)
     else:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
     ticks = sorted({float(v) for x, _ in series.values() for v in x})
     axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
     axis.set_xticks([], minor=True)
