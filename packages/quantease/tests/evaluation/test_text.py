@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from core_tensor.app.extras import MissingExtraError
@@ -82,6 +84,32 @@ def test_chats_go_through_the_template(tmp_path):
     path.write_text('{"messages": 3}\n')
     with pytest.raises(ValueError, match=r"chat\.jsonl:1: the chat template cannot render"):
         read_text([path], tokenizer=Chatting())
+
+
+def test_chats_as_sharegpt_has_them(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"conversations": turns}], indent=2))
+    pq.write_table(pa.table({"conversations": [turns]}), tmp_path / "chat.parquet")
+    for file in ("chat.json", "chat.parquet"):
+        assert read_text([tmp_path / file], tokenizer=Chatting()) == "<system>s<user>hi<assistant>ho"
+
+
+def test_json_is_rows_and_not_text(tmp_path):
+    """A list of rows once was calibrated on as it stands, braces and all."""
+    (tmp_path / "a.json").write_text('[\n  {"text": "one"},\n  {"text": "two"}\n]\n', encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text('{"text": "three"}\n{"text": "four"}\n')
+    assert read_text([tmp_path / "a.json", tmp_path / "b.json"]) == "one\n\ntwo\n\nthree\n\nfour"
+    for content, message in (
+        ('[{"text": "one"}, 2]', "row 2: expected a JSON object, got int"),
+        ('[{"text": "one"}', "expected a JSON list"),
+        ('{"text": 1}', "1: expected text in 'text', got int"),
+    ):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_text([tmp_path / "c.json"])
 
 
 @pytest.mark.parametrize(

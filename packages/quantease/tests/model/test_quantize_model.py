@@ -1,5 +1,4 @@
 import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -7,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_tensor.dev.testing import run_ranks
 from quantease.evaluation.perplexity import streamed_perplexity
 from quantease.model.causal_lm import open_causal_lm
 from quantease.model.plan import ModelConfig
@@ -64,17 +62,15 @@ from quantease.problem.config import LayerConfig
 from quantease.model.plan import ModelConfig
 from quantease.model.quantize_model import quantize_model
 def progress(done, total, name):
-    if done == int(sys.argv[3]):
+    if done == 12:  # in the middle of a group of a later block
         os.kill(os.getpid(), signal.SIGKILL)
 tokens = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(1))
 config = ModelConfig(LayerConfig(bits=3), tune="model", tune_steps=4)
 quantize_model(open_causal_lm(build("llama")), tokens, sys.argv[2], config, progress=progress)
 """
 
-    for kill_at in (2, 11):  # in the middle of a group, then in a later block
-        command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path / "killed")]
-        command += [str(kill_at)]
-        assert subprocess.run(command, check=False, timeout=900).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path / "killed")]
+    assert subprocess.run(command, check=False, timeout=900).returncode == -signal.SIGKILL
     config = ModelConfig(LayerConfig(bits=3), tune="model", tune_steps=4)
     lm = open_causal_lm(tiny_llama)
     quantize_model(lm, tokens, tmp_path / "whole", config)
@@ -155,25 +151,6 @@ def test_bad_tokens(bad, tiny_llama, tmp_path):
     with pytest.raises(ValueError, match=r"tokens: expected ids in \[0, 96\], got 97"):
         quantize_model(open_causal_lm(tiny_llama), torch.full((1, 4), 97), tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def rank_quantizes(rank: int, world_size: int, folder: str, tests: str) -> float:
-    build = runpy.run_path(str(Path(tests) / "conftest.py"))["build"]
-
-    tokens = torch.randint(97, (4, 256), generator=torch.Generator().manual_seed(1)) % 64
-    config = ModelConfig(LayerConfig(bits=3), segment=32, tune="model", tune_steps=4)
-    run = quantize_model(open_causal_lm(build("opt")), tokens[:, :64], folder, config)
-    return streamed_perplexity(run.lm, tokens[:, :64])
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_ranks_end_in_the_files_of_one_process(tmp_path):
-    tests = str(Path(__file__).parents[1])
-    both = run_ranks(rank_quantizes, 2, str(tmp_path / "two"), tests)
-    alone = run_ranks(rank_quantizes, 1, str(tmp_path / "one"), tests)
-    assert both[0] == both[1] == alone[0]
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_stories_quantized_is_still_a_language_model(stories, stories_tokens, tmp_path):

@@ -68,11 +68,13 @@ text_options = _all(
     click.option(
         "--text",
         multiple=True,
-        help="Text, Parquet or JSON Lines file, hf:name[:config[:split]], or `self` (sampled from MODEL); several "
-        "files add up. Without any: the Python reference of pydoc.",
+        help="Text, Parquet, JSON or JSON Lines file, hf:name[:config[:split]], or `self` (sampled from MODEL). "
+        "Several files add up; without any: the Python reference of pydoc.",
     ),
     click.option(
-        "--column", default="text", help="Column of the text; rows with `messages` go through MODEL's chat template."
+        "--column",
+        default="text",
+        help="Column of the text; rows with `messages` or `conversations` instead are chats.",
     ),
     click.option("--windows", type=click.IntRange(1), default=32, help="Calibration windows."),
     click.option("--length", type=click.IntRange(2), default=512, help="Tokens per window."),

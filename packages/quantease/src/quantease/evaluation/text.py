@@ -14,6 +14,9 @@ from core_tensor.app.files import reading
 from core_tensor.checks import check_choice, check_number
 from torch import Tensor
 
+CHATS = ("messages", "conversations")
+"""Columns that hold a chat: turns with role and content, or with from and value as ShareGPT has them."""
+
 
 @dataclass(frozen=True)
 class TextSplit:
@@ -91,9 +94,10 @@ def read_text(
     """Read text, Parquet or JSON Lines files, or a dataset of the Hugging Face hub (`hf:name[:config[:split]]`).
 
     Args:
-        paths: Files in order; `.parquet` and `.jsonl` hold one text or one chat per row, anything else is UTF-8 text.
-        column: Column or key of the text. Rows without it that have `messages` are chats, which the tokenizer's
-            template turns into text.
+        paths: Files in order; `.parquet`, `.jsonl` and `.json` (a list of rows, or a row per line) hold one text or one
+            chat per row, anything else is UTF-8 text.
+        column: Column or key of the text. Rows without it that have `messages` (or `conversations`, as ShareGPT) are
+            chats, which the tokenizer's template turns into text.
         limit: Stop after this many characters; None reads all.
         tokenizer: Tokenizer with a chat template; needed for chats.
         stream_limit: The same for each data set of the hub, which is streamed; None is `limit`.
@@ -135,7 +139,7 @@ def _rows(path: str, column: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
         parquet = require("pyarrow.parquet", "quantease[parquet]")
         with reading(path, "a Parquet file"):
             file = parquet.ParquetFile(path)
-            names = [name for name in (column, "messages") if name in file.schema_arrow.names]
+            names = [name for name in (column, *CHATS) if name in file.schema_arrow.names]
             if not names:
                 raise ValueError(f"{path}: expected a column {column!r}, got {', '.join(file.schema_arrow.names)}")
             number = 0
@@ -145,18 +149,26 @@ def _rows(path: str, column: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
                     yield f"{path}, row {number}", row
     else:
         with reading(path, "UTF-8 text"):
-            text = Path(path).read_text(encoding="utf-8")
-        if not path.endswith(".jsonl"):
+            text = Path(path).read_text(encoding="utf-8-sig")
+        if not path.endswith((".jsonl", ".json")):
             yield path, text
             return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                with reading(where, "a JSON object"):
-                    row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-                yield where, row
+        for where, line in _json_rows(path, text):
+            with reading(where, "a JSON object"):
+                row = json.loads(line) if isinstance(line, str) else line
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
+
+
+def _json_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a list, or lines that hold one each, and where each is."""
+    if path.endswith(".json") and text.lstrip().startswith("["):
+        with reading(path, "a JSON list"):
+            rows = json.loads(text)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+    else:
+        yield from ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _row_text(where: str, row: Mapping[str, Any], column: str, tokenizer: Any) -> str:
@@ -165,14 +177,23 @@ def _row_text(where: str, row: Mapping[str, Any], column: str, tokenizer: Any) -
         if not isinstance(row[column], str):
             raise ValueError(f"{where}: expected text in {column!r}, got {type(row[column]).__name__}")
         return str(row[column])
-    if "messages" not in row:
+    chat = next((row[name] for name in CHATS if name in row), None)
+    if chat is None:
         raise ValueError(f"{where}: expected a column {column!r}, got {', '.join(map(str, row)) or 'none'}")
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{where}: is a chat, but the model's tokenizer has no chat template")
     try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        return str(tokenizer.apply_chat_template([_message(turn) for turn in chat], tokenize=False))
     except Exception as error:  # templates are programs that come with the model
         raise ValueError(f"{where}: the chat template cannot render its messages ({error})") from error
+
+
+def _message(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A turn as templates expect it; ShareGPT names its parts otherwise."""
+    if "role" in turn or "from" not in turn:
+        return turn
+    roles = {"human": "user", "gpt": "assistant"}
+    return {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def first_token(tokenizer: Any, bos: str = "auto") -> int | None:

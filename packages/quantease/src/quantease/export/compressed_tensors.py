@@ -123,9 +123,10 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
 
 def _targets(quantized: QuantizedCausalLM) -> dict[int, list[str]]:
     """Modules by their bits: one class where all have the same, else names."""
+    ends = [m.name for m in quantized.ends]  # vLLM and SGLang look for heads and embeddings by name
     if quantized.config.average_bits is None:
-        return {quantized.config.layer.bits: ["Linear", "Embedding"] if _embeddings(quantized) else ["Linear"]}
-    names = {quantized.config.layer.bits: [m.name for m in quantized.ends]} if quantized.ends else {}
+        return {quantized.config.layer.bits: ["Linear", *ends]}
+    names = {quantized.config.layer.bits: ends} if ends else {}
     for index, matrix, layer in quantized.layers():
         names.setdefault(layer.bits, []).append(f"{quantized.lm.blocks[index]}.{matrix.name}")
     return dict(sorted(names.items()))
