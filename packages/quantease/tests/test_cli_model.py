@@ -5,7 +5,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from click.testing import CliRunner
 from quantease import choices
 from quantease.cli import main
