@@ -268,3 +268,40 @@ def test_what_stands_in_draws_the_same_numbers(double):
         assert opt.record.mode == "sequential"
         found.append(torch.cat([p.grad.flatten() for p in opt.model.parameters() if p.grad is not None]))
     assert torch.equal(*found)
+
+
+class Padded(nn.Module):
+    """Skips the mask where nothing is padded, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(20, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.norm(self.inner(x)))
+        valid = x[:, :16] != 0
+        return self.head(hidden if valid.all() else hidden * valid)
+
+
+@pytest.mark.parametrize("ascent", ["full", "chained"])
+@pytest.mark.parametrize("bn", ["first", "both"])
+def test_runs_that_agree_on_a_decision_stay_in_ghost_mode(double, oracle, ascent, bn):
+    """Micro-batches 1, 2 and 5 of six are padded, in the second batch none, in the third every second one."""
+    model, found, modes = Padded(), [], []
+    batches = [(torch.randn(18, 20), torch.randint(5, (18,))) for _ in range(3)]
+    for padded, batch in zip(([4, 7, 16], [], [0, 6, 12]), batches, strict=True):
+        batch[0][padded, 3] = 0
+    for mode in ("ghost", "sequential"):
+        twin = copy.deepcopy(model)
+        opt = MSAM(twin, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=6, mode=mode, ascent=ascent, bn=bn)
+        for batch in batches[: 2 if mode == "ghost" else 3]:
+            opt.step(oracle.loss_of(twin), batch)
+            modes.append(opt.record.mode)
+            norms = opt.record.gradient_norms
+        if mode == "ghost":  # no two neighbors agree
+            with pytest.warns(UserWarning, match="reads a number .`__bool__`. that differs"):
+                opt.step(oracle.loss_of(twin), batches[2])
+            norms = opt.record.gradient_norms
+        found.append([*oracle.gradients(twin), norms, *(twin.norm.buffers() if bn == "first" else [])])
+    assert modes == ["ghost"] * 2 + ["sequential"] * 3
+    assert oracle.relative_error(*found) < 1e-12

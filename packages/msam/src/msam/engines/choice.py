@@ -1,5 +1,6 @@
 """Which engine computes a gradient: ghost where it can and is not slower, and its fallback."""
 
+import itertools
 import statistics
 import time
 import warnings
@@ -76,9 +77,10 @@ class Engines:
         self._sequential = Sequential(model, options, trainable, self.chain)
         wanted = options.mode in {"auto", "ghost"} and possible
         self._ghost: Ghost | None = Ghost(model, options, trainable, self.chain) if wanted else None
+        self._alone = not (isinstance(model, DistributedDataParallel) or is_sharded(model))
         # Processes of a group have to take the same engine, which timing would not promise.
-        alone = not (isinstance(model, DistributedDataParallel) or is_sharded(model))
-        self.winners: dict[tuple[int, ...], str] | None = {} if options.mode == "auto" and wanted and alone else None
+        timed = options.mode == "auto" and wanted and self._alone
+        self.winners: dict[tuple[int, ...], str] | None = {} if timed else None
         self._devices = {p.device for p in trainable}
         self._refusals = 0
         self._warned = False
@@ -124,7 +126,7 @@ class Engines:
             if shards.sizes not in self.winners:
                 self.winners[shards.sizes] = self._race(loss_fn, cut_up, tracked, trainable, scale)
             engine = self.winners[shards.sizes]
-        found = [self._one(engine, loss_fn, s, tracked, trainable, scale, weight) for s in cut_up]
+        found = [p for s in cut_up for p in self._pieces(engine, loss_fn, s, tracked, trainable, scale, weight)]
         return _record(found, tracked)
 
     def _race(
@@ -145,11 +147,11 @@ class Engines:
                 with self.rehearsal(trainable()) as spent:
                     if self._options.ascent == "chained":  # which follows a step before
                         for stretch in cut_up:
-                            self._one(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
+                            self._pieces(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
                         spent.clear()
                     before, start = torch.get_rng_state(), _now(self._devices)
                     for stretch in cut_up:
-                        self._one(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
+                        self._pieces(engine, loss_fn, stretch, tracked, trainable, scale, 1.0)
                     taken.append(_now(self._devices) - start - sum(spent))
                     draws = not torch.equal(before, torch.get_rng_state())
                 if draws or self._ghost is None:
@@ -159,10 +161,10 @@ class Engines:
         ghost, sequential = (statistics.median(taken[1:]) for taken in seconds.values())
         return "sequential" if sequential * GAIN < ghost else "ghost"
 
-    def _one(
+    def _pieces(
         self, engine: str, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, trainable: Trainable,
         scale: Scale | None, weight: float,
-    ) -> tuple[Piece, tuple[float, ...]]:  # fmt: skip
+    ) -> list[tuple[Piece, tuple[float, ...]]]:  # fmt: skip
         """One stretch by an engine; what ghost mode cannot follow is done one micro-batch at a time."""
         refusal = None
         if engine == "ghost" and self._ghost is not None:
@@ -172,13 +174,25 @@ class Engines:
                 refusal = error
             else:
                 self._refusals = 0
-                return piece, stretch.shares
+                return [(piece, stretch.shares)]
+            runs = self._runs(refusal, stretch)
+            if runs:
+                parts = stretch.split(runs)
+                return [p for s in parts for p in self._pieces(engine, loss_fn, s, tracked, trainable, scale, weight)]
         if refusal is not None and is_sharded(self._model):
             raise ValueError(f"model: ghost mode cannot follow it, and FSDP2 has no other mode: {refusal}") from refusal
         piece = self.sequential(trainable).accumulate(loss_fn, stretch, tracked, scale=scale, weight=weight)
         if refusal is not None:
             self._note(refusal)
-        return piece, stretch.shares
+        return [(piece, stretch.shares)]
+
+    def _runs(self, refusal: UnsupportedError, stretch: Stretch) -> list[int]:
+        """Lengths of the runs of micro-batches that agree on a decision, for ghost mode to take one after the other."""
+        # In a group of processes all have to call the model equally often.
+        if not isinstance(refusal, DisagreeError) or not self._alone or not isinstance(refusal.answers[0], bool):
+            return []
+        runs = [len(list(run)) for _, run in itertools.groupby(refusal.answers)]
+        return runs if len(runs) < stretch.count else []
 
     def _note(self, refusal: UnsupportedError) -> None:
         self._refusals += 1

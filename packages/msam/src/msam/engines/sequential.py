@@ -186,6 +186,16 @@ class Stretch:
         """The micro-batches, as views."""
         return Shards((self.size,) * self.count).parts(self.batch)
 
+    def split(self, lengths: Sequence[int]) -> list["Stretch"]:
+        """The stretch as several, one after the other, of so many micro-batches each."""
+        found, start = [], 0
+        for n in lengths:
+            part, stop = narrow(self.batch, start * self.size, n * self.size), start + n
+            last = self.last and stop == self.count
+            found.append(Stretch(part, self.first + start, n, self.size, self.shares[start:stop], last))
+            start = stop
+        return found
+
 
 def stretches(batch: Any, shards: Shards, options: Options) -> list[Stretch]:
     """Cut a batch into stretches of equal micro-batches.

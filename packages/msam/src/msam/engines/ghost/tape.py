@@ -176,7 +176,8 @@ class Tape(TorchFunctionMode):
         if any(answer != answers[0] for answer in answers):
             raise DisagreeError(
                 f"the loss reads a number (`{func.__name__}`) that differs between micro-batches, as for a branch or a "
-                "metric"
+                "metric",
+                answers,
             )
         return answers[0]
 
