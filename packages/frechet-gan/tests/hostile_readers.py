@@ -231,6 +231,51 @@ def _read_mobilenet(path: Path) -> None:
     MobileNetV1(path)
 
 
+def _vision_transformer(folder: Path) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    shapes = {
+        "cls_token": (1, 1, 64),
+        "pos_embed": (1, 5, 64),
+        "norm.weight": (64,),
+        "norm.bias": (64,),
+        "patch_embed.proj.weight": (64, 3, 2, 2),
+        "patch_embed.proj.bias": (64,),
+        **{f"blocks.0.{n}.{part}": (64,) for n in ("norm1", "norm2") for part in ("weight", "bias")},
+        "blocks.0.attn.qkv.weight": (192, 64),
+        "blocks.0.attn.qkv.bias": (192,),
+        "blocks.0.attn.proj.weight": (64, 64),
+        "blocks.0.attn.proj.bias": (64,),
+        "blocks.0.mlp.fc1.weight": (8, 64),
+        "blocks.0.mlp.fc1.bias": (8,),
+        "blocks.0.mlp.fc2.weight": (64, 8),
+        "blocks.0.mlp.fc2.bias": (64,),
+        "blocks.0.ls1.gamma": (64,),
+        "blocks.0.ls2.gamma": (64,),
+    }
+    save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, str(folder / "v.safetensors"))
+    return folder / "v.safetensors"
+
+
+def _read_dinov2(path: Path) -> None:
+    import torch
+    from frechet_gan import load_encoder
+
+    load_encoder(f"dinov2:{path}")(torch.zeros(2, 3, 4, 4))
+
+
+def _clip_config(folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}, "model_cfg": {"a": [1]}}))
+    return folder
+
+
+def _read_clip_config(path: Path) -> None:
+    from frechet_gan.encoders.clip_dinov2 import check_activation
+
+    check_activation(path / "w.safetensors", "gelu")
+
+
 READERS = [
     ("png", _png, _read_image),
     ("jpeg", _jpeg, _read_image),
@@ -246,6 +291,8 @@ READERS = [
     ("checkpoint of a trainer", _checkpoint, _resume),
     ("weights", _weights, _read_weights),
     ("weights in safetensors", _safetensors, _read_weights),
+    ("DINOv2", _vision_transformer, _read_dinov2),
+    ("configuration of CLIP", _clip_config, _read_clip_config),
     ("MNIST", _mnist, _read_mnist),
     ("CIFAR", _cifar, _read_cifar),
     ("MobileNet", _mobilenet, _read_mobilenet),

@@ -104,7 +104,7 @@ def clip(path: str | os.PathLike[str], activation: Literal["gelu", "quick_gelu"]
     shape = _shape(found, path, what, most_heads=16)
     if not (shape.norm_first and shape.projection):
         raise ValueError(f"{path}: expected the weights of {what}, found no norm before its blocks or no projection")
-    _check_activation(Path(path), activation)
+    check_activation(Path(path), activation)
     return _encoder(found, shape, activation, shape.grid * shape.patch, 1e-5, (CLIP_MEAN, CLIP_STD), path, what)
 
 
@@ -141,7 +141,7 @@ def dinov2(path: str | os.PathLike[str] | None = None) -> FrozenEncoder:
         raise ValueError(
             f"{path}: expected the weights of {what}, found no scales of its branches (blocks.0.ls1.gamma)"
         )
-    activation: Activation = "gelu" if found["blocks.0.mlp.fc1.weight"].shape[0] == shape.hidden else "swiglu"
+    activation: Activation = "swiglu" if shape.gated else "gelu"
     size = min(shape.grid, DINOV2_SIZE // shape.patch) * shape.patch
     return _encoder(found, shape, activation, size, 1e-6, (IMAGENET_MEAN, IMAGENET_STD), path, what)
 
@@ -199,6 +199,7 @@ def _shape(weights: dict[str, Tensor], path: str | os.PathLike[str], what: str, 
         patch=patch,
         grid=grid,
         hidden=hidden,
+        gated=sizes("blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden,
         registers=sizes("reg_token", 3)[1] if "reg_token" in weights else 0,
         projection=sizes("head.weight", 2)[0] if "head.weight" in weights else 0,
         norm_first="norm_pre.weight" in weights,
@@ -207,7 +208,7 @@ def _shape(weights: dict[str, Tensor], path: str | os.PathLike[str], what: str, 
     )
 
 
-def _check_activation(path: Path, activation: str) -> None:
+def check_activation(path: Path, activation: str) -> None:
     """Refuse an activation that a configuration beside the file contradicts."""
     for name in ("config.json", "open_clip_config.json"):
         file = path.parent / name

@@ -25,6 +25,7 @@ class Shape:
         patch: Height and width of a patch, in pixels.
         grid: Patches per side that positions are stored for.
         hidden: Inner width of the MLPs.
+        gated: Whether their first layer is twice as wide: a gate and a value.
         registers: Number of register tokens.
         projection: Width of the projected feature; 0 for none.
         norm_first: Whether tokens are normalized before the first block, and patches have no bias (CLIP).
@@ -38,6 +39,7 @@ class Shape:
     patch: int
     grid: int
     hidden: int
+    gated: bool = False
     registers: int = 0
     projection: int = 0
     norm_first: bool = False
@@ -143,7 +145,7 @@ class _MLP(nn.Module):
     def __init__(self, shape: Shape, activation: Activation) -> None:
         super().__init__()
         self.activation = activation
-        self.fc1 = nn.Linear(shape.width, shape.hidden * (2 if activation == "swiglu" else 1))
+        self.fc1 = nn.Linear(shape.width, shape.hidden * (2 if shape.gated else 1))
         self.fc2 = nn.Linear(shape.hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
