@@ -80,6 +80,7 @@ def _rank(rank: int, world_size: int, port: int, folder: str, file: str, module:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         torch.save(function(rank, world_size, *pickle.loads(args)), Path(folder) / str(rank))
+        torch.distributed.barrier()  # torch 2.6 waits for ever in the next call if the store's process has gone
     finally:
         torch.distributed.destroy_process_group()
 
