@@ -2,11 +2,13 @@
 
 Ratios are CPU time of one thread, in interleaved pairs. The step has the architecture of FuxiCTR's DCNv2 on both sides:
 26 categorical and 13 numeric fields embedded at 16 (n = 624), three full cross layers beside an MLP of 512 and 256,
-batch 2048, Zipf ids. FuxiCTR trains with dense Adam and clips the norm over all tables, as its `train_step` does;
-lirank with lazy Adam on the rows of the batch, whose trajectory is another one. A table that cost nothing would give
-about 1.35 (1 M rows) and 2.7 (4 M): the dense part is what is left.
+batch 2048, Zipf ids. FuxiCTR trains with dense Adam and clips the norm over all tables, as its `train_step` does,
+DeepCTR-Torch with dense Adam; lirank with lazy Adam on the rows of the batch, whose trajectory is another one. A table
+that cost nothing would give about 1.35 (1 M rows) and 2.7 (4 M): the dense part is what is left.
 """
 
+import contextlib
+import io
 import json
 import statistics
 import subprocess
@@ -178,6 +180,60 @@ def fuxictr_step(rows: int) -> Step:
     return step
 
 
+def deepctr_step(rows: int) -> Step:
+    """The body of DeepCTR-Torch's training loop on its own DCN, without its penalties and metrics.
+
+    It has no embedding of numbers, so it is given their 16 values each. Ids arrive as float32, as its `fit` sends them.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        from deepctr_torch.inputs import DenseFeat, SparseFeat
+        from deepctr_torch.models import DCN
+
+    size = rows // CATEGORICAL
+    features = [SparseFeat(f"c{j}", vocabulary_size=size, embedding_dim=DIM) for j in range(CATEGORICAL)]
+    features += [DenseFeat(f"n{j}", dimension=DIM) for j in range(NUMERIC)]
+    options = {"cross_num": 3, "cross_parameterization": "matrix", "dnn_hidden_units": (512, 256)}
+    without = {"l2_reg_linear": 0.0, "l2_reg_embedding": 0.0, "l2_reg_cross": 0.0}
+    model: Any = DCN([], features, **options, **without)
+    model.compile("adam", "binary_crossentropy", metrics=[])
+    batches = []
+    for s in range(4):
+        local = zipf_ids(rows, BATCH, s) - torch.arange(CATEGORICAL) * size
+        batches.append((torch.cat([local, torch.randn(BATCH, NUMERIC * DIM)], 1), torch.rand(BATCH).round()))
+    turn = 0
+
+    def step() -> None:
+        nonlocal turn
+        x, y = batches[turn % 4]
+        turn += 1
+        model.train()
+        p = model(x.float()).squeeze(-1)
+        model.optim.zero_grad()
+        loss = model.loss_func(p, y, reduction="sum")
+        total = loss + model.get_regularization_loss() + model.aux_loss
+        loss.item()
+        total.item()
+        total.backward()
+        model.optim.step()
+
+    return step
+
+
+def step_vs_deepctr(quick: bool) -> dict[str, Any]:
+    """A step against DeepCTR-Torch's."""
+    results: dict[str, Any] = {}
+    for name, rows in (("1m", 1_000_000), ("4m", 4_000_000)):
+        key = f"step_vs_deepctr_{name}"
+        try:
+            peer = deepctr_step(rows)
+        except ModuleNotFoundError as error:
+            results |= {key: None, f"{key}_reason": f"not installed: {error.name}"}
+            continue
+        found = compare(our_step(rows), peer, pairs=5 if quick else 15)
+        results |= {key: round(found.speedup, 2), f"{key}_detail": found.spread()}
+    return results
+
+
 def step_vs_fuxictr(quick: bool) -> dict[str, Any]:
     """A step against FuxiCTR's, and our low-rank model beside it."""
     results: dict[str, Any] = {}
@@ -249,7 +305,10 @@ def row_updates(quick: bool) -> dict[str, Any]:
 
 
 def isotonic(quick: bool) -> dict[str, Any]:
-    """Forward and backward in prefix sums, against rows of 501 bucket activations."""
+    """Forward and backward in prefix sums, against rows of 501 bucket activations; ten calls in a row at a time.
+
+    A single call takes a fraction of a millisecond, of which the clock and cold caches would be the larger part.
+    """
     layer = IsotonicLayer(501, -17.0, 8.05)
     logits = torch.randn(8192, requires_grad=True)
     edges = torch.arange(501) * layer.step
@@ -259,7 +318,14 @@ def isotonic(quick: bool) -> dict[str, Any]:
         activation = (y[:, None] - edges).clamp(0, layer.step)
         (activation @ layer.slope.clamp_min(0) + layer.bias).sum().backward()
 
-    found = compare(lambda: layer(logits).sum().backward(), dense_form, pairs=9 if quick else 30)
+    def ten(call: Step) -> Step:
+        def calls() -> None:
+            for _ in range(10):
+                call()
+
+        return calls
+
+    found = compare(ten(lambda: layer(logits).sum().backward()), ten(dense_form), pairs=5 if quick else 15)
     return {"isotonic_vs_dense_form": round(found.speedup, 1), "isotonic_vs_dense_form_detail": found.spread()}
 
 
@@ -497,6 +563,7 @@ if __name__ == "__main__":
         "lirank",
         {
             "step_vs_fuxictr": step_vs_fuxictr,
+            "step_vs_deepctr": step_vs_deepctr,
             "table_cost_vs_dense_adam": table_cost,
             "row_update_vs_torch": row_updates,
             "isotonic_vs_dense_form": isotonic,

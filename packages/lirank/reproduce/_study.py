@@ -43,14 +43,33 @@ class Study:
         Returns:
             The scores.
         """
-        name = re.sub(r"\W+", "-", str(key["name"])).strip("-")
-        path = self.cache / f"{name}-{digest(json.dumps(key, sort_keys=True))[:12]}.npy"
+        path = self._path(key, ".npy")
         if not path.exists():
             found = run()
             with atomic_path(path) as temporary:
                 np.save(temporary, found)
         kept: np.ndarray = np.load(path, allow_pickle=False)
         return kept
+
+    def record(self, key: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """`scores` of what JSON can hold.
+
+        Args:
+            key: Everything that decides the result, as JSON types; `name` is for people.
+            run: Makes the record.
+
+        Returns:
+            The record.
+        """
+        path = self._path(key, ".json")
+        if not path.exists():
+            write_json(path, run())
+        kept: dict[str, Any] = read_json(path)
+        return kept
+
+    def _path(self, key: Mapping[str, Any], suffix: str) -> Path:
+        name = re.sub(r"\W+", "-", str(key["name"])).strip("-")
+        return self.cache / f"{name}-{digest(json.dumps(key, sort_keys=True))[:12]}{suffix}"
 
     def update(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Write some parts of a JSON file; parts that this call did not run stay as they are.

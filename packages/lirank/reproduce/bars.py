@@ -17,6 +17,7 @@ from core_tensor.app.files import read_json
 BENCH = Path(__file__).parents[1] / "benchmarks" / "bench.py"
 PARTS = (
     "step_vs_fuxictr",
+    "step_vs_deepctr",
     "table_cost_vs_dense_adam",
     "row_update_vs_torch",
     "isotonic_vs_dense_form",
@@ -37,6 +38,8 @@ LIMITS = {
     "step_vs_fuxictr_4m": (">=", 2.5),
     "low_rank_step_vs_fuxictr_1m": ("reported", None),
     "low_rank_step_vs_fuxictr_4m": ("reported", None),
+    "step_vs_deepctr_1m": ("reported", None),
+    "step_vs_deepctr_4m": ("reported", None),
     "table_cost_vs_dense_adam_1m": (">=", 8),
     "table_cost_vs_dense_adam_4m": (">=", 30),
     "step_4m_vs_100k_rows": ("<=", 1.1),

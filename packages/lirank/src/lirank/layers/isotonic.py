@@ -61,8 +61,10 @@ class IsotonicLayer(nn.Module):
             raise ValueError(f"context: expected {'one per row' if self.contexts else 'none'}")
         y = logits.clamp(self.low, self.high) - self.low
         k = (y / self.step).long().clamp(0, self.buckets - 1)  # NaN becomes an arbitrary bucket, and stays NaN below
+        slope: Tensor
+        bias: Tensor
         if context is None or self.context_slope is None or self.context_bias is None:
-            slope, bias, place = self.slope.clamp_min(0), self.bias * 1, k
+            slope, bias, place = self.slope.clamp_min(0), self.bias, k
         else:
             if not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
                 check_tensor("context", context, shape=tuple(logits.shape), dtype=torch.int64)
@@ -70,9 +72,11 @@ class IsotonicLayer(nn.Module):
                     raise ValueError(f"context: expected values in [0, {self.contexts})")
             slope = (self.slope + self.context_slope).clamp_min(0)  # (C, K)
             place = context * self.buckets + k
-            bias = self.bias + self.context_bias[context]
-        below = (slope.cumsum(-1) - slope).flatten() * self.step
-        return below[place] + slope.flatten()[place] * (y - k * self.step) + bias
+            bias = self.bias + self.context_bias[:, None]
+        below = (slope.cumsum(-1) - slope) * self.step + bias  # the curve at the lower edge of every bucket
+        # index_select, whose gradient is an index_add: twice as fast as indexing
+        below, slope = below.flatten().index_select(0, place), slope.flatten().index_select(0, place)
+        return torch.addcmul(below, slope, y - k.to(y.dtype) * self.step)
 
     @torch.no_grad()
     def set_curve(self, edges: Tensor, values: Tensor, context: int | None = None) -> None:
