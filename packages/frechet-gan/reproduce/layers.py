@@ -27,7 +27,7 @@ from frechet_gan.images.arrays import grid
 from frechet_gan.plots import tiles
 from training import PILOT, SAMPLES, Judge, Task, load_task
 
-METHODS = ("frechet", "ns", "wgan-gp", "hinge", "ns-layers", "ot-layers")
+METHODS = ("frechet", "ns", "wgan-gp", "ns-layers", "ot-layers", "hinge")
 TASKS = ("mnist", "glyphs", "cifar")
 
 
