@@ -27,6 +27,8 @@ class Odd(nn.Module):
             x = self.first(x - x.mean(0))
         elif self.kind == "checkpointing":
             x = checkpoint(self.first, x, use_reentrant=False)
+        elif self.kind == "leaf":
+            x = self.first(x.requires_grad_())
         elif self.kind == "hidden":
             x = Hidden.apply(x, self.first.weight)
         elif self.kind == "data":
@@ -61,13 +63,16 @@ def test_what_no_rule_covers_runs_on_replicas(double, oracle, kind):
     assert oracle.relative_error(*found) < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["checkpointing", "hidden"])
-def test_what_ghost_cannot_follow_falls_back_once_to_the_same_numbers(double, oracle, kind):
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [("checkpointing", "activation checkpointing"), ("leaf", "calls `requires_grad_`"), ("hidden", "autograd.Function")],
+)
+def test_what_ghost_cannot_follow_falls_back_once_to_the_same_numbers(double, oracle, kind, cause):
     model, batch = Odd(kind), (torch.randn(12, 20), torch.randint(5, (12,)))
     twin = copy.deepcopy(model)
     MSAM(twin, torch.optim.SGD, lr=0.1, num_micro_batches=3, mode="sequential").step(oracle.loss_of(twin), batch)
     opt = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=3)
-    with pytest.warns(UserWarning, match="sequential mode instead of ghost"):
+    with pytest.warns(UserWarning, match=f"sequential mode instead of ghost: .*{cause}"):
         opt.step(oracle.loss_of(model), batch)
     assert opt.record.mode == "sequential"
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

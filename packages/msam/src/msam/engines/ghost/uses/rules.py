@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from msam.engines.ghost.errors import UnsupportedError
 from msam.engines.ghost.tape import Rule, Tape
 from msam.engines.ghost.uses import attention as attention_module
 from msam.engines.ghost.uses.conv import Geometry
@@ -189,6 +190,15 @@ def _class_loss(
     return tape.above(mean)
 
 
+def _leaf(tape: Tape, func: Any, /, *args: Any) -> Any:
+    """A tensor asked to be a leaf, as activation checkpointing and penalties on gradients of inputs do."""
+    if not any(map(tape.is_apart, args)):
+        return NotImplemented
+    raise UnsupportedError(
+        f"the loss calls `{func.__name__}` on a tensor, as activation checkpointing and penalties on input gradients do"
+    )
+
+
 _TENSOR = torch.Tensor
 RULES: dict[Any, Rule] = {
     F.linear: _linear,
@@ -202,5 +212,6 @@ RULES: dict[Any, Rule] = {
     F.multi_head_attention_forward: _attention,
     F.scaled_dot_product_attention: _scaled_attention,
     F.cross_entropy: _class_loss, F.nll_loss: _class_loss,
+    _TENSOR.requires_grad_: _leaf,
     **RECURRENT,
 }  # fmt: skip
