@@ -51,6 +51,7 @@ class Draw:
         held_back: Log of the members that options are chosen on.
         tested: Log of the members that figures are measured on.
         epochs: Epochs of any training at most.
+        precisions: Of the MAP head's prior, to choose from.
     """
 
     config: Config
@@ -59,11 +60,14 @@ class Draw:
     held_back: Events
     tested: Events
     epochs: int = EPOCHS
+    precisions: tuple[float, ...] = PRECISIONS
 
     @functools.cached_property
     def warm(self) -> Config:
         """Options with precision and length of the warm start chosen on the held-back members."""
-        return tune(self.train, self.held_back, self.config, self.vocabulary, precisions=PRECISIONS, epochs=self.epochs)
+        return tune(
+            self.train, self.held_back, self.config, self.vocabulary, precisions=self.precisions, epochs=self.epochs
+        )
 
     @functools.cached_property
     def second_order(self) -> tuple[tuple[Personalizer, dict[str, Any]], tuple[int, float]]:

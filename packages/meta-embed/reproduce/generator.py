@@ -7,6 +7,8 @@ lie in the work folder, so a killed run goes on where it stopped.
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,18 @@ LABELS = {
 }
 
 
-def one_world(members: int, seed: int, work: Path, quick: bool) -> dict[str, _study.Found]:
-    """All methods on one world."""
+FIRST = ("none", "fold_in", "map")
+"""Run on all worlds before the gradient steps, which take several times as long."""
+
+
+def one_world(members: int, seed: int, methods: Sequence[str], work: Path, quick: bool) -> dict[str, _study.Found]:
+    """Some methods, and the near-oracle, on one world."""
     world = make_world(members, least=_study.START + _study.QUERY, longest=100, seed=seed)
     draw = _study.make_draw(world.table, SCHEMA, seed % 5, 5, quick, width=9, hidden=0)
-    found = {}
-    for name in LABELS:
-        if name == "oracle":
-            tested = {n: oracle_scores(world, draw.tested, draw.split(draw.tested, n)) for n in SIZES}
-            found[name] = _study.Found(tested)
-            continue
+    draw = replace(draw, precisions=(3.0, 10.0))
+    tested = {n: oracle_scores(world, draw.tested, draw.split(draw.tested, n)) for n in SIZES}
+    found = {"oracle": _study.Found(tested)}
+    for name in methods:
         found[name] = _study.run(name, draw, work / f"generator-{seed}-{name}.npz")
         line = " ".join(f"{n}:{s.figures()['auc']:.4f}" for n, s in sorted(found[name].tested.items()))
         print("generator", seed, name, line, f"{found[name].about['cpu_seconds']} s", flush=True)
@@ -46,9 +50,10 @@ def one_world(members: int, seed: int, work: Path, quick: bool) -> dict[str, _st
 
 
 def report(worlds: list[dict[str, _study.Found]]) -> dict[str, Any]:
-    """AUC and share of the gap by support size."""
+    """AUC and share of the gap by support size, for methods that ran on all worlds."""
     rows = []
-    for name, label in LABELS.items():
+    labels = {name: label for name, label in LABELS.items() if all(name in w for w in worlds)}
+    for name, label in labels.items():
         row: dict[str, Any] = {"key": name, "method": label}
         for n in SIZES:
             auc = np.array([[w[m].tested[n].figures()["auc"] for m in ("none", name, "oracle")] for w in worlds])
@@ -58,18 +63,28 @@ def report(worlds: list[dict[str, _study.Found]]) -> dict[str, Any]:
         rows.append(row)
     first = next(row for row in rows if row["key"] == "map")
     bars = {"gap_closed_n16": first["closed16"], "gap_closed_n16_sd": first["closed16_sd"]}
-    chosen = {name: [w[name].about for w in worlds] for name in LABELS if name != "oracle"}
+    chosen = {name: [w[name].about for w in worlds] for name in labels if name != "oracle"}
     members = sum(len(np.unique(w["none"].tested[0].owner)) for w in worlds)
     pairs = [("map", peer) for peer in ("fold_in", "maml", *_study.VARIANTS)]
     pairs += [("maml", peer) for peer in _study.VARIANTS]
+    pairs = [(ours, peer) for ours, peer in pairs if ours in labels and peer in labels]
     return {
         "worlds": len(worlds),
         "members": members,
         "rows": rows,
-        "differences": _study.differences(pairs, {name: [w[name] for w in worlds] for name in LABELS}, LABELS),
+        "differences": _study.differences(pairs, {name: [w[name] for w in worlds] for name in labels}, LABELS),
         "bars": bars,
         "chosen": chosen,
     }
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """AUC over the support size."""
+    keys = [row["key"] for row in found["rows"]]
+    shown = {name: LABELS[name] for name in ("none", "maml", "map", "oracle") if name in keys}
+    rows = [{"support": n, **{f"{row['key']}_auc": row[f"auc{n}"] for row in found["rows"]}} for n in SIZES]
+    note = f"{found['bars']['gap_closed_n16']:.0%} of the gap closed at 16 events"
+    bucket_plot(rows, "support", shown, path, f"generator, {found['worlds']} worlds", note)
 
 
 def main() -> None:
@@ -77,16 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     options, out, work = _study.arguments(parser, RESULTS, _study.__file__, __file__)
-    worlds: list[dict[str, _study.Found]] = []
-    for seed in range(1 if options.quick else options.seeds):
-        worlds.append(one_world(400 if options.quick else 1500, seed, work, options.quick))
-        write_json(out, report(worlds))
-    found = report(worlds)
-    shown = {name: LABELS[name] for name in ("none", "maml", "map", "oracle")}
-    rows = [{"support": n, **{f"{row['key']}_auc": row[f"auc{n}"] for row in found["rows"]}} for n in SIZES]
-    note = f"{found['bars']['gap_closed_n16']:.0%} of the gap closed at 16 events"
-    bucket_plot(rows, "support", shown, out.with_suffix(".png"), f"generator, {len(worlds)} worlds", note)
-    write_json(out, found)
+    seeds = range(1 if options.quick else options.seeds)
+    worlds: list[dict[str, _study.Found]] = [{} for _ in seeds]
+    for methods in (FIRST, tuple(name for name in LABELS if name not in (*FIRST, "oracle"))):
+        for seed in seeds:
+            worlds[seed] |= one_world(400 if options.quick else 1500, seed, methods, work, options.quick)
+        found = report(worlds)
+        write_json(out, found)
+        picture(found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

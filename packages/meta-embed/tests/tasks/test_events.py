@@ -1,10 +1,13 @@
+import uuid
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_embed.tasks.encode import build_vocabulary, encode_ids
+from meta_embed.tasks.encode import build_vocabulary, categories, encode_ids, encode_time, entity_keys
 from meta_embed.tasks.events import build_events, parquet_files, read_table
 from meta_embed.tasks.schema import Feature, Schema
 
@@ -74,6 +77,13 @@ def test_timestamps_are_seconds():
         ("at", [1.0, float("nan")], ValueError, "at: expected finite numbers"),
         ("price", [1.0, float("inf")], ValueError, "price: expected finite numbers"),
         ("price", ["a", "b"], ValueError, "price: expected numbers, got string"),
+        ("at", ["2026-01-01", "2026-01-02"], ValueError, "at: expected timestamps, or numbers of seconds, got string"),
+        ("user", ["a", ""], ValueError, "user: expected keys of 1 to 511 bytes, got one of 0"),
+        ("user", ["a", "b" * 512], ValueError, "user: expected keys of 1 to 511 bytes, got one of 512"),
+        ("user", np.asarray([1, 2**63], np.uint64), ValueError, r"user: expected integers below 2\^63"),
+        ("item", [0.5, 2.0], ValueError, "item: expected categories as strings or integers, got double with fractions"),
+        ("item", [b"a", b"b"], TypeError, "item: expected categories as strings or integers, got binary"),
+        ("item", [[1], [2]], TypeError, "item: expected categories as strings or integers, got list"),
     ],
 )
 def test_bad_columns(column, values, kind, message):
@@ -85,9 +95,65 @@ def test_bad_columns(column, values, kind, message):
         _events(table)
 
 
+@pytest.fixture
+def numbered(small_table):
+    items = pc.index_in(small_table["item"], pa.array(["x", "y", "z"])).cast(pa.int64())
+    return small_table.set_column(small_table.column_names.index("item"), "item", items)
+
+
+def _as_other_tools_write(table, tool):
+    """The same events with the column types of pandas, polars and DuckDB."""
+    at = pa.array((np.asarray(table["at"]) * 1e9).astype(np.int64))
+    names = table["user"].combine_chunks()
+    kinds = {
+        "pandas": (names.dictionary_encode(), at.cast(pa.timestamp("ns")), table["item"].cast(pa.float64())),
+        "polars": (names.cast(pa.large_string()), at.cast(pa.timestamp("ns", "Europe/Berlin")),
+                   table["item"].cast(pa.int32())),
+        "duckdb": (names.cast(pa.string_view()), pa.array(at.to_numpy() // 1000).cast(pa.timestamp("us", "UTC")),
+                   table["item"].cast(pa.uint8())),
+    }  # fmt: skip
+    columns = dict(zip(("user", "at", "item"), kinds[tool], strict=True))
+    return pa.table({name: columns.get(name, table[name]) for name in table.column_names})
+
+
+@pytest.mark.parametrize("tool", ["pandas", "polars", "duckdb"])
+def test_the_same_events_from_another_tool_are_the_same_events(numbered, tool):
+    vocabulary = build_vocabulary(numbered, SCHEMA)
+    other = _as_other_tools_write(numbered, tool)
+    assert build_vocabulary(other, SCHEMA) == vocabulary
+    one, two = build_events(numbered, SCHEMA, vocabulary), build_events(other, SCHEMA, vocabulary)
+    for name in ("keys", "offsets", "time", "event", "ids", "dense"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+
+
+def test_files_of_several_tools_are_one_log(numbered, tmp_path):
+    for tool in ("pandas", "polars", "duckdb"):
+        pq.write_table(_as_other_tools_write(numbered, tool), tmp_path / f"{tool}.parquet")
+    table = read_table(tmp_path, SCHEMA)
+    assert table.num_rows == 3 * numbered.num_rows
+    vocabulary = build_vocabulary(numbered, SCHEMA)
+    # delivered three times, by three tools
+    assert len(build_events(table, SCHEMA, vocabulary).time) == len(build_events(numbered, SCHEMA, vocabulary).time)
+
+
+def test_uuids_are_their_text_and_absent_integers_of_pandas_absent():
+    keys = [uuid.UUID(int=i) for i in (5, 9)]
+    column = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([k.bytes for k in keys], pa.binary(16)))
+    assert entity_keys("user", pa.chunked_array([column])).to_pylist() == [str(k) for k in keys]
+    assert categories("item", pa.chunked_array([[7.0, float("nan"), None]])).to_pylist() == [7, None, None]
+
+
+def test_milliseconds_are_warned_of():
+    with pytest.warns(UserWarning, match="at: 1700000000000 seconds since 1970 is thousands of years ahead"):
+        encode_time("at", pa.chunked_array([[1_700_000_000_000]]))
+
+
 def test_a_schema_that_names_a_missing_column_or_one_twice(small_table):
     with pytest.raises(ValueError, match="the schema names the missing column age"):
         build_events(small_table.drop_columns(["age"]), SCHEMA, {"item": []})
+    twice = pa.Table.from_arrays([*small_table.columns, small_table["age"]], [*small_table.column_names, "age"])
+    with pytest.raises(ValueError, match="expected one column age, got several"):
+        build_events(twice, SCHEMA, {"item": []})
     with pytest.raises(ValueError, match="column item has two roles"):
         Schema(entity="user", time="at", label="y", row=(Feature("item"),), member=(Feature("item"),))
     with pytest.raises(ValueError, match="vector and vector_width go together"):
@@ -98,7 +164,7 @@ def test_files_with_keys_of_two_kinds_are_refused(tmp_path, small_table):
     pq.write_table(small_table, tmp_path / "a.parquet")
     numbers = small_table.set_column(0, "user", pa.array(range(7)))
     pq.write_table(numbers, tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet: user: expected string keys as in the other files, got int64"):
+    with pytest.raises(ValueError, match=r"b\.parquet: user: expected string as in the other files, got int64"):
         read_table(tmp_path, SCHEMA)
 
 

@@ -21,7 +21,7 @@ def demo(out: Path, seed: int, quick: bool, as_json: bool) -> None:
     from meta_embed.evaluate.plots import bucket_plot
     from meta_embed.evidence.demo import run_demo
 
-    result = run_demo(2000 if quick else 4000, seed, lambda line: click.echo(line, err=True))
+    result = run_demo(1000 if quick else 3000, seed, lambda line: click.echo(line, err=True))
     closed = f"{result['gap_closed_n16']:.0%} of the gap closed at 16 events"
     bucket_plot(result["rows"], "support", NAMES, out, "members that training never saw", closed)
     columns = {"support": "events", "none_auc": "none", "map_auc": "MAP head", "oracle_auc": "near-oracle"}

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from meta_embed.config import Config, ModelOptions, TrainOptions
 from meta_embed.evaluate.baselines import no_personalization
 from meta_embed.evidence.generator import SCHEMA, World, make_world
@@ -56,9 +58,10 @@ def trained_world(members: int, seed: int, say: Callable[[str], None] = lambda _
     train, held_back, tested = split_members(events, config, seed)
     say(f"{members} members, {len(events.time)} events; training on {len(train)} members")
     known, judge = events.choose(train), events.choose(held_back)
-    config = tune(known, judge, config, vocabulary, seed, precisions=(6.0, 20.0))
+    plain = no_personalization(known, judge, config, vocabulary, seed)
+    fast = msgspec.structs.replace(config, train=msgspec.structs.replace(config.train, warm_lr=0.02))
+    config = tune(known, judge, fast, vocabulary, seed, precisions=(6.0, 20.0))
     model = build_model(config, vocabulary, seed)
     progress = fit(model, known, judge, config, seed=seed)
-    plain = no_personalization(known, judge, config, vocabulary, seed)
     say(f"meta-trained {progress.epoch} epochs, best held-back loss {progress.best:.4f}")
     return TrainedWorld(world, config, vocabulary, model, plain, events.choose(tested))

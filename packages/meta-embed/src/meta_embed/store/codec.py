@@ -7,11 +7,11 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from meta_embed.tasks.encode import LONGEST_KEY
+
 Array = np.ndarray[Any, Any]
 Key = int | str
 _HEAD = struct.Struct("<dI")  # time of the newest event, events of the support
-LONGEST_KEY = 511
-"""Bytes; LMDB takes no longer ones."""
 WIDEST = 1 << 16
 """Numbers of a vector."""
 
@@ -131,7 +131,8 @@ def quantize(vectors: Array) -> tuple[Array, Array, Array]:
         ValueError: If a value is beyond the range of float16.
     """
     if vectors.size and not float(np.abs(vectors).max()) < 3e4:
-        raise ValueError(f"vectors: expected values below 3e4 for int8 storage, got {np.abs(vectors).max():g}")
+        most = np.abs(vectors).max()
+        raise ValueError(f"vectors: expected values below 3e4 for int8 storage, got {most:g}; float32 holds them")
     low, high = vectors.min(1), vectors.max(1)
     middle = ((low + high) / 2).astype(np.float16)
     reach = np.maximum(high - middle.astype(np.float32), middle.astype(np.float32) - low)

@@ -1,6 +1,7 @@
 """From columns to numbers: vocabularies, hashed categories, dense columns, entity keys, event numbers."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,10 @@ import pyarrow.compute as pc
 from meta_embed.tasks.schema import Feature, Schema
 
 Array = np.ndarray[Any, Any]
+LONGEST_KEY = 511
+"""Bytes of an entity key; LMDB takes no longer ones."""
+LATEST = 1e11
+"""Seconds since 1970, of the year 5138: a greater time is in milliseconds, or finer."""
 Vocabulary = Mapping[str, Sequence[Any]]
 """Column name to its values; the value at position i has row i + 1 of its table, row 0 is all others."""
 
@@ -28,8 +33,8 @@ def build_vocabulary(table: pa.Table, schema: Schema) -> dict[str, list[Any]]:
     found = {}
     for feature in (*schema.row, *schema.member):
         if feature.kind == "id" and feature.buckets == 0:
-            values = pc.unique(table[feature.name]).to_pylist()
-            found[feature.name] = sorted((v for v in values if v is not None), key=lambda v: (isinstance(v, str), v))
+            values = pc.unique(categories(feature.name, table[feature.name])).to_pylist()
+            found[feature.name] = sorted(v for v in values if v is not None)
     return found
 
 
@@ -43,7 +48,7 @@ def encode_ids(table: pa.Table, features: Sequence[Feature], vocabulary: Vocabul
     chosen = [f for f in features if f.kind == "id"]
     out = np.zeros((table.num_rows, len(chosen)), np.int64)
     for j, feature in enumerate(chosen):
-        encoded = table[feature.name].combine_chunks().dictionary_encode()
+        encoded = categories(feature.name, table[feature.name]).dictionary_encode()
         values = encoded.dictionary.to_pylist()
         if feature.buckets:
             rows = [_hash(str(value)) % feature.buckets for value in values]  # 7 and "7" are one category
@@ -54,6 +59,60 @@ def encode_ids(table: pa.Table, features: Sequence[Feature], vocabulary: Vocabul
         if len(rows):
             out[:, j] = np.where(codes >= 0, np.asarray(rows, np.int64)[codes], 0)
     return out
+
+
+def categories(name: str, column: pa.ChunkedArray) -> pa.Array:
+    """Categories as int64 or as strings, null where there is none.
+
+    Whole numbers in a column of floats are integers: pandas makes floats of integers as soon as one is absent.
+
+    Args:
+        name: The column, for the message.
+        column: Its values.
+
+    Returns:
+        An array.
+
+    Raises:
+        ValueError: If a number has a fraction or does not fit into 64 bits.
+        TypeError: If values are neither text nor numbers.
+    """
+    flat = _plain(column)
+    if pa.types.is_floating(flat.type):
+        values = np.asarray(flat.cast(pa.float64()).to_numpy(zero_copy_only=False))
+        absent = np.isnan(values)  # null, too
+        whole = np.where(absent, 0.0, values)
+        if not ((whole == np.round(whole)) & (np.abs(whole) < 2**53)).all():
+            raise ValueError(f"{name}: expected categories as strings or integers, got {flat.type} with fractions")
+        return pa.array(whole.astype(np.int64), mask=absent)
+    if pa.types.is_boolean(flat.type):
+        return flat.cast(pa.int64())
+    if pa.types.is_null(flat.type):
+        return flat.cast(pa.string())
+    found = _text_or_integers(name, flat)
+    if found is None:
+        raise TypeError(f"{name}: expected categories as strings or integers, got {flat.type}")
+    return found
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    """One array, without a dictionary."""
+    flat = column.combine_chunks()
+    return flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat
+
+
+def _text_or_integers(name: str, flat: pa.Array) -> pa.Array | None:
+    """Integers as int64, text of any kind and UUIDs as strings; None for anything else."""
+    if pa.types.is_integer(flat.type):
+        try:
+            return flat.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{name}: expected integers below 2^63: {error}") from error
+    if pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type) or pa.types.is_string_view(flat.type):
+        return flat.cast(pa.string())
+    if getattr(flat.type, "extension_name", "") == "arrow.uuid":
+        return pa.array([None if value is None else str(value) for value in flat.to_pylist()], pa.string())
+    return None
 
 
 def _hash(value: Any) -> int:
@@ -99,12 +158,17 @@ def _numbers(name: str, column: pa.Array) -> Array:
 
 
 def encode_time(name: str, column: pa.ChunkedArray) -> Array:
-    """Seconds, float64; timestamps are counted from 1970."""
-    flat = column.combine_chunks()
-    if pa.types.is_timestamp(flat.type):
-        flat = flat.cast(pa.timestamp("us")).cast(pa.int64())
+    """Seconds, float64; timestamps, to the microsecond, and dates are counted from 1970 UTC."""
+    flat = _plain(column)
+    if pa.types.is_date(flat.type) or pa.types.is_timestamp(flat.type):
+        flat = flat.cast(pa.timestamp("us", getattr(flat.type, "tz", None)), safe=False).cast(pa.int64())
         return _finite(name, _numbers(name, flat) / 1e6)
-    return _finite(name, _numbers(name, flat))
+    if not (pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type) or pa.types.is_decimal(flat.type)):
+        raise ValueError(f"{name}: expected timestamps, or numbers of seconds, got {flat.type}")
+    seconds = _finite(name, _numbers(name, flat))
+    if len(seconds) and seconds.max() > LATEST:
+        warnings.warn(f"{name}: {seconds.max():.0f} seconds since 1970 is thousands of years ahead", stacklevel=2)
+    return seconds
 
 
 def encode_label(name: str, column: pa.ChunkedArray) -> Array:
@@ -133,24 +197,32 @@ def _finite(name: str, values: Array) -> Array:
 
 def entity_keys(name: str, column: pa.ChunkedArray) -> pa.Array:
     """Entity keys as int64 or as strings; anything else is refused, because 7, 7.0 and "7" would be three members."""
-    flat = column.combine_chunks()
-    if pa.types.is_dictionary(flat.type):
-        flat = flat.dictionary_decode()
+    flat = _plain(column)
     if flat.null_count:
         raise ValueError(f"{name}: expected a key in every row, got {flat.null_count} empty ones")
-    if pa.types.is_integer(flat.type):
-        return flat.cast(pa.int64())
-    if pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type):
-        return flat.cast(pa.string())
-    raise TypeError(f"{name}: expected integer or string keys, got {flat.type}")
+    keys = _text_or_integers(name, flat)
+    if keys is None:
+        raise TypeError(f"{name}: expected integer or string keys, got {flat.type}")
+    if pa.types.is_string(keys.type) and len(keys):
+        shortest, longest = pc.min_max(pc.binary_length(keys)).as_py().values()
+        if shortest < 1 or longest > LONGEST_KEY:
+            wrong = longest if longest > LONGEST_KEY else shortest
+            raise ValueError(f"{name}: expected keys of 1 to {LONGEST_KEY} bytes, got one of {wrong}")
+    return keys
 
 
 def event_numbers(table: pa.Table, schema: Schema) -> Array:
     """A number per event by which a second delivery is recognized, uint64: equal exactly where the columns are."""
     names = [schema.entity, schema.event] if schema.event else list(schema.columns)
     parts = []
+    times, ids = {schema.time, schema.known}, {f.name for f in (*schema.row, *schema.member) if f.kind == "id"}
     for name in names:
-        column = table[name].combine_chunks()
+        # the same event whichever tool wrote the file: integers of any width, timestamps of any unit
+        column = _plain(table[name])
+        if name in times:
+            column = pa.array(encode_time(name, table[name]))
+        elif name == schema.entity or name in ids:
+            column = categories(name, table[name])
         if _is_list(column.type):
             parts.append(np.asarray([_hash(v) for v in column.to_pylist()], np.uint64))
             continue

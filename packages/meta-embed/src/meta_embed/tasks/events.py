@@ -119,7 +119,7 @@ def parquet_files(path: str | Path) -> list[Path]:
 
 
 def check_columns(names: Iterable[str], schema: Schema, where: str) -> None:
-    """Refuse a table without the columns that the schema names.
+    """Refuse a table without the columns that the schema names, or with two of one name.
 
     Args:
         names: Columns of the table.
@@ -127,9 +127,13 @@ def check_columns(names: Iterable[str], schema: Schema, where: str) -> None:
         where: File or table, for the message.
 
     Raises:
-        ValueError: If one is missing.
+        ValueError: If one is missing or there twice.
     """
-    have = set(names)
+    names = list(names)
+    have = dict.fromkeys(names)
+    twice = [name for name in schema.columns if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{where}: expected one column {', '.join(twice)}, got several")
     missing = [name for name in schema.columns if name not in have]
     if missing:
         raise ValueError(f"{where}: the schema names the missing column {', '.join(missing)}; it has {', '.join(have)}")
@@ -151,18 +155,40 @@ def stream_tables(path: str | Path, schema: Schema, batch_rows: int = 1 << 17) -
     """
     first: pa.Schema | None = None
     for file in parquet_files(path):
-        with reading(file, "a Parquet file of events"):
-            source = pq.ParquetFile(file)
-            check_columns(source.schema_arrow.names, schema, str(file))
-            kinds = pa.schema([source.schema_arrow.field(name) for name in schema.columns])
-            first = first or kinds
-            if kinds.field(schema.entity).type != first.field(schema.entity).type:
-                raise ValueError(
-                    f"{file}: {schema.entity}: expected {first.field(schema.entity).type} keys as in the other files,"
-                    f" got {kinds.field(schema.entity).type}"
-                )
-            for batch in source.iter_batches(batch_rows, columns=list(schema.columns)):
-                yield pa.Table.from_batches([batch]).select(list(schema.columns))
+        for batch in _batches(file, schema, batch_rows):
+            table = pa.Table.from_batches([batch]).select(list(schema.columns))
+            keys = encode.entity_keys(schema.entity, table[schema.entity])
+            table = table.set_column(table.column_names.index(schema.entity), schema.entity, keys)
+            first = first or table.schema
+            yield _as_before(table, first, file)
+
+
+def _batches(file: Path, schema: Schema, rows: int) -> Iterator[pa.RecordBatch]:
+    with reading(file, "a Parquet file of events"):
+        source = pq.ParquetFile(file)
+        check_columns(source.schema_arrow.names, schema, str(file))
+        yield from source.iter_batches(rows, columns=list(schema.columns))
+
+
+def _as_before(table: pa.Table, kinds: pa.Schema, file: Path) -> pa.Table:
+    """A table with the column types of the first file: tools differ in widths and units, which are no error."""
+    columns = []
+    for field, column in zip(kinds, table.columns, strict=True):
+        if column.type != field.type:
+            message = f"{file}: {field.name}: expected {field.type} as in the other files, got {column.type}"
+            if _is_text(field.type) != _is_text(column.type):  # 7 and "7" are different members
+                raise ValueError(message)
+            try:
+                column = column.cast(field.type, safe=not pa.types.is_timestamp(field.type))
+            except pa.ArrowException as error:
+                raise ValueError(message) from error
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=kinds)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def read_table(path: str | Path, schema: Schema) -> pa.Table:
