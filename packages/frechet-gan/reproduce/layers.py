@@ -3,11 +3,11 @@
     python packages/frechet-gan/reproduce/layers.py [--task mnist] [--seconds 6] [--limit 600]
     python packages/frechet-gan/reproduce/layers.py --quick -o /tmp/layers    # a look at the whole thing in a minute
 
-As `training.py` (costs in turns give every method its number of steps; learning rates by the same grid on a pilot seed;
-one file per run, so that a killed script loses one run), but with five seeds, averaged and current generators measured
-for every method, and controls: the layers matched by transport instead (`ot-layers`), the non-saturating loss with the
-layers added (`ns-layers`), and `hinge` with spectral norm. Twenty minutes of CPU time; `--limit` cuts it into
-pieces. Writes `layers.json` and `layers_<task>.png`.
+As `training.py` (costs in turns give every method its number of steps; learning rates by one grid on a pilot seed,
+which goes on where its edge is the best; one file per run, so that a killed script loses one run), but with five
+seeds, averaged and current generators measured for every method, and controls: the layers matched by transport
+instead (`ot-layers`), the non-saturating loss with the layers added (`ns-layers`), and `hinge` with spectral norm.
+Twenty minutes of CPU time; `--limit` cuts it into pieces. Writes `layers.json` and `layers_<task>.png`.
 """
 
 import json
@@ -39,6 +39,7 @@ class Plan:
     pilot_seconds: float
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    further: int = 3  # rates beyond the grid, while its edge is the best
     rounds: int = 40
     judge_steps: int = 1000
 
@@ -91,6 +92,15 @@ def score(found: dict[str, Any]) -> float:
     return min(geometric_mean(found[kind]) for kind in ("averaged", "current"))
 
 
+def beyond(found: dict[float, dict[str, Any]], plan: Plan) -> list[float]:
+    """The next learning rate beyond the grid, where its edge is the best so far."""
+    if len(found) >= len(plan.rates) + plan.further:
+        return []
+    least, most = min(found), max(found)
+    best = min(found, key=lambda rate: score(found[rate]))
+    return [least / 2] if best == least else [most * 2] if best == most else []
+
+
 def experiment(name: str, plan: Plan, cache: Path, until: float) -> bool:
     """Costs, pilots and runs of one task, into the cache; whether all are there."""
     task = replace(load_task(name), judge_steps=plan.judge_steps)
@@ -100,12 +110,15 @@ def experiment(name: str, plan: Plan, cache: Path, until: float) -> bool:
         write_json(folder / "costs.json", costs(task, plan.rounds))
     cost = json.loads((folder / "costs.json").read_text())
     judge = Judge(task)
-    pilots: dict[str, list[dict[str, Any]]] = {m: [] for m in METHODS}
-    for rate, m in progress([(r, m) for r in plan.rates for m in METHODS], f"{name}: pilots", unit="run"):
-        if time.monotonic() > until:
-            return False
-        pilots[m].append(run(task, judge, m, rate, PILOT, round(plan.pilot_seconds / cost[m]), folder))
-    best = {m: min(found, key=score)["rate"] for m, found in pilots.items()}
+    pilots: dict[str, dict[float, dict[str, Any]]] = {m: {} for m in METHODS}
+    jobs = [(r, m) for r in plan.rates for m in METHODS]
+    while jobs:
+        for rate, m in progress(jobs, f"{name}: pilots", unit="run"):
+            if time.monotonic() > until:
+                return False
+            pilots[m][rate] = run(task, judge, m, rate, PILOT, round(plan.pilot_seconds / cost[m]), folder)
+        jobs = [(rate, m) for m, found in pilots.items() for rate in beyond(found, plan)]
+    best = {m: min(found, key=lambda r: score(found[r])) for m, found in pilots.items()}
     for seed, m in progress([(s, m) for s in plan.seeds for m in METHODS], f"{name}: runs", unit="run"):
         if time.monotonic() > until:
             return False
@@ -113,12 +126,11 @@ def experiment(name: str, plan: Plan, cache: Path, until: float) -> bool:
     real = [judge.distance(task.fit.images[:SAMPLES], name) for name in judge.encoders]
     info = {
         "seconds": plan.seconds, "pilot_seconds": plan.pilot_seconds, "rate": best, "real": real,
-        "rates": plan.rates, "seeds": plan.seeds,
-        "outside": [m for m, r in best.items() if r in (plan.rates[0], plan.rates[-1])],
+        "seeds": plan.seeds, "at_edge": [m for m, r in best.items() if r in (min(pilots[m]), max(pilots[m]))],
         "cost_ms": {m: 1000 * s for m, s in cost.items()},
         "steps": {m: round(plan.seconds / s) for m, s in cost.items()},
         "accuracy": judge.accuracy,
-        "pilots": {m: {f"{p['rate']:g}": score(p) for p in found} for m, found in pilots.items()},
+        "pilots": {m: {f"{r:g}": score(found[r]) for r in sorted(found)} for m, found in pilots.items()},
     }  # fmt: skip
     write_json(folder / "task.json", info)
     return True
@@ -173,7 +185,7 @@ def main() -> None:
     found = options(arguments)
     plan, cache = Plan(found.seconds, found.pilot_seconds), found.cache
     if found.quick:
-        plan = Plan(0.5, 0.25, rates=(1e-3, 2e-3), seeds=(1, 2), rounds=3, judge_steps=150)
+        plan = Plan(0.5, 0.25, rates=(1e-3, 2e-3), seeds=(1, 2), further=0, rounds=3, judge_steps=150)
         cache = found.out / "layers-runs"
     until = time.monotonic() + found.limit
     assert set(METHODS) <= set(ALL)
