@@ -111,6 +111,8 @@ def test_mappings_with_labels_and_batch_samplers():
         assert analyze(model, "cross_entropy", data).lambda_max == pytest.approx(expected, rel=1e-5)
     monitor = StabilityMonitor(model, "cross_entropy", DataLoader(rows, batch_sampler=sampler))
     assert monitor.batch_size == 5
+    with pytest.raises(ValueError, match=r"data: its samples cannot be put into one batch \(RuntimeError: stack"):
+        collect([(x[:2], 0), (x[:3], 1)])
     with pytest.raises(TypeError, match="data: expected a mapping of inputs with one of labels"):
         collect({"x": x, "y": y})
     with pytest.raises(TypeError, match=r"data: expected batches .* of 3"):

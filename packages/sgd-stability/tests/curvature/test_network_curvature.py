@@ -310,6 +310,9 @@ def _bad(loss="cross_entropy", model=None, data=None, **options):
     return analyze(model or nn.Linear(4, 3), loss, (x, y) if data is None else data, **options)
 
 
+FLOATS = (torch.linspace(-3, 3, 24).reshape(6, 4), torch.ones(6, 3))
+
+
 class Mixes(nn.Module):
     def __init__(self):
         super().__init__()
@@ -333,6 +336,11 @@ class Mixes(nn.Module):
         (lambda: _bad(loss=nn.SmoothL1Loss(beta=0.0)), ValueError, "loss: expected one with curvature"),
         (lambda: _bad(loss=nn.KLDivLoss()), ValueError, "loss: .*reduction|loss: KLDivLoss is not built in"),
         (lambda: _bad(loss=nn.NLLLoss()), ValueError, "outputs: expected log probabilities"),
+        (
+            lambda: _bad(loss=nn.BCELoss(), data=(torch.randn(6, 4), torch.ones(6, 3))),
+            ValueError,
+            "outputs: expected probabilities",
+        ),
         (lambda: _bad(loss=lambda z, y: F.cross_entropy(z, y)), ValueError, "loss: expected one loss per sample"),
         (lambda: _bad(loss=lambda z, y: (z - z.mean(0)).square().sum(1)), ValueError, "loss: expected a sum over"),
         (lambda: _bad(loss=lambda z, y: z.sum(1) * math.nan), ValueError, "loss: expected finite"),

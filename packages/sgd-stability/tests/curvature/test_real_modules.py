@@ -39,9 +39,9 @@ class Encoder(nn.Module):
 
 
 class Bag(nn.Module):
-    def __init__(self, mode):
+    def __init__(self, mode, sparse=False):
         super().__init__()
-        self.bag, self.head = nn.EmbeddingBag(11, 4, mode=mode), nn.Linear(4, 3)
+        self.bag, self.head = nn.EmbeddingBag(11, 4, mode=mode, sparse=sparse), nn.Linear(4, 3)
 
     def forward(self, x):
         return self.head(self.bag(x))
@@ -117,6 +117,11 @@ CASES = {
     "gru": (lambda: LastStep(nn.GRU(3, 4, batch_first=True), 4), _floats(4, 3)),
     "rnn": (lambda: LastStep(nn.RNN(3, 4, batch_first=True), 4), _floats(4, 3)),
     "bag": (lambda: Bag("mean"), _tokens(11)),
+    "sparse bag": (lambda: Bag("sum", sparse=True), _tokens(11)),
+    "sparse embedding": (
+        lambda: nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Tanh(), nn.Linear(16, 3)),
+        _tokens(7),
+    ),
     "bag of maxima": (lambda: Bag("max"), _tokens(11)),
     "weight norm": (lambda: _weight_norm(nn.utils.parametrizations.weight_norm), _floats(4)),
     "old weight norm": (_old_weight_norm, _floats(4)),

@@ -384,6 +384,36 @@ def test_an_optimizer_of_the_head_is_watched_on_the_head():
     assert monitor.history[0].max_sample_curvature == pytest.approx(exact.max_sample_curvature, rel=1e-4)
 
 
+@pytest.mark.parametrize("build", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop])
+@pytest.mark.parametrize("at", [0, 5])
+def test_nan_under_an_adaptive_optimizer_has_diverged_too(build, at):
+    """Its second moments are NaN from then on, at the first step or later."""
+    model, x, y = _problem()
+    optimizer = build(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=5).attach(optimizer)
+    _train(model, x, y, optimizer, at)
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.warns(InstabilityWarning, match="DIVERGED"):
+        _train(model, x, y, optimizer, 5)
+    assert monitor.history[-1].state == "diverged"
+
+
+def test_parameters_frozen_or_released_in_the_middle_of_a_run_are_named():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=5).attach(optimizer)
+    _train(model, x, y, optimizer, 5)
+    model[0].requires_grad_(False)
+    with pytest.warns(MonitorWarning, match=r"'0\.bias' was frozen or released since; make a new StabilityMonitor"):
+        _train(model, x, y, optimizer, 5)
+    head = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=5).attach(optimizer)
+    assert head.check().state == "stable"
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0\.bias' was frozen or released"):
+        head.check()
+
+
 def test_a_run_that_ended_in_nan_has_diverged_and_can_be_taken_up_again():
     model, x, y = _problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -540,3 +570,71 @@ def _attached(optimizer):
 def test_bad_input_of_the_monitor(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def _normalized(bias):
+    """Batch normalization after a convolution and a linear layer, and biases that count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(6, 4, 3), nn.Tanh(),
+        nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3),
+    )  # fmt: skip
+    for layer in (model[0], model[7]):
+        nn.init.zeros_(layer.bias)
+        if not bias:
+            layer.bias = None
+    return model
+
+
+def test_biases_that_batch_normalization_cancels_do_not_count():
+    """Under Adam their vanishing gradients would let the curvature look a million times larger."""
+    x, y = torch.randn(96, 1, 6, 6), torch.arange(96) % 3
+    found = {}
+    for bias in (True, False):
+        model = _normalized(bias)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=32, every=10).attach(optimizer)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        _train(model, x, y, optimizer, 1)
+        statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        numbers = torch.random.get_rng_state()
+        found[bias] = monitor.check()
+        assert torch.equal(numbers, torch.random.get_rng_state())
+        assert model.training
+        for name, buffer in model.named_buffers():  # the training's own step moved them, the check did not
+            assert torch.equal(buffer, statistics[name])
+            assert not torch.equal(buffer, before[name])
+        cancelled = {name for name, _ in model.named_parameters()} - monitor.parameters.keys()
+        assert cancelled == ({"0.bias", "7.bias"} if bias else set())
+        assert monitor.exact(max_samples=32).lr_threshold(32).upper > 1e-4
+        _train(model, x, y, optimizer, 10)
+        assert len(monitor.history) == 2
+    assert found[True].lower == pytest.approx(found[False].lower, rel=0.05)
+    frozen = _normalized(True).eval()  # statistics that do not move cancel nothing
+    optimizer = torch.optim.SGD(frozen.parameters(), lr=0.1)
+    monitor = StabilityMonitor(frozen, "cross_entropy", (x, y), batch_size=32).attach(optimizer)
+    monitor.check()
+    assert "0.bias" in monitor.parameters
+
+
+def test_the_full_analysis_takes_parameters_that_have_not_moved_yet():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randint(0, 5, (24, 3)), torch.arange(24) % 3  # four rows never get a gradient
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8).attach(optimizer)
+    _train(model, x, y, optimizer, 2)
+    exact = monitor.exact().lr_threshold(8).exact
+    check = monitor.check()
+    assert check.lower <= exact <= check.upper * (1 + 1e-3)
+    nowhere = torch.full((sum(p.numel() for p in model.parameters()),), math.inf)
+    with pytest.raises(ValueError, match="preconditioner: expected at least one parameter that moves"):
+        analyze(model, "cross_entropy", (x, y), preconditioner=nowhere)
+
+
+def test_the_full_analysis_of_a_head_is_about_the_head():
+    model, x, y = _problem()
+    optimizer = torch.optim.Adam(model[2].parameters(), lr=0.01)
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8).attach(optimizer)
+    _train(model, x, y, optimizer, 2)
+    assert monitor.exact().family.factors.shape[2] <= sum(p.numel() for p in model[2].parameters())

@@ -96,7 +96,15 @@ def collect(
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         n = len(source)
         ids = _choose(n, max_samples, generator)
-        inputs, targets = _checked(collate([source[int(i)] for i in ids]))
+        samples = [source[int(i)] for i in ids]
+        try:
+            batch = collate(samples)
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(
+                f"data: its samples cannot be put into one batch ({type(error).__name__}: {why})"
+            ) from error
+        inputs, targets = _checked(batch)
     elif isinstance(source, Iterable):
         inputs, targets, ids, n = _stream(source, max_samples, generator)
     else:

@@ -127,7 +127,7 @@ def _elementwise_function(loss: nn.modules.loss._Loss) -> LossValues | None:
         positive = loss.pos_weight
         return lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=positive, reduction="none")
     if isinstance(loss, nn.BCELoss):
-        return lambda z, y: F.binary_cross_entropy(z, y, reduction="none")
+        return _binary_cross_entropy
     if isinstance(loss, nn.HuberLoss):
         return lambda z, y: F.huber_loss(z, y, delta=loss.delta, reduction="none")
     if isinstance(loss, nn.SmoothL1Loss):
@@ -214,6 +214,12 @@ def elementwise(name: str, losses: LossValues) -> SampleLoss:
         return losses(z, y.to(z.dtype)).reshape(len(z), -1).mean(1)
 
     return SampleLoss(name, values, lambda z, y: elementwise_factor(losses, z, y.to(z.dtype)))
+
+
+def _binary_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    if not bool(((z >= 0) & (z <= 1)).all()):
+        raise ValueError("outputs: expected probabilities for BCELoss, got others; BCEWithLogitsLoss takes logits")
+    return F.binary_cross_entropy(z, y, reduction="none")
 
 
 def _scaled_identity(z: Tensor, scale: float) -> ScaledIdentity:

@@ -213,7 +213,7 @@ def _padding(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[tuple[s
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Kernels that can be differentiated forward and twice: plain attention, and recurrent cells step by step.
+    """Kernels that can be differentiated forward and twice: plain attention, recurrent cells step by step, dense rows.
 
     Args:
         model: The model that is about to be evaluated.
@@ -228,10 +228,15 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)
+        sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        for module in sparse:
+            module.sparse = False
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+            for module in sparse:
+                module.sparse = True
 
 
 def call(model: nn.Module, inputs: Inputs, parameters: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -14,13 +14,14 @@ Three tiers, by cost:
 
 A check has one of four states (see `Check.state`): stable, caution, unstable, diverged. On a probe all of these are
 estimates of the dataset's figures. The model is switched to evaluation mode for a check, so batch normalization enters
-with its running statistics. A hook of the optimizer never raises: what goes wrong in a check is warned of once.
+with its running statistics; biases that it cancels in training are left out. A hook of the optimizer never raises:
+what goes wrong in a check is warned of once.
 """
 
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from sgd_stability.curvature.data import Data, batch_size_of, collect, sharing
 from sgd_stability.curvature.losses import LossValues, chance, resolve_loss
 from sgd_stability.curvature.network import make_network
 from sgd_stability.monitor.directional import batch_sharpness, critical_sharpness
+from sgd_stability.monitor.normalized import batch_normalized, cancelled_biases
 from sgd_stability.monitor.tracking import NotFiniteError, Tracker
 from sgd_stability.report.analysis import analyze
 from sgd_stability.report.check import Band, Check, LossRecord, band, safe_batch_size, state_of
@@ -143,6 +145,7 @@ class StabilityMonitor:
         self._record = LossRecord(self.start_loss, chance(self._network.loss, self._network.targets))
         self._tracker = Tracker(self._network, seed)
         self._sharper, self._sharpened = 1.0, -_SHARPEN_EVERY  # share of the one-direction upper end; check of it
+        self._cancelled: list[str] | None = None  # biases that batch normalization cancels; None before a look at it
         self.steps = 0
         self.history: list[Check] = []
         self.sharpness_history: list[tuple[int, float, float]] = []
@@ -167,9 +170,7 @@ class StabilityMonitor:
         optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
         names = trained(optimizer, self._network.parameters)
         if len(names) < len(self._network.parameters):
-            parameters = {name: self._network.parameters[name] for name in names}
-            self._network = replace(self._network, parameters=parameters, known={})
-            self._tracker = Tracker(self._network, self.seed)
+            self._restrict(names)
         self._optimizer = optimizer
         self._started, self._spent = time.perf_counter(), 0.0
         self._handles = [
@@ -177,6 +178,12 @@ class StabilityMonitor:
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
         return self
+
+    def _restrict(self, names: Iterable[str]) -> None:
+        """Take curvature over fewer parameters."""
+        parameters = {name: self._network.parameters[name] for name in names}
+        self._network = replace(self._network, parameters=parameters, known={})
+        self._tracker = Tracker(self._network, self.seed)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -217,6 +224,11 @@ class StabilityMonitor:
         if self._optimizer is None:
             raise RuntimeError("monitor: attach it to an optimizer first")
         start = time.perf_counter()
+        self._check_unchanged(self._optimizer)
+        if self._cancelled is None and batch_normalized(self._network.model):
+            self._cancelled = cancelled_biases(self._network)
+            if self._cancelled:
+                self._restrict(name for name in self._network.parameters if name not in self._cancelled)
         state = read_optimizer(self._optimizer, self._network.parameters)
         with _evaluating(self.model):
             try:
@@ -228,9 +240,21 @@ class StabilityMonitor:
         self._spent += check.seconds
         return check
 
+    def _check_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse to go on with the curvature of other parameters than those that are trained by now."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        now = {name for name, p in self._network.model.named_parameters() if p.requires_grad and id(p) in held}
+        if changed := sorted(now ^ {*self._network.parameters, *(self._cancelled or ())}):
+            raise ValueError(
+                f"model: expected the parameters that were trained when the monitor was made, but {changed[0]!r} was "
+                "frozen or released since; make a new StabilityMonitor after such a change"
+            )
+
     def _measured(self, state: OptimizerState) -> Check:
         """A check of a run whose figures are finite."""
         scale = None if state.preconditioner is None else state.preconditioner.rsqrt().to(self._network.dtype)
+        if scale is not None and bool(scale.isnan().any()):
+            raise NotFiniteError
         # 1. curvature and loss of the probe
         visit = self._tracker.visit(self.products, scale)
         L, places = self._tracker.suspects(self.suspects, scale)
@@ -295,6 +319,7 @@ class StabilityMonitor:
         if self._optimizer is not None:
             state = read_optimizer(self._optimizer, self._network.parameters)
             options = {"update": state.update, "preconditioner": state.preconditioner, **options}
+        options = {"parameters": list(self._network.parameters), **options}
         options = {"sampling": self.sampling, "seed": self.seed, "distributed": self._ranks is not ALONE, **options}
         with _evaluating(self.model):
             return analyze(self.model, self.loss, self.data, max_samples=max_samples, **options)

@@ -61,7 +61,7 @@ def analyze(
         sampling: How minibatches are drawn.
         update: Update rule, such as `Update(momentum=0.9)`.
         preconditioner: Diagonal P of an adaptive optimizer (`sgd_stability.optimizers.adam_preconditioner`), shape
-            (d,) in the order of the parameters.
+            (d,) in the order of the parameters; infinite for parameters that do not move.
         method: `"gram"` (exact, ghost route), `"jacobian"` (exact, explicit), `"truncated"` (k eigenvectors: a band
             instead of a number), or `"auto"`: the cheaper exact route while one is small enough.
         k: Dimension of the truncated route: three quarters eigenvectors of H, a quarter directions of single samples.
@@ -92,9 +92,11 @@ def analyze(
     network = make_network(model, resolve_loss(loss), samples.inputs, samples.targets, parameters, ranks)
     scale = None
     if preconditioner is not None:
-        check_tensor("preconditioner", preconditioner, shape=(network.size,), finite=True)
+        check_tensor("preconditioner", preconditioner, shape=(network.size,))
         if not bool((preconditioner > 0).all()):
             raise ValueError("preconditioner: expected positive values, got others")
+        if bool(preconditioner.isinf().all()):
+            raise ValueError("preconditioner: expected at least one parameter that moves, got only infinite values")
         scale = preconditioner.rsqrt()
     k = default_directions(network.size) if k is None else k
     family, used, converged = _family(network, curvature, method, k, scale, seed)

@@ -77,7 +77,7 @@ def read_optimizer(optimizer: optim.Optimizer, parameters: Mapping[str, Tensor])
         parameters: The parameters curvature is taken over, in order.
 
     Returns:
-        Its state.
+        Its state; a preconditioner that holds NaN where gradients have been NaN.
 
     Raises:
         TypeError: If it is another optimizer.
@@ -100,7 +100,7 @@ def read_optimizer(optimizer: optim.Optimizer, parameters: Mapping[str, Tensor])
         ratio = 1.0 if rate == lr else lr / rate if rate > 0 else torch.inf
         pieces.append(P * ratio)
     P = torch.cat(pieces)
-    if adaptive and not bool(P.isfinite().any()):
+    if adaptive and bool(P.isinf().all()):  # NaN, after a gradient that is not finite, is for the caller to judge
         raise ValueError(
             f"optimizer: expected {type(optimizer).__name__} to have taken a step, its second moments do not exist yet"
         )
