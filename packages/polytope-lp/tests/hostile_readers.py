@@ -83,6 +83,18 @@ def _verify(path: Path) -> None:
     verify_folder(path / "out")
 
 
+def _model(folder: Path) -> Path:
+    from polytope_lp import read_mps, solve
+    from polytope_lp.runs.models import model_source, write_model_solution
+
+    lines = ["NAME m", "ROWS", " N c", " L a", "COLUMNS", " x c -1 a 1", "RHS", " b a 2", "ENDATA", ""]
+    (folder / "m.mps").write_text("\n".join(lines))
+    model, out = read_mps(folder / "m.mps"), folder / "out"
+    out.mkdir()
+    write_model_solution(model, solve(model.lp), out, model_source(folder / "m.mps", relax=False))
+    return folder
+
+
 def _policy(suffix: str):
     def make(folder: Path) -> Path:
         from polytope_lp import Policy
@@ -154,6 +166,7 @@ READERS = [
     ("CSV", _csv, _read_csv),
     ("packed problem", _packed, _read_packed),
     ("solution folder", _solution, _verify),
+    ("model folder", _model, _verify),
     ("policy.npz", _policy(".npz"), _score),
     ("policy.json", _policy(".json"), _score),
     ("pacing", _pacing, _read_pacing),

@@ -83,6 +83,7 @@ def generate(out: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
 @unused_option
 @click.option("--warm-start", type=EXISTING, help="Solution folder of a like problem whose prices to start from.")
 @click.option("--resume", is_flag=True, hidden=True, help="What happens anyway.")
+@click.option("--relax", is_flag=True, help="Take integer variables of an MPS model as continuous.")
 @click.option("--plot", is_flag=True, help="Also draw convergence.png (needs polytope-lp[plot]).")
 @out_option("Solution folder to write.", folder=True, required=True)
 @overwrite_option
@@ -95,23 +96,36 @@ def solve(
     upper: float | None,
     named: tuple[str, ...],
     allow_unused_budgets: bool,
+    relax: bool,
     plot: bool,
     out: Path,
     as_json: bool,
     **rest: Any,
 ) -> None:
-    """Solve a problem folder, or a file of edges, to a certified gap.
+    """Solve a problem folder, a file of edges, or an MPS model, to a certified gap.
 
     Writes primal.arrow (source, destination, x), prices.parquet, certificate.json, history.parquet, policy.npz and
     input.json. The same command resumes where a killed run, or one that reached its time limit, stopped. Under
     torchrun (torchrun --nproc-per-node 2 -m polytope_lp solve ...) the ranks share the blocks.
+
+    Of a model (.mps, .mps.gz) HiGHS finds the point and this command its proof: variables.parquet, rows.parquet,
+    certificate.json and input.json, in the names and the sense of the file.
     """
     from core_tensor.app import figures
 
     from polytope_lp.plots import EXTRA, picture
     from polytope_lp.runs.folders import Source, read_history, read_prices
+    from polytope_lp.runs.models import is_model
     from polytope_lp.tables.tables import overridden
 
+    if is_model(problem):
+        foreign = {"budgets": budgets, "sources": sources, "cap": cap, "upper": upper, "column": named, "plot": plot}
+        foreign |= {"allow-unused-budgets": allow_unused_budgets, "warm-start": rest["warm_start"]}
+        _refuse(foreign, "none for an MPS model, which says it all")
+        found = _solve_model(problem, out, relax, rest["tol"], rest["time_limit"], rest["overwrite"])
+        emit(found, as_json, lambda: _describe(found))
+        return
+    _refuse({"relax": relax}, "an MPS model, .mps or .mps.gz")
     if plot:
         figures.check(out / "convergence.png", EXTRA)
     described = None if cap is None and upper is None else overridden(problem, budgets, cap, upper)
@@ -124,6 +138,37 @@ def solve(
         drawn = picture(read_history(out), read_prices(out), out / "convergence.png", title)
         result = result | {"picture": str(drawn)}
     emit(result, as_json, lambda: _describe(result))
+
+
+def _refuse(options: dict[str, Any], expected: str) -> None:
+    given = next((name for name, value in options.items() if value not in (None, (), False)), None)
+    if given is not None:
+        raise ValueError(f"--{given}: expected {expected}")
+
+
+def _solve_model(
+    path: Path, out: Path, relax: bool, tol: float, time_limit: float | None, overwrite: bool
+) -> dict[str, Any]:
+    """Solve an MPS model into a run folder."""
+    from core_tensor.app.runs import RunFolder
+
+    from polytope_lp.general.block_solution import solve_blocks
+    from polytope_lp.general.mps import read_mps
+    from polytope_lp.runs.models import model_certificate, model_source, write_model_solution
+
+    model = read_mps(path, relax=relax)
+    source = model_source(path, relax=relax)
+    inputs = {"model": source["sha256"], "relax": relax, "tol": tol}
+    with RunFolder.claim(out, "polytope-lp solve", inputs, overwrite=overwrite) as run:
+        if run.result is not None:
+            return run.result
+        solution = solve_blocks(model.lp, tol, time_limit)
+        write_model_solution(model, solution, out, source)
+        size = {"name": model.name, "variables": model.lp.c.size, "rows": model.lp.b.size}
+        result = {"out": str(out), **size, **model_certificate(model, solution)}
+        if solution.status != "time_limit":
+            run.finish(result)
+        return result
 
 
 def _solve(
@@ -221,7 +266,7 @@ def verify(ctx: click.Context, out: Path, as_json: bool) -> None:
     def text() -> str:
         lines = ["every claim holds" if result["ok"] else "NOT verified", *result["problems"]]
         figures = ("objective", "lower_bound", "gap", "max_violation", "block_violation")
-        return "\n".join([*lines, *(f"{name:16s} {result[name]}" for name in figures)])
+        return "\n".join([*lines, *(f"{name:16s} {result[name]}" for name in figures if name in result)])
 
     emit(result, as_json, text)
     if not result["ok"]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 from core_tensor.app.files import reading
+from numpy.typing import NDArray
 
 from polytope_lp.general.block_lp import BlockLP
 
@@ -35,6 +36,7 @@ class MpsModel:
         lp: The LP, minimized; a row with a range is two of its rows.
         columns: Names of the variables.
         rows: Names of the LP's rows, inequalities first.
+        signs: 1.0 for rows as the file has them, -1.0 for those that a `>=` became, shape (rows,), float64.
         constant: What the objective holds beside $c'x$.
         maximize: Whether the file maximizes; `lp` then holds the negative costs.
     """
@@ -43,6 +45,7 @@ class MpsModel:
     lp: BlockLP
     columns: tuple[str, ...]
     rows: tuple[str, ...]
+    signs: NDArray[np.float64]
     constant: float
     maximize: bool
 
@@ -56,6 +59,28 @@ class MpsModel:
             With the file's sense and constant.
         """
         return (-objective if self.maximize else objective) + self.constant
+
+    def duals(self, lam: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What one more unit of each row's right-hand side adds to the objective, as the file means both.
+
+        Args:
+            lam: Multipliers of `lp`, shape (rows,).
+
+        Returns:
+            Dual values, shape (rows,); adding 0.0 leaves no negative zeros.
+        """
+        return (self.signs if self.maximize else -self.signs) * lam + 0.0
+
+    def multipliers(self, duals: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The inverse of `duals`.
+
+        Args:
+            duals: Dual values, shape (rows,).
+
+        Returns:
+            Multipliers of `lp`, shape (rows,).
+        """
+        return self.duals(duals)
 
 
 def read_mps(path: str | Path, *, relax: bool = False) -> MpsModel:
@@ -252,9 +277,9 @@ class _Parser:
             name = list(self.columns)[int(below[0])]
             raise ValueError(f"column {name!r}: its lower bound is above its upper bound")
         lp = BlockLP.build(c, *_signed(A, ub), *_signed(A, eq), bounds=bounds)
-        names = tuple(row for *_, row in (*ub, *eq))
+        names, signs = tuple(row for *_, row in (*ub, *eq)), np.array([sign for _, sign, _, _ in (*ub, *eq)])
         constant = -self.right.get(self.objective, 0.0)
-        return MpsModel(self.name, lp, tuple(self.columns), names, constant, self.maximize)
+        return MpsModel(self.name, lp, tuple(self.columns), names, signs, constant, self.maximize)
 
     def _sides(self) -> Iterator[tuple[str, float, float, bool]]:
         # Row, sign, right-hand side and whether it is an equation; two for a range.

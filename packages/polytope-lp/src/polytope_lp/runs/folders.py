@@ -17,6 +17,7 @@ from polytope_lp.matching.generate import Budgets, EdgeBatch, Marketplace, edge_
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.solution import Solution, policy_keys, row_columns
 from polytope_lp.matching.verify import SLACK, check_claims
+from polytope_lp.runs.models import verify_model
 from polytope_lp.serving.policy import Policy
 from polytope_lp.tables.columns import columns_of
 from polytope_lp.tables.files import read_table
@@ -227,6 +228,9 @@ def verify_folder(out: str | Path) -> dict[str, Any]:
     root = Path(out)
     if not (root / "certificate.json").exists():
         raise ValueError(f"{root}: expected a solution folder with certificate.json")
+    with reading(root / "input.json", "the input of a solution"):
+        if "model" in read_json(root / "input.json"):
+            return verify_model(root)
     source, claims = Source.load(root / "input.json"), read_json(root / "certificate.json")
     if not isinstance(claims, dict):
         raise ValueError(f"{root / 'certificate.json'}: expected an object, got {type(claims).__name__}")
