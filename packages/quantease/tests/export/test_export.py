@@ -151,6 +151,26 @@ def test_native_keeps_outliers(name, structure, build, tokens, tmp_path):
         torch.testing.assert_close(packed.dequantize(), layer.dequantize(), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_native_leaves_buffers_to_transformers(tmp_path, tokens):
+    """CodeGen computes its table of positions when it loads; with it left out, logits were off by half."""
+    torch.manual_seed(0)
+    config = transformers.CodeGenConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    run = quantized(model, tokens, tmp_path, bits=3)
+    assert export_model(run, tmp_path / "out", "native").logit_difference <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_their_holder_initializes_load_packed(tmp_path, tokens):
+    """Mamba's mixer looks for the `weight` of its layers while transformers loads it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.FalconMambaConfig(**sizes)).eval()
+    run = quantized(model, tokens, tmp_path, bits=4, symmetric=True)
+    assert export_model(run, tmp_path / "out").logit_difference == 0.0
+
+
 def test_native_saves_and_loads_again(tiny_llama, tokens, tmp_path):
     run = quantized(tiny_llama, tokens, tmp_path, bits=2, group_size=16)
     export_model(run, tmp_path / "out", "native")

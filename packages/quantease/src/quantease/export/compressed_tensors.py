@@ -114,9 +114,9 @@ def config(quantized: QuantizedCausalLM) -> dict[str, Any]:
     }
     packed_embeddings = _embeddings(quantized)
     if packed_embeddings or not layer.symmetric or not _all_plain(quantized.lm, quantized.matrices):
-        # transformers would build a skeleton of packed modules, which fails for packed zero points (another shape), for
-        # subclasses of nn.Linear whose initialisation looks for `weight`, for embeddings, and for experts, which are no
-        # modules; so it dequantizes while loading.
+        # transformers would build a skeleton of packed modules, which fails for packed zero points (another shape),
+        # layers whose initialization looks for `weight`, embeddings, and experts, which are no modules; so it
+        # dequantizes while loading.
         values["dequantize"] = True
     return values
 
@@ -139,7 +139,10 @@ def _embeddings(quantized: QuantizedCausalLM) -> bool:
 
 def _all_plain(lm: CausalLM, matrices: Blocks) -> bool:
     return all(
-        m.expert is None and type(lm.block(i).get_submodule(m.name)) is nn.Linear
+        m.expert is None
+        and type(lm.block(i).get_submodule(m.name)) is nn.Linear
+        # a holder with parameters of its own (Mamba's mixers) initializes the `weight` of its layers itself
+        and not lm.block(i).get_submodule(m.name.rpartition(".")[0])._parameters
         for i, ms in enumerate(matrices)
         for m in ms
     )

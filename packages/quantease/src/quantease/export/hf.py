@@ -72,9 +72,14 @@ class QuantEaseHfQuantizer(HfQuantizer):
                     dtype=old.weight.dtype,
                 )
             model.set_submodule(name, new.requires_grad_(False))
+            new._is_hf_initialized = True
             parts = name.split(".")
-            for length in range(len(parts) + 1):  # what holds it has nothing left for transformers to initialise
-                model.get_submodule(".".join(parts[:length]))._is_hf_initialized = True
+            for length in range(len(parts)):
+                # what holds it has nothing left for transformers to initialize, unless it has buffers that no
+                # checkpoint holds (CodeGen's positions)
+                holder = model.get_submodule(".".join(parts[:length]))
+                if not holder._buffers:
+                    holder._is_hf_initialized = True
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
