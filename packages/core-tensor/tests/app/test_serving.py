@@ -190,7 +190,6 @@ def test_workers_share_a_port_and_their_metrics():
             assert _post(address, b'{"rows": [{"price": 1}]}').status_code == 200
         assert 'core_tensor_rows_total{path="/score"} 40.0' in httpx.get(f"{address}/metrics").text
         # one is killed; another takes its place
-        time.sleep(6)
         victim = subprocess.run(
             ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, check=True, text=True
         )
@@ -209,7 +208,7 @@ def _no_model():
 
 
 def test_workers_that_cannot_start_end_the_service():
-    with pytest.raises(RuntimeError, match="right after it started"):
+    with pytest.raises(RuntimeError, match="a worker cannot start"):
         serve(_no_model, port=0, workers=2)
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,11 @@ from core_tensor.app.serving.bodies import EXTRA
 from core_tensor.app.serving.service import SHARED_METRICS
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
     from fastapi import FastAPI
 
 _LOGGER = logging.getLogger(__name__)
-_SHORTEST_LIFE = 5.0
-"""Seconds; a worker that ends earlier could not start, and another would not either."""
 
 
 def serve(
@@ -60,12 +59,15 @@ def serve(
         listener.close()
 
 
-def _work(build: "Callable[[], FastAPI]", listener: socket.socket) -> None:
-    """One worker."""
+def _work(build: "Callable[[], FastAPI]", listener: socket.socket, built: "Event | None" = None) -> None:
+    """One worker; it says when it has built its application."""
     uvicorn = require("uvicorn", EXTRA)
-    options = {"factory": True, "log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
+    options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
+    application = build()
+    if built is not None:
+        built.set()
     with _on_signals(lambda: None):  # uvicorn repeats the signal when it has finished; that is the end
-        uvicorn.Server(uvicorn.Config(build, **options)).run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(application, **options)).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -88,21 +90,23 @@ def _supervise(build: "Callable[[], FastAPI]", listener: socket.socket, workers:
     stop = threading.Event()
     with tempfile.TemporaryDirectory(prefix="metrics-") as folder, _on_signals(stop.set):
         os.environ[SHARED_METRICS] = folder  # before a worker imports prometheus_client
-        born: dict[Any, float] = {}
+        running: dict[Any, Event] = {}
         try:
             while not stop.is_set():
-                for process in [process for process in born if not process.is_alive()]:
-                    if time.monotonic() - born.pop(process) < _SHORTEST_LIFE:
-                        raise RuntimeError("a worker exited right after it started; its error is above")
+                for process in [process for process in running if not process.is_alive()]:
+                    built = running.pop(process)
+                    if process.exitcode > 0 and not built.is_set():  # another would fail likewise
+                        raise RuntimeError("a worker cannot start; its error is above")
                     _LOGGER.error("worker %d ended (%s); another takes its place", process.pid, process.exitcode)
-                while len(born) < workers:
-                    process = context.Process(target=_work, args=(build, listener))
+                while len(running) < workers:
+                    built = context.Event()
+                    process = context.Process(target=_work, args=(build, listener, built))
                     process.start()
-                    born[process] = time.monotonic()
-                multiprocessing.connection.wait([process.sentinel for process in born], timeout=0.5)
+                    running[process] = built
+                multiprocessing.connection.wait([process.sentinel for process in running], timeout=0.5)
         finally:
-            for process in born:
+            for process in running:
                 process.terminate()
-            for process in born:
+            for process in running:
                 process.join()
             os.environ.pop(SHARED_METRICS)

@@ -51,8 +51,8 @@ def ghost_norms(left: Sequence[Tensor], right: Sequence[Tensor], bias: Sequence[
         TypeError: If dtypes differ or are neither float32 nor float64.
     """
     lists = (left, right, bias)
-    if not all(isinstance(given, list | tuple) for given in lists) or not 0 < len(left) == len(right) == len(bias):
-        counts = ", ".join(str(len(given)) if isinstance(given, list | tuple) else "no list" for given in lists)
+    if not all(isinstance(given, (list, tuple)) for given in lists) or not 0 < len(left) == len(right) == len(bias):
+        counts = ", ".join(str(len(given)) if isinstance(given, (list, tuple)) else "no list" for given in lists)
         raise ValueError(f"left: expected as many layers as in right and bias, at least one, got {counts}")
     check_tensor("left", left[0], ndim=3)
     n, device = left[0].shape[0], left[0].device

@@ -36,9 +36,9 @@ def quantized_linear(
     layout = (features, 4 * words.shape[1], groups, group_size, bits)
     if tokens <= FEW_TOKENS:
         width = 1 if tokens == 1 else -(-tokens // 4) * 4  # the kernel takes one token or fours
-        inputs = torch.nn.functional.pad(inputs, (0, 0, 0, width - tokens))
-        padded = torch.nn.functional.pad(inputs, (0, groups * group_size - features))
-        sums = padded.reshape(width, groups, group_size).sum(2)
+        padded = torch.zeros(width, groups * group_size)
+        padded[:tokens, :features] = inputs
+        sums, inputs = padded.reshape(width, groups, group_size).sum(2), padded[:, :features].contiguous()
         y = torch.empty(width, rows)
         _gemv(inputs, sums, words, scale, zero, y, width, rows, *layout)
     else:

@@ -91,7 +91,7 @@ def row_update(
     check_choice("kind", kind, KINDS)
     check_tensor("weight", weight, ndim=2, dtype=(torch.float32, torch.float64))
     n, d = weight.shape
-    if not isinstance(state, list | tuple):
+    if not isinstance(state, (list, tuple)):
         raise TypeError(f"state: expected a tuple of tensors, got {type(state).__name__}")
     if len(state) != (2 if kind == "adam" else 1):
         raise ValueError(f"state: expected {2 if kind == 'adam' else 1} tensors for {kind}, got {len(state)}")

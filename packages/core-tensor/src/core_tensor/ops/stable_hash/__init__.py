@@ -53,7 +53,7 @@ def stable_hash(
         TypeError: If a dtype is wrong.
     """
     check_number("seed", seed, low=0, high=1 << 62, integer=True)
-    if not isinstance(moduli, list | tuple) or not moduli:
+    if not isinstance(moduli, (list, tuple)) or not moduli:
         raise ValueError("moduli: expected a list of at least one")
     for modulus in moduli:
         check_number("moduli", modulus, low=0, high=1 << 62, integer=True)
