@@ -60,6 +60,18 @@ class Tied(nn.Module):
         return self.out(torch.tanh(self.middle(self.embed(x)))).mean(1)
 
 
+class Scaled(nn.Module):
+    """Parameters that belong to no layer: a matrix used twice, and a temperature without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.temperature = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        hidden = torch.tanh(x @ self.weight) @ self.weight.T
+        return hidden[:, :3] * self.temperature.exp()
+
+
 class Padded(nn.Module):
     """An embedding with a row that pads, a norm, and a convolution over positions."""
 
@@ -129,6 +141,7 @@ CASES = {
     "tied": (Tied, _tokens(7)),
     "tied and padded": (lambda: Tied(0), _tokens(7)),
     "padded": (Padded, _tokens(7)),
+    "scalar": (Scaled, _floats(4)),
     "bert": (lambda: _transformer("bert"), _text),
     "vit": (lambda: _transformer("vit"), lambda n: {"pixel_values": torch.randn(n, 1, 8, 8)}),
     "gpt2": (lambda: _transformer("gpt2"), lambda n: {"input_ids": torch.randint(0, 13, (n, 3))}),

@@ -275,7 +275,7 @@ def _pulled_together(network: Network, cotangents: Tensor, chosen: dict[str, Ten
 
     inputs: Any = network.inputs if isinstance(network.inputs, Tensor) else dict(network.inputs)
     gradients = vmap(one, chunk_size=chunk)(inputs, cotangents)  # each (n, R, *shape)
-    return torch.cat([g.detach().flatten(2) for g in gradients.values()], 2)
+    return torch.cat([g.detach().reshape(*g.shape[:2], -1) for g in gradients.values()], 2)
 
 
 def _pulled_alone(sample: Network, cotangents: Tensor, names: list[str]) -> Tensor:

@@ -60,7 +60,8 @@ def _outputs(network: Network, changed: dict[str, Tensor] | None) -> Tensor:
     model, inputs = network.model, network.inputs
     state = {name: buffer.clone() for name, buffer in model.named_buffers()} | (changed or {})
     args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
-    with torch.no_grad(), torch.random.fork_rng():
+    own = [network.device] if network.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=own):
         torch.manual_seed(0)
         outputs = functional_call(model, state, args, kwargs)
     found: Tensor = getattr(outputs, "logits", outputs)
