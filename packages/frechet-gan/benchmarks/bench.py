@@ -8,13 +8,14 @@ import functools
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from core_tensor.dev.benchmarking import compare, run_bars
+from core_tensor.dev.benchmarking import compare, run_bars, seconds
 from core_tensor.dev.testing import run_ranks
 from forms import clean_fid_image, fd_loss, principal_root, rank_gradient
 from frechet_gan import (
@@ -401,6 +402,15 @@ def load_images(quick: bool) -> dict[str, Any]:
             timed = compare(ours, theirs, pairs=3 if quick else 7)
             found[mode] = {"ratio": round(1 / timed.speedup, 3), **timed.spread()}
         error = float(((ours("clean") + 1) * 127.5 - theirs()).abs().max())
+        if not quick:  # wall-clock time over that of one process, which other work on the machine changes
+
+            def shared(workers: int) -> float:
+                often = list(range(len(paths))) * 8  # starting the workers must not count
+                options: Any = {"resize": "clean", "channels": 3, "chosen": often, "workers": workers}
+                return seconds(lambda: sum(1 for _ in image_batches(folder, 50, 299, **options)), time.perf_counter)
+
+            alone = shared(0)
+            found |= {f"clean, {workers} workers": round(alone / shared(workers), 2) for workers in (1, 2, 4)}
     key = "load_images_vs_clean_fid"
     return {key: found["native"]["ratio"], f"{key}_detail": {**found, "largest_difference_of_clean": error}}
 
