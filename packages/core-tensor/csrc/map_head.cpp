@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kWidest = 32;
 constexpr double kSmall = 1.0;       // up to this largest change of a logit the whole Newton step is safe
-constexpr double kConverged = 1e-6;  // of a logit: the step after it would change some 1e-12
+template <class T>
+constexpr double kConverged = sizeof(T) == 4 ? 3e-5 : 1e-6;  // of a logit: the step after it changes some square of it
 
 typedef double Vec __attribute__((vector_size(32)));
 typedef uint64_t Bits __attribute__((vector_size(32)));
@@ -228,7 +229,7 @@ CT_INLINE void forward_task(const Batch<T>& batch, const double* P, int64_t task
       if (space.w[i] > 0) reach = std::max(reach, std::fabs(space.along[i]));
     const double t = step_size(space, P, off, x, dot(gradient, x, width), reach, n);
     for (int64_t j = 0; j < width; ++j) e[j] += t * x[j];
-    done = reach <= kConverged;
+    done = reach <= kConverged<T>;
   }
   for (int64_t j = 0; j < d; ++j) e_out[task * d + j] = static_cast<T>(e[j]);
   T* target = H_out + task * d * d;

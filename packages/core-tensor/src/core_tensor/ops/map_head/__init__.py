@@ -93,8 +93,9 @@ def map_head(
         lengths: Rows of every task, 0 to L, shape (T,), int64.
         mu: Prior means, shape (T, d).
         P: Prior precision, symmetric positive definite, shape (d, d).
-        steps: Most Newton steps of a task. It stops by itself once a step moves no logit by more than 1e-6, after four
-            to six steps as a rule; fewer than it needs leave a vector whose gradient is not exact either.
+        steps: Most Newton steps of a task. It stops by itself once a step moves no logit by more than 1e-6 (in float32
+            on the CPU 3e-5, since what one more changes would be lost in rounding), after four to six steps as a rule;
+            fewer than it needs leave a vector whose gradient is not exact either.
 
     Returns:
         Vectors e, shape (T, d), and precisions H, shape (T, d, d), through which no gradient passes.

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 _SMALL = 1.0  # up to this largest change of a logit the whole Newton step is safe
-_CONVERGED = 1e-6  # of a logit: the step after it would change some 1e-12
+_CONVERGED = {torch.float32: 3e-5, torch.float64: 1e-6}  # of a logit: the step after it changes some square of it
 
 
 def map_head(
@@ -26,7 +26,7 @@ def map_head(
         reach = torch.where(w > 0, along.abs(), 0.0).amax(1)  # (T,)
         t = _step_sizes(e - mu, direction, z, along, gradient, reach, y, w, P)
         e = torch.where(active[:, None], e + t[:, None] * direction, e)
-        active = active & (reach > _CONVERGED)
+        active = active & (reach > _CONVERGED[dtype])
     z = base + (h @ e[:, :, None])[..., 0]
     return e.to(dtype), _hessian(h, w, z, P).to(dtype)
 
