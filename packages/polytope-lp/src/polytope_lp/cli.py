@@ -25,7 +25,7 @@ COLUMN_HELP = (
     "What a column is called: --column source=user --column cost=bid; several budgets per destination as "
     "--column budget=money,views --column cost=bid,ones. Names as in polytope_lp.Columns."
 )
-budgets_option = click.option("--budgets", type=EXISTING, help="File of budgets, if PROBLEM is a file of edges.")
+budgets_option = click.option("--budgets", type=EXISTING, help="Table of budgets, if PROBLEM is a table of edges.")
 unused_option = click.option("--allow-unused-budgets", is_flag=True, help="Let budgets without any edge pass.")
 column_option = click.option("--column", "named", multiple=True, metavar="NAME=COLUMN", help=COLUMN_HELP)
 tol_option = click.option("--tol", type=float, default=1e-4, help="Certified relative gap at which to stop.")
@@ -102,7 +102,9 @@ def solve(
     as_json: bool,
     **rest: Any,
 ) -> None:
-    """Solve a problem folder, a file of edges, or an MPS model, to a certified gap.
+    """Solve a problem folder, a table of edges, or an MPS model, to a certified gap.
+
+    Tables are Parquet or CSV files, or folders of Parquet as Spark writes them.
 
     Writes primal.arrow (source, destination, x), prices.parquet, certificate.json, history.parquet, policy.npz and
     input.json. The same command resumes where a killed run, or one that reached its time limit, stopped. Under
@@ -305,12 +307,12 @@ def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | N
 
 @main.command()
 @click.argument("policy", type=FILE)
-@click.argument("edges", type=FILE)
+@click.argument("edges", type=EXISTING)
 @column_option
 @out_option("Parquet file to write: source, destination, x.", required=True)
 @json_option
 def score(policy: Path, edges: Path, named: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Allocate the sources of a Parquet file of EDGES by an exported POLICY (or a solution's policy.npz)."""
+    """Allocate the sources of a file of EDGES (Parquet, CSV, or a folder of Parquet) by an exported POLICY (or a solution's policy.npz)."""
     from polytope_lp.serving.policy import Policy
     from polytope_lp.tables.columns import columns_of
     from polytope_lp.tables.scoring import score_file
@@ -321,7 +323,7 @@ def score(policy: Path, edges: Path, named: tuple[str, ...], out: Path, as_json:
 
 @main.command()
 @click.argument("out", type=EXISTING)
-@click.option("--spent", type=FILE, required=True, help="Parquet file: destination, spent (and resource).")
+@click.option("--spent", type=EXISTING, required=True, help="Table: destination, spent (and resource).")
 @click.option("--elapsed", type=float, required=True, help="Part of the period that has passed, in (0, 1].")
 @click.option("-o", "--report", type=FILE, help="Parquet file for the whole report; the ten worst are printed.")
 @json_option

@@ -161,3 +161,27 @@ def test_values_as_decimals_and_whole_numbers(plain):
     ):
         assert _objective(_problem(SOURCE, DESTINATION, BUDGETED, value)) == pytest.approx(plain, rel=1e-6)
     assert np.isfinite(plain)
+
+
+def test_tables_that_are_folders_are_read_as_spark_writes_them(tmp_path):
+    edges = pa.table({"source": ["a", "a", "b"], "destination": ["x", "y", "x"], "value": [1.0, 2.0, 3.0]})
+    budgets = pa.table({"destination": ["x", "y"], "budget": [1.0, 1.0]})
+    for name, table in (("edges", edges), ("budgets", budgets)):
+        folder = tmp_path / f"{name}.parquet"
+        folder.mkdir()
+        (folder / "_SUCCESS").touch()
+        pq.write_table(table.slice(0, 1), folder / "part-00000.snappy.parquet")
+        pq.write_table(table.slice(1).select(table.column_names[::-1]), folder / "part-00001.snappy.parquet")
+    problem = read_problem(tmp_path / "edges.parquet", tmp_path / "budgets.parquet")
+    assert problem.data.variables == 3
+    assert solve(problem, 1e-6).objective == pytest.approx(-5.0)
+    policy = Policy(np.array([0.0, 0.0]), 1e-3, keys=np.array(["x", "y"]))
+    assert score_file(policy, tmp_path / "edges.parquet", Columns(), tmp_path / "x.parquet")["candidates"] == 3
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"edges/\*.parquet in the problem folder"):
+        read_problem(tmp_path / "nothing", tmp_path / "budgets.parquet")
+    with pytest.raises(ValueError, match="folder of Parquet files, found none"):
+        read_problem(tmp_path / "edges.parquet", tmp_path / "nothing")
+    pq.write_table(pa.table({"destination": ["z"]}), tmp_path / "budgets.parquet" / "z.parquet")
+    with pytest.raises(ValueError, match="columns differ"):
+        read_problem(tmp_path / "edges.parquet", tmp_path / "budgets.parquet")

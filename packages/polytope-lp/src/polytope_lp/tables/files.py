@@ -29,6 +29,21 @@ def is_csv(file: Path) -> bool:
     return file.name.endswith((".csv", ".csv.gz"))
 
 
+def parts(path: Path) -> list[Path]:
+    """The files of a table: Spark and other warehouses write a folder of them.
+
+    Args:
+        path: A file, or a folder.
+
+    Returns:
+        The file, or the folder's Parquet files in order, those with hidden names left out.
+    """
+    if not path.is_dir():
+        return [path]
+    inside = sorted(path.rglob("*.parquet"))
+    return [f for f in inside if not any(p.startswith((".", "_")) for p in f.relative_to(path).parts)]
+
+
 @dataclass(frozen=True, eq=False)
 class EdgeFile:
     """A file of edges that is read in batches.
@@ -110,10 +125,10 @@ class EdgeFile:
 
 
 def read_table(file: Path, columns: Columns | None = None) -> pa.Table:
-    """Read a Parquet or CSV file.
+    """Read a Parquet or CSV file, or a folder of Parquet files.
 
     Args:
-        file: The file.
+        file: The file or folder.
         columns: Names of the columns, of which those that hold keys are text in a CSV file; the usual ones if None.
 
     Returns:
@@ -124,6 +139,8 @@ def read_table(file: Path, columns: Columns | None = None) -> pa.Table:
     """
     if not file.exists():
         raise ValueError(f"{file}: no such file")
+    if file.is_dir():
+        return _read_folder(file)
     if is_csv(file):
         names = columns or Columns()
         text: dict[str, Any] = {n: pa.large_string() for n in (names.source, *names_of(names.destination))}
@@ -132,3 +149,13 @@ def read_table(file: Path, columns: Columns | None = None) -> pa.Table:
             return pyarrow.csv.read_csv(file, convert_options=options)
     with reading(file, "a Parquet file"):
         return pq.ParquetFile(file).read()
+
+
+def _read_folder(folder: Path) -> pa.Table:
+    tables = [read_table(file) for file in parts(folder)]
+    if not tables:
+        raise ValueError(f"{folder}: expected a folder of Parquet files, found none")
+    with reading(folder, "a folder of tables with the same columns"):
+        if any(set(table.column_names) != set(tables[0].column_names) for table in tables):
+            raise ValueError("columns differ from file to file")
+        return pa.concat_tables(tables, promote_options="permissive")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.polytopes import CappedBox
 from polytope_lp.tables.columns import Columns, columns_of, names_of
-from polytope_lp.tables.files import EdgeFile, read_table
+from polytope_lp.tables.files import EdgeFile, parts, read_table
 from polytope_lp.tables.keys import Keys, Sources, key_column, numbers, places, require, value_dtype
 from polytope_lp.tables.packed import DESCRIPTION, is_packed, open_packed
 
@@ -144,7 +144,7 @@ def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Pa
     """The files of a problem.
 
     Args:
-        path: A problem folder, or the file of the edges.
+        path: A problem folder, or the file or folder of the edges.
         budgets: File of the budgets, or None for the folder's own.
 
     Returns:
@@ -157,9 +157,10 @@ def locate(path: str | Path, budgets: str | Path | None) -> tuple[list[Path], Pa
     if is_packed(root):
         return [], root / DESCRIPTION, {}
     if root.is_dir():
-        inside = sorted((root / "edges").rglob("*.parquet"))
-        files = [f for f in inside if not any(p.startswith((".", "_")) for p in f.relative_to(root).parts)]
-        if not files:
+        # with budgets of its own, a folder without edges/ is a table of edges, as Spark writes them
+        own = (root / "edges").is_dir() or budgets is None
+        files = parts(root / "edges" if own else root)
+        if not files or not files[0].exists():
             raise ValueError(f"{root}: expected edges/*.parquet in the problem folder, found none")
         described = read_json(root / "problem.json") if (root / "problem.json").exists() else {}
         if not isinstance(described, dict) or not all(isinstance(described.get(k, {}), dict) for k in ON_PROBLEM):
@@ -185,7 +186,8 @@ def input_hashes(path: str | Path, budgets: str | Path | None, sources: str | Pa
     """
     files, budget_file, _ = locate(path, budgets)
     more = [Path(sources) if sources else Path(path) / "sources.parquet", Path(path) / "problem.json"]
-    return {str(file): sha256(file) for file in [*files, budget_file, *(file for file in more if file.exists())]}
+    tables = [budget_file, *(file for file in more if file.exists())]
+    return {str(file): sha256(file) for file in [*files, *(file for table in tables for file in parts(table))]}
 
 
 def overridden(path: str | Path, budgets: str | Path | None, cap: float | None, upper: float | None) -> dict[str, Any]:
