@@ -115,11 +115,11 @@ def package_cards(pages: set[str]) -> Iterator[str]:
         name = re.search(r"\]\(packages/([a-z-]+)\)", row)
         if name is None:
             continue
-        _, paper, does, result = (cell.strip() for cell in row.strip("|").split(" | "))
+        _, paper, does, result, _ = (cell.strip() for cell in row.strip("|").split(" | "))
         page = f"packages/{name[1]}.md" if f"packages/{name[1]}.md" in pages else f"reference/{name[1]}.md"
         parts = [f"**[{name[1]}]({page})**" + (f" · {paper}" if paper != "–" else ""), does[0].upper() + does[1:] + "."]
-        if picture := first_picture(name[1]):
-            parts.append(f"![{picture[0]}]({picture[1]}){{ loading=lazy }}")
+        if picture := picture_of(name[1]):
+            parts.append(picture)
         if result != "–":
             parts.append(result[0].upper() + result[1:] + ".")
         if (ROOT / "packages" / name[1] / "src" / name[1].replace("-", "_") / "demo.py").exists() or paper != "–":
@@ -128,12 +128,11 @@ def package_cards(pages: set[str]) -> Iterator[str]:
     yield "</div>"
 
 
-def first_picture(package: str) -> tuple[str, str] | None:
-    """Caption and path of the first picture on a package's page, or None."""
-    page = ROOT / "docs" / "packages" / f"{package}.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    found = re.search(r"!\[([^\]]*)\]\(\.\./\.\./(packages/[^)]+)\)", text)
-    return (found[1], found[2]) if found else None
+def picture_of(package: str) -> str | None:
+    """The package's picture in the README's table, as Markdown; None if it has none."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf'<img src="(packages/{package}/[^"]+)" [^>]*alt="([^"]+)">', readme)
+    return f"![{found[2]}]({found[1]}){{ loading=lazy }}" if found else None
 
 
 def gallery_page() -> str:
@@ -143,8 +142,8 @@ def gallery_page() -> str:
         package, code = path.parts[-3], path.read_text(encoding="utf-8")
         words = (ast.get_docstring(ast.parse(code)) or "").split("\n\n")[0]
         parts.append(f"## {package}\n\n{words}")
-        if picture := first_picture(package):
-            parts.append(f"![{picture[0]}]({picture[1]}){{ loading=lazy }}")
+        if picture := picture_of(package):
+            parts.append(picture)
         parts.append(f"`packages/{package}/examples/{path.name}`\n\n```python\n{code.strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
