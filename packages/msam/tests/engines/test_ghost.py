@@ -65,7 +65,7 @@ def test_what_no_rule_covers_runs_on_replicas(double, oracle, kind):
 
 @pytest.mark.parametrize(
     ("kind", "cause"),
-    [("checkpointing", "activation checkpointing"), ("leaf", "calls `requires_grad_`"), ("hidden", "autograd.Function")],
+    [("checkpointing", "activation checkpoint"), ("leaf", "calls `requires_grad_`"), ("hidden", "autograd.Function")],
 )
 def test_what_ghost_cannot_follow_falls_back_once_to_the_same_numbers(double, oracle, kind, cause):
     model, batch = Odd(kind), (torch.randn(12, 20), torch.randint(5, (12,)))

@@ -131,12 +131,12 @@ def test_state_is_the_base_optimizers_and_resume_is_bit_exact(seeded, oracle, mo
 def test_stateful_options_resume_from_one_more_key(seeded, oracle, options):
     make_model, make_batch = oracle.CASES["mlp"]
     model, batches = make_model(), [make_batch() for _ in range(5)]
-    opt = MSAM(model, torch.optim.SGD, lr=0.05, num_micro_batches=3, **options)
+    opt = MSAM(model, torch.optim.SGD, lr=0.05, num_micro_batches=3, mode="ghost", **options)
     train(opt, model, oracle, batches[:3])
     state = copy.deepcopy(opt.state_dict())
     assert set(state) == {"state", "param_groups", "msam"}
     twin = copy.deepcopy(model)
-    again = MSAM(twin, torch.optim.SGD, lr=0.05, num_micro_batches=3, **options)
+    again = MSAM(twin, torch.optim.SGD, lr=0.05, num_micro_batches=3, mode="ghost", **options)
     again.load_state_dict(state)
     again.follow(nn.Sequential(twin))  # a wrapper put on later
     assert train(opt, model, oracle, batches[3:]) == train(again, twin, oracle, batches[3:])
@@ -200,7 +200,7 @@ def test_msam_step_is_the_optimizers_step(double, oracle):
     make_model, make_batch = oracle.CASES["mlp"]
     model, batch = make_model(), make_batch()
     twin = copy.deepcopy(model)
-    opt, other = (MSAM(m, torch.optim.SGD, lr=0.1, num_micro_batches=3) for m in (model, twin))
+    opt, other = (MSAM(m, torch.optim.SGD, lr=0.1, num_micro_batches=3, mode="ghost") for m in (model, twin))
     assert float(msam_step(opt, oracle.loss_of(model), batch)) == float(other.step(oracle.loss_of(twin), batch))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 

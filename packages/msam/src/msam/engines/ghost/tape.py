@@ -118,6 +118,7 @@ class Tape(TorchFunctionMode):
             raise
         except Exception as error:  # whatever it is: run one by one, the loss raises it again if it is its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = _HOOKS if "_NoopSaveInputs" in reason else reason  # checkpointing as torch 2.6 has it
             raise UnsupportedError(f"the loss does not run for all micro-batches at once ({reason})") from error
         finally:
             _functorch._vmap_decrement_nesting()
