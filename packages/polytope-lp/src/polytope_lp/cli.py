@@ -312,7 +312,7 @@ def export_policy(out: Path, policy: Path, gamma: float | None, scorer: Path | N
 @out_option("Parquet file to write: source, destination, x.", required=True)
 @json_option
 def score(policy: Path, edges: Path, named: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Allocate the sources of a file of EDGES (Parquet, CSV, or a folder of Parquet) by an exported POLICY (or a solution's policy.npz)."""
+    """Allocate the sources of a table of EDGES by an exported POLICY (or a solution's policy.npz)."""
     from polytope_lp.serving.policy import Policy
     from polytope_lp.tables.columns import columns_of
     from polytope_lp.tables.scoring import score_file

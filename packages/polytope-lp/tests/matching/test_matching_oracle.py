@@ -64,13 +64,6 @@ def test_every_family_agrees_with_highs(oracle, kind, seed, whole, negative, equ
     _compare(oracle, _problem(kind, seed, whole, negative, equations, short))
 
 
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None)
-@given(*CASES)
-def test_many_more_agree_with_highs(oracle, kind, seed, whole, negative, equations, short):
-    _compare(oracle, _problem(kind, seed, whole, negative, equations, short))
-
-
 @settings(max_examples=12, deadline=None)
 @given(*CASES)
 def test_first_and_second_order_roads_meet(kind, seed, whole, negative, equations, short):

@@ -17,55 +17,47 @@ from polytope_lp import Marketplace, generate, read_problem, solve
 MARKET = Marketplace(sources=4000, destinations=40, seed=5)
 
 
-def _solve_in_groups(rank, world_size):
-    # One, two and all four ranks, in groups of one set of processes: starting them costs more than the solves.
-    problem, results = generate(MARKET), []
-    for size in (1, 2, world_size):
+def _solve_shard(rank, world_size, path, killed=None, group=None):
+    reported = []
+
+    def report(entry):
+        reported.append(entry["evaluation"])
+        if rank == killed and reported[-1] == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shard = generate(MARKET).shard(rank, world_size)
+    saved = {} if path is None else {"checkpoint": path, "checkpoint_every": 2}
+    solution = solve(shard, 1e-4, group=group or dist.group.WORLD, report=report, **saved)
+    found = (solution.status, solution.lower_bound, solution.upper_bound, solution.lam, solution.evaluations)
+    return (*found, reported[0])
+
+
+def _solve_in_groups(rank, world_size, path):
+    # One, two and all four ranks, and two that go on, in groups of one set of processes: starting them costs most.
+    results = []
+    for size, state in ((1, None), (2, None), (world_size, None), (2, path)):
         group = dist.new_group(list(range(size)))
-        if rank >= size:
-            continue
-        solution = solve(problem.shard(rank, size), 1e-4, group=group)
-        results.append(
-            (solution.status, solution.lower_bound, solution.upper_bound, solution.lam, solution.evaluations)
-        )
+        if rank < size:
+            results.append(_solve_shard(rank, size, state, group=group))
     return results
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_one_two_and_four_ranks_agree():
-    alone = solve(generate(MARKET), 1e-4)
-    for results in run_ranks(_solve_in_groups, 4):
-        for status, lower, upper, lam, evaluations in results:
-            assert status == alone.status == "optimal"
-            assert lower == pytest.approx(alone.lower_bound, rel=1e-10)
-            assert upper == pytest.approx(alone.upper_bound, rel=1e-10)
-            torch.testing.assert_close(lam, alone.lam, rtol=1e-10, atol=1e-12)
-            assert evaluations == alone.evaluations
-
-
-def _solve_shard(rank, world_size, path, killed):
-    def report(entry):
-        if rank == killed and entry["evaluation"] == 12:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    shard = generate(MARKET).shard(rank, world_size)
-    solution = solve(shard, 1e-4, group=dist.group.WORLD, report=report, checkpoint=path, checkpoint_every=2)
-    return solution.lam, solution.lower_bound, solution.evaluations
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_killed_rank_ends_the_run_and_all_resume(tmp_path):
+def test_one_two_and_four_ranks_agree_and_killed_ones_resume(tmp_path):
     path = tmp_path / "state.npz"
     with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
         run_ranks(_solve_shard, 2, path, 1)
     files = {p.name for p in tmp_path.iterdir()}
     assert {"state.0.npz", "state.1.npz"} <= files <= {f"state.{r}{b}.npz" for r in (0, 1) for b in ("", ".before")}
-    alone = solve(generate(MARKET), 1e-4)
-    for lam, lower, evaluations in run_ranks(_solve_shard, 2, path, None):
-        torch.testing.assert_close(lam, alone.lam, rtol=1e-10, atol=1e-12)
+    alone, found = solve(generate(MARKET), 1e-4), run_ranks(_solve_in_groups, 4, path)
+    assert [len(results) for results in found] == [4, 3, 1, 1]
+    assert [result[-1] > 2 for result in found[0]] == [False, False, False, True]  # the last one went on
+    for status, lower, upper, lam, evaluations, _ in (result for results in found for result in results):
+        assert status == alone.status == "optimal"
         assert lower == pytest.approx(alone.lower_bound, rel=1e-10)
+        assert upper == pytest.approx(alone.upper_bound, rel=1e-10)
+        torch.testing.assert_close(lam, alone.lam, rtol=1e-10, atol=1e-12)
         assert evaluations == alone.evaluations
 
 
