@@ -1,8 +1,10 @@
 """stories260K at 2, 2.5 and 3 bits per channel, calibrated on its own samples, over three seeds of these.
 
+    python packages/quantease/reproduce/stories.py [--quick] [-o FOLDER]
+
 Perplexity over full precision's, and mean KL divergence from it, on samples that calibration did not see. Four minutes
-of one core. The trained weights are data, not part of the repository: the folder `shared/data` beside it, or
-`CORE_TENSOR_SHARED_DATA`, has them.
+of one core; `--quick` (one seed) takes a third of it. What is finished of a seed is kept in `--folder`. The trained
+weights are data and not part of the repository: `shared/data` beside it, or `CORE_TENSOR_SHARED_DATA`, has them.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from core_tensor.app.files import write_json
+from core_tensor.app.files import read_json, write_json
 from core_tensor.dev.testing import shared_data
 from quantease.evaluation.compare import default_methods
 from quantease.evaluation.perplexity import Predictions, streamed, window_scores
@@ -70,7 +72,11 @@ def runs(lm: CausalLM, calibration: Tensor, bits: float, folder: Path) -> Iterat
         )
         return
     for name, layer in default_methods(LayerConfig(bits=whole)).items():
-        yield name, quantize_model(lm, calibration, folder / name, ModelConfig(layer, tune="none"))
+        yield name, quantize_model(lm, calibration, folder / name, ModelConfig(layer))
+    yield (
+        "quantease, not tuned",
+        quantize_model(lm, calibration, folder / "untuned", ModelConfig(LayerConfig(bits=whole), tune="none")),
+    )
     run = quantize_model(lm, calibration, folder / "tuned", ModelConfig(LayerConfig(bits=whole), tune="model"))
     end_to_end = folder / "tuned" / "layers" / TUNED
     yield "quantease, tuned end to end", run
@@ -78,31 +84,62 @@ def runs(lm: CausalLM, calibration: Tensor, bits: float, folder: Path) -> Iterat
     yield "quantease, tuned per block", run
 
 
+def cells(seed: int) -> Iterator[dict[str, Any]]:
+    """Figures of all methods on the samples of a seed.
+
+    Args:
+        seed: Of the samples.
+
+    Yields:
+        Rows with bits, method, seed, `ratio` of perplexities and `kl`.
+    """
+    model = runpy.run_path(str(TESTS / "conftest.py"))["stories_model"](shared_data("stories260k", "stories260K.bin"))
+    calibration, evaluation = samples(model, seed)
+    lm = open_causal_lm(model)
+    exact = Predictions(streamed(lm, evaluation))
+    full = window_scores(exact).to_dict()["perplexity"]
+    for bits in (3.0, 2.0, MIXED):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, run in runs(lm, calibration, bits, Path(folder)):
+                scores = window_scores(Predictions(streamed(run.lm, evaluation)), exact).to_dict()
+                row = {"bits": bits, "method": name, "seed": seed}
+                print(*row.values(), scores["perplexity"] / full, scores["kl"], file=sys.stderr, flush=True)
+                yield row | {"ratio": scores["perplexity"] / full, "kl": scores["kl"]}
+
+
 def main() -> None:
     """Measure all methods and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the samples")
+    parser.add_argument("--folder", type=Path, default=Path("out") / "quantease-stories", help="working folder")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help="folder for stories.json")
     options = parser.parse_args()
-    model = runpy.run_path(str(TESTS / "conftest.py"))["stories_model"](shared_data("stories260k", "stories260K.bin"))
-    found: dict[tuple[float, str], list[tuple[float, float]]] = defaultdict(list)
-    for seed in range(options.seeds):
-        calibration, evaluation = samples(model, seed)
-        lm = open_causal_lm(model)
-        exact = Predictions(streamed(lm, evaluation))
-        full = window_scores(exact).to_dict()["perplexity"]
-        for bits in (3.0, 2.0, MIXED):
-            with tempfile.TemporaryDirectory() as folder:
-                for name, run in runs(lm, calibration, bits, Path(folder)):
-                    scores = window_scores(Predictions(streamed(run.lm, evaluation)), exact).to_dict()
-                    found[bits, name].append((scores["perplexity"] / full, scores["kl"]))
-                    print(seed, bits, name, *found[bits, name][-1], file=sys.stderr, flush=True)
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (bits, name), values in found.items():
-        ratios, divergences = zip(*values, strict=True)
-        row = {"method": name, "seeds": len(values), "over fp32": fmean(ratios), "kl": fmean(divergences)}
-        row["ratios"], spread = ratios, stdev(ratios) if len(ratios) > 1 else None
-        rows[f"bits{bits:g}".replace(".", "_")].append(row | {"kls": divergences, "over fp32 sd": spread})
-    write_json(RESULTS / "stories.json", {"measured_at": f"version {version('quantease')}"} | rows)
+    found: list[dict[str, Any]] = []
+    for seed in range(1 if options.quick else options.seeds):
+        kept = options.folder / f"{seed}.json"
+        if not kept.exists():
+            write_json(kept, {"rows": list(cells(seed))})
+        found += read_json(kept)["rows"]
+    tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for bits, name in dict.fromkeys((row["bits"], row["method"]) for row in found):
+        chosen = [row for row in found if (row["bits"], row["method"]) == (bits, name)]
+        ratios, divergences = [row["ratio"] for row in chosen], [row["kl"] for row in chosen]
+        several = len(chosen) > 1
+        tables[f"bits{bits:g}".replace(".", "_")].append(
+            {
+                "method": name,
+                "seeds": len(chosen),
+                "over fp32": fmean(ratios),
+                "over fp32 sd": stdev(ratios) if several else None,
+                "kl": fmean(divergences),
+                "kl sd": stdev(divergences) if several else None,
+                "ratios": ratios,
+                "kls": divergences,
+            }
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "stories.json", {"measured_at": f"version {version('quantease')}"} | tables)
 
 
 if __name__ == "__main__":

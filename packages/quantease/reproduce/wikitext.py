@@ -1,8 +1,11 @@
 """SmolLM2-135M at 3 bits per channel on WikiText-2 validation text: this package and GPTQModel on the same calibration.
 
-One half of the text calibrates, windows of the other half evaluate. About twelve minutes of CPU time; a run that was
-killed continues. WikiText-2 is data, not part of the repository: the folder `shared/data` beside it, or
-`CORE_TENSOR_SHARED_DATA`, has it. The rows of GPTQModel need `pip install gptqmodel optimum`; without, they are null.
+    python packages/quantease/reproduce/wikitext.py [--quick] [-o FOLDER]
+
+One half of the text calibrates, windows of the other half evaluate. About twelve minutes of CPU time, two with
+`--quick` (two blocks, few tokens, without GPTQModel); a run that was killed continues. WikiText-2 is data, not part of
+the repository: the folder `shared/data` beside it, or `CORE_TENSOR_SHARED_DATA`, has it. The rows of GPTQModel need
+`pip install gptqmodel optimum`; without, they are null.
 """
 
 import argparse
@@ -74,27 +77,34 @@ def gptqmodel(folder: Path, calibration: Tensor, act_order: bool) -> Path:
 
 def main() -> None:
     """Run all methods and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("out") / "quantease-wikitext", help="working folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two blocks, few tokens: other figures")
+    parser.add_argument("--folder", type=Path, help="working folder")
     parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
     parser.add_argument("--evaluation", type=int, default=24, help="evaluation windows of 512 tokens")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help="folder for wikitext.json")
     options = parser.parse_args()
+    quick = options.quick
+    folder = options.folder or Path("out") / f"quantease-wikitext{'-quick' if quick else ''}"
+    count, others = (4, 3) if quick else (options.windows, options.evaluation)
     text = split(read_text([shared_data("text", "wikitext2_valid.txt")]), "WikiText-2 validation")
     lm = open_smollm2()
-    calibration = windows(lm.tokenizer, text.calibration, 512, options.windows)
-    evaluation = windows(lm.tokenizer, text.evaluation, 512, options.evaluation)
+    calibration = windows(lm.tokenizer, text.calibration, 512, count)
+    evaluation = windows(lm.tokenizer, text.evaluation, 512, others)
 
     def stage(what: str, done: int, total: int) -> None:
         print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
 
-    compared = compare_methods(lm, calibration, evaluation, options.folder, METHODS, unseen=4, stage=stage)
-    rows = [{key: row[key] for key in ("method", "perplexity", "seconds")} for row in compared.rows]
+    blocks = 2 if quick else None
+    compared = compare_methods(lm, calibration, evaluation, folder, METHODS, blocks=blocks, unseen=1, stage=stage)
+    rows = [{key: row[key] for key in ("method", "kl", "perplexity", "seconds")} for row in compared.rows]
     for act_order in (False, True):
-        row: dict[str, Any] = {"method": f"GPTQModel{' act-order' if act_order else ''}"}
-        if importlib.util.find_spec("gptqmodel") is None:
-            rows.append(row | {"perplexity": None, "seconds": None, "reason": "gptqmodel is not installed"})
+        row: dict[str, Any] = {"method": f"GPTQModel{' act-order' if act_order else ''}", "kl": None}
+        if quick or importlib.util.find_spec("gptqmodel") is None:
+            reason = "left out by --quick" if quick else "gptqmodel is not installed"
+            rows.append(row | {"perplexity": None, "seconds": None, "reason": reason})
             continue
-        out = gptqmodel(options.folder, calibration, act_order)
+        out = gptqmodel(folder, calibration, act_order)
         if not (out / "losses.json").exists():
             losses = window_losses(open_causal_lm(gptq.load(out, torch.float32)), evaluation)
             write_json(out / "losses.json", {"losses": losses.tolist()})
@@ -103,8 +113,9 @@ def main() -> None:
     full = rows[0]["perplexity"]
     for row in rows:
         row["over fp32"] = None if row["perplexity"] is None else row["perplexity"] / full
+    options.out.mkdir(parents=True, exist_ok=True)
     write_json(
-        RESULTS / "wikitext.json",
+        options.out / "wikitext.json",
         {
             "measured_at": f"version {version('quantease')}",
             "calibration_tokens": calibration.numel(),

@@ -162,11 +162,12 @@ def test_native_leaves_buffers_to_transformers(tmp_path, tokens):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_layers_that_their_holder_initializes_load_packed(tmp_path, tokens):
-    """Mamba's mixer looks for the `weight` of its layers while transformers loads it."""
+@pytest.mark.parametrize("name", ["FalconMamba", "GPTBigCode"])
+def test_layers_that_their_holder_initializes_load_packed(name, tmp_path, tokens):
+    """Mixers and the like look for the `weight` of their layers while transformers loads them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.FalconMambaConfig(**sizes)).eval()
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "state_size": 8}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**sizes)).eval()
     run = quantized(model, tokens, tmp_path, bits=4, symmetric=True)
     assert export_model(run, tmp_path / "out").logit_difference == 0.0
 

@@ -6,6 +6,7 @@ transformers fuses into one parameter are stored one by one, as in the checkpoin
 only, since transformers' reader of packed experts knows no zero points.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,14 +139,28 @@ def _embeddings(quantized: QuantizedCausalLM) -> bool:
 
 
 def _all_plain(lm: CausalLM, matrices: Blocks) -> bool:
-    return all(
-        m.expert is None
-        and type(lm.block(i).get_submodule(m.name)) is nn.Linear
-        # a holder with parameters of its own (Mamba's mixers) initializes the `weight` of its layers itself
-        and not lm.block(i).get_submodule(m.name.rpartition(".")[0])._parameters
+    plain = all(
+        m.expert is None and type(lm.block(i).get_submodule(m.name)) is nn.Linear
         for i, ms in enumerate(matrices)
         for m in ms
     )
+    kinds = {tuple(m.name for m in ms): index for index, ms in enumerate(matrices)}
+    return plain and not any(_initializes_layers(lm, index, matrices[index]) for index in kinds.values())
+
+
+def _initializes_layers(lm: CausalLM, index: int, matrices: Sequence[Matrix]) -> bool:
+    """Whether what holds the layers looks for their `weight` when transformers initializes it (Mamba, GPT-BigCode)."""
+    block = copy.deepcopy(lm.block(index))  # on the meta device
+    for matrix in matrices:
+        del block.get_submodule(matrix.name)._parameters["weight"]
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            for module in block.modules():
+                if not isinstance(module, nn.Linear):
+                    lm.skeleton._init_weights(module)
+        except Exception:  # no `weight`, or something that cannot be tried on the meta device: then rather dequantize
+            return True
+    return False
 
 
 def _left_alone(quantized: QuantizedCausalLM) -> list[str]:

@@ -62,7 +62,7 @@ class QuantEaseHfQuantizer(HfQuantizer):
                 raise ValueError(f"quantization_config: expected the names of linear layers, got {name!r}")
             features, out = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
             with torch.device("meta"):
-                new = QuantizedLinear(
+                new: Any = QuantizedLinear(
                     features,
                     out,
                     config.layer_bits.get(name, config.bits),
