@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 SMALL = "--seeds 2 --epochs 1 --methods sgd,sam"
-JOBS = {"compare": {"command": f"msam compare {SMALL} -o OUT", "varies": ["run.json"]}}
+GRID = "--rho 0.1 --micro-batches 1,4 --seeds 1 --epochs 1"
+JOBS = {
+    "compare": {"command": f"msam compare {SMALL} -o OUT", "varies": ["run.json"]},
+    "sweep": {"command": f"msam sweep {GRID} -o OUT", "varies": ["run.json"]},
+}
 
 
 def prepare(folder: Path) -> None:
