@@ -296,11 +296,12 @@ def arguments(parser: argparse.ArgumentParser, results: Path, *code: str) -> tup
     Parts of other code, in the files of `code` or in the package, are never taken for this code's.
     """
     parser.add_argument("--quick", action="store_true", help="one small draw, few epochs: under two minutes")
-    parser.add_argument("-o", "--out", type=Path, help="file to write")
+    parser.add_argument("-o", "--out", type=Path, help="file to write, or a folder for it")
     parser.add_argument("--work", type=Path, help="folder of finished parts")
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = options.out or (Path(f"{results.stem}_quick.json") if options.quick else results)
+    out = out / results.name if out.is_dir() else out
     package = sorted(Path(meta_embed.__file__).parent.rglob("*.py"))
     kind = f"{'quick' if options.quick else 'full'}-{digest(*(Path(name) for name in code), *package)[:8]}"
     work = (options.work or Path(tempfile.gettempdir()) / "meta-embed-reproduce") / kind

@@ -30,15 +30,12 @@ LABELS = {
     "fold_in": "MAP head without meta-training",
     "map": "MAP head",
     "maml": "MAML, second order",
-    **_study.VARIANTS,
     "hybrid": "ID and MAP head, mixed per n",
     "map_again": "MAP head, another seed",
     "two_heads": "two MAP heads, mixed per n",
 }
 TITLES = {"movielens": "MovieLens-100k", "amazon": "Amazon"}
 METHODS = ("none", "id", "fold_in", "map", "map_again", "maml")
-ON_MOVIELENS = tuple(_study.VARIANTS)
-"""The other forms of MAML need a meta block that reads something of a member, which Amazon's log has not."""
 OTHER_ID_MODELS, OTHER_DRAWS = ("deep", "wide"), 3
 """Two more ID models, on the first draws only: each takes as long as all of `METHODS` but the ID model."""
 QUICK = ("none", "id", "map", "maml")
@@ -108,7 +105,6 @@ def report(draws: list[dict[str, Found]]) -> dict[str, Any]:
         loss.append(rows[1])
     pairs = [("map", name) for name in AGAINST if name in methods]
     pairs += [("hybrid", name) for name in ("map", "id", "best_id", "two_heads") if name in methods]
-    pairs += [("maml", name) for name in _study.VARIANTS if name in methods]
     one = draws[0]["none"].tested[0]
     return {
         "draws": len(draws),
@@ -167,8 +163,8 @@ def main() -> None:
             draw = _study.make_draw(table, schema, part, parts, options.quick)
             prefix = f"{name}-{part}-of-{parts}"
             methods = QUICK if options.quick else METHODS
-            if name == "movielens" and not options.quick:
-                methods += ON_MOVIELENS + (OTHER_ID_MODELS if part < OTHER_DRAWS else ())
+            if name == "movielens" and part < OTHER_DRAWS and not options.quick:
+                methods += OTHER_ID_MODELS
             draws.append(one_draw(draw, methods, work, prefix))
         common = [method for method in LABELS if all(method in found for found in draws)]
         results[name] = report([{method: found[method] for method in common} for found in draws])

@@ -23,7 +23,21 @@ def train(events: Path, config: Path, out: Path, tune: bool, seed: int, overwrit
     """Meta-train on EVENTS, a Parquet file or a folder of them; the same command continues a killed run.
 
     Under torchrun every process takes its share of the tasks.
-    """
+
+    \b
+    The least that CONFIG says, what the columns mean:
+      columns:
+        entity: member   # whose events: strings or integers
+        time: time       # timestamps, or seconds
+        label: clicked   # in [0, 1]
+        row: [{name: item, kind: id}]
+        member: [{name: age, kind: dense}]   # the cold start; may be absent
+
+    \b
+    Further sections, in the words of meta_embed.Config:
+      model: {method: map, width: 17}   # or maml: gradient steps
+      inner, episodes, train            # steps and rates; tasks; epochs
+    """  # noqa: D301
     import msgspec
     from core_tensor.app import files, ranks
     from core_tensor.app.runs import RunFolder
