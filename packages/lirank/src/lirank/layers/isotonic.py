@@ -66,7 +66,7 @@ class IsotonicLayer(nn.Module):
         if context is None or self.context_slope is None or self.context_bias is None:
             slope, bias, place = self.slope.clamp_min(0), self.bias, k
         else:
-            if not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if not torch.compiler.is_compiling():  # true while exporting, too
                 check_tensor("context", context, shape=tuple(logits.shape), dtype=torch.int64)
                 if len(context) and not 0 <= int(context.min()) <= int(context.max()) < self.contexts:
                     raise ValueError(f"context: expected values in [0, {self.contexts})")
