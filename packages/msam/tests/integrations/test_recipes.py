@@ -209,8 +209,8 @@ def test_accelerate():
     torch.manual_seed(0)
     model, (x, y) = Bag(), data()
     twin = copy.deepcopy(model)
-    run_accelerate(model, x, y, batch_size=12, num_micro_batches=3)
-    run_like_accelerate(twin, x, y, batch_size=12, num_micro_batches=3)
+    run_accelerate(model, x, y, batch_size=12, num_micro_batches=3, mode="ghost")
+    run_like_accelerate(twin, x, y, batch_size=12, num_micro_batches=3, mode="ghost")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 

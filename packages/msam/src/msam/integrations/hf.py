@@ -116,7 +116,9 @@ class MSAMTrainer(_trainer):  # type: ignore[misc]
                 loss: Tensor = self.compute_loss(model, dict(part))
             return loss
 
-        share = 1.0 / self.current_gradient_accumulation_steps
+        # older transformers divide by what was asked for, also where an epoch ends with fewer batches
+        batches = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        share = 1.0 / batches
         loss: Tensor = optimizer.backward(loss_fn, dict(batch), weight=share, scaler=self.accelerator.scaler)
         told: Tensor = loss.detach() * share
         return told
