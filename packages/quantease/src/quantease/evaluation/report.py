@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantease.evaluation.perplexity import Predictions, streamed, window_scores
 from quantease.model.block_stream import BlockStream
-from quantease.model.observe import observe
+from quantease.model.matrices import observe
 from quantease.model.plan import coverage
 from quantease.model.quantize_model import QuantizedCausalLM
 

@@ -15,8 +15,7 @@ from quantease.algorithms.heldout import make_grid
 from quantease.model.block_stream import BlockStream
 from quantease.model.calibration import block_shape, named
 from quantease.model.causal_lm import CausalLM
-from quantease.model.matrices import Matrix
-from quantease.model.observe import observe
+from quantease.model.matrices import Matrix, observe
 from quantease.problem.config import LayerConfig
 from quantease.problem.gram import GramFolds, Shrinkage
 from quantease.problem.problem import Problem

@@ -9,8 +9,7 @@ from core_tensor.app.ranks import current
 from torch import Tensor, nn
 
 from quantease.model.block_stream import BlockStream, EnoughSeen
-from quantease.model.matrices import Group, Matrix, group_by_input
-from quantease.model.observe import Sums, observe
+from quantease.model.matrices import Group, Matrix, Sums, group_by_input, observe
 from quantease.problem.gram import GramFolds
 
 INPUT = ""
@@ -23,7 +22,7 @@ class BlockShape:
 
     Attributes:
         groups: Matrices that read the same input, in order of use.
-        sums: Matrices whose output is added to others, with the number of terms; see `observe.Sums`.
+        sums: Matrices whose output is added to others, with the number of terms; see `matrices.Sums`.
         once: Matrices that are used exactly once, so that two runs can be compared.
     """
 
