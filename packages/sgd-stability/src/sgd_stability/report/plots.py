@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from core_tensor.app.extras import require
 from core_tensor.app.figures import pyplot, save
@@ -94,9 +95,13 @@ def draw_map(axes: Any, found: "StabilityMap", figure: Any) -> None:
         columns = [columns[0], *((batches[1:] + batches[:-1]) / 2), (3 * batches[-1] - batches[-2]) / 2]
     # Below the threshold the flattest directions decay slowly: on a linear scale all of it would look like zero.
     norm = require("matplotlib.colors", EXTRA).SymLogNorm(linthresh=1e-4, vmin=-0.5, vmax=0.5)
+    # Without the yellow between green and red, where a slow decay would look like a slow growth.
+    ramp = require("matplotlib", EXTRA).colormaps["RdYlGn_r"]
+    shades = np.concatenate([np.linspace(0.0, 0.38, 128), np.linspace(0.62, 1.0, 128)])
+    colors = require("matplotlib.colors", EXTRA).ListedColormap(ramp(shades))
     for j, exact in enumerate(found.curves.get("exact", [math.nan] * len(batches))):
         rows = _row_edges(rates, exact)
-        mesh = axes.pcolormesh(columns[j : j + 2], rows, growth[:, j : j + 1], cmap="RdYlGn_r", norm=norm)
+        mesh = axes.pcolormesh(columns[j : j + 2], rows, growth[:, j : j + 1], cmap=colors, norm=norm)
     figure.colorbar(mesh, ax=axes, label="log growth of $E\\|\\delta\\|^2$ per step (clipped)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
