@@ -117,6 +117,8 @@ def test_absent_values_are_null_and_the_model_decides(address):
         (b'{"rows": [{"price": "dear"}]}', {}, 400, "column price"),
         (b'{"rows": [{"user": 7}]}', {}, 400, "column user"),
         (b'{"rows": [{"history": "12"}]}', {}, 400, "column history: expected lists, got text"),
+        (b'{"rows": [{"history": [1, 2.5]}]}', {}, 400, "column history: expected integers, got 2.5"),
+        (b'{"rows": [{"history": 5}]}', {}, 400, "column history"),
         (b'{"rows": [{"user": ["a"]}]}', {}, 400, "column user"),
         (b'{"rows": [{"history": [123456789012345678901234567890]}]}', {}, 400, "column history"),
         (json.dumps({"rows": _rows(51)}).encode(), {}, 413, "rows: expected at most 50, got 51"),

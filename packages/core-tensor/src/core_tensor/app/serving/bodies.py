@@ -1,5 +1,6 @@
 """Bodies of requests and responses: JSON and Arrow, nothing of which is trusted."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,12 @@ def _column(rows: list[dict[str, Any]], entry: "pa.Field") -> "pa.Array":
     values = [row.get(entry.name) for row in rows]
     if pa.types.is_nested(entry.type) and any(isinstance(value, str) for value in values):
         raise ValueError(f"rows: column {entry.name}: expected lists, got text")  # whose characters Arrow would take
+    lists = pa.types.is_list(entry.type)
+    if pa.types.is_integer(entry.type.value_type if lists else entry.type):  # Arrow would cut fractions off
+        flat = itertools.chain.from_iterable(value for value in values if isinstance(value, list)) if lists else values
+        for value in flat:
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError(f"rows: column {entry.name}: expected integers, got {value!r}")
     try:
         return pa.array(values, entry.type)
     except (pa.ArrowException, OverflowError) as error:
