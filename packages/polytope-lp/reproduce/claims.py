@@ -1,18 +1,17 @@
-"""The paper's qualitative claims at a size of a minute or two. Writes results/claims.json and two pictures.
+"""The paper's qualitative claims at a size of a minute or two. Writes claims.json and claims.png.
 
-    python packages/polytope-lp/reproduce/claims.py [--sources 100000]
+    python packages/polytope-lp/reproduce/claims.py [--sources 100000] [--quick]
 
 Vertex share rises as gamma falls; the corral against a QP over gamma; adaptive gamma against fixed ones and blind
 decay; the optimisers against one another. Times are CPU seconds of one thread on the machine that ran it.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from _options import options, parser
 from core_tensor.app.figures import pyplot
 from core_tensor.app.files import atomic_path, write_json
 from polytope_lp import Assignment, Marketplace, MatchingProblem, Solution, generate, solve
@@ -20,7 +19,6 @@ from polytope_lp.matching.evaluation import FusedDual
 from polytope_lp.polytopes import corral
 from polytope_lp.polytopes.rows import project_rows
 
-RESULTS = Path(__file__).parent / "results"
 GAMMAS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
@@ -129,7 +127,7 @@ def optimisers(sources: int) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(shares: list[dict[str, Any]], runs: dict[str, Solution]) -> None:
+def draw(shares: list[dict[str, Any]], runs: dict[str, Solution], out: Path) -> None:
     """Vertex share over gamma, and the gap of every rule over evaluations."""
     plt = pyplot("polytope-lp[plot]")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
@@ -145,28 +143,28 @@ def draw(shares: list[dict[str, Any]], runs: dict[str, Solution]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8)
-    with atomic_path(RESULTS / "claims.png") as temporary:
+    with atomic_path(out / "claims.png") as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
 
 
 def main() -> None:
     """Run everything and write the results."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--sources", type=int, default=30_000)
-    sources = arguments.parse_args().sources
-    torch.set_num_threads(1)
+    arguments = parser(__doc__)
+    arguments.add_argument("--sources", type=int, help="sources of every market [30000; 3000 with --quick]")
+    given = options(arguments)
+    sources = given.sources or (3000 if given.quick else 30_000)
     shares = vertex_share(sources)
     rules, runs = gamma_rules(sources, 1e-5)
     result = {
         "sources": sources,
         "vertex_share": shares,
-        "corral": corral_against_qp(),
+        "corral": corral_against_qp(3 if given.quick else 15),
         "gamma_rules": rules,
         "optimisers": optimisers(sources),
     }
-    write_json(RESULTS / "claims.json", result)
-    draw(shares, runs)
+    write_json(given.out / "claims.json", result)
+    draw(shares, runs, given.out)
 
 
 if __name__ == "__main__":

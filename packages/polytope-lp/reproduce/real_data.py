@@ -1,21 +1,19 @@
-"""Published optima: MovieLens matching and 40 Netlib LPs as blocks of boxes. Writes results/real_data.json.
+"""Published optima: MovieLens matching and 40 Netlib LPs as blocks of boxes. Writes real_data.json.
 
-python packages/polytope-lp/reproduce/real_data.py
+python packages/polytope-lp/reproduce/real_data.py [--quick]
 """
 
-import argparse
 import csv
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from _options import options, parser
+from campaign import of_tests
 from core_tensor.app.files import read_json, write_json
 from core_tensor.dev.testing import shared_data
 from polytope_lp import BlockLP, MatchingProblem, box_cut, solve
 
-RESULTS = Path(__file__).parent / "results"
 OPTIMA = ((1, None, 3502.0), (5, 0.1, 17244.5))
 
 
@@ -54,27 +52,20 @@ def movielens() -> list[dict[str, Any]]:
 
 def netlib(names: list[str]) -> list[dict[str, Any]]:
     """Every LP (or those named): what was reached, and what was claimed."""
-    found = []
+    found, read_netlib = [], of_tests("netlib_files").read_netlib
     for path in sorted(shared_data("netlib_lp", "AFIRO.npz").parent.glob("*.npz")):
         if names and path.stem not in names:
             continue
-        with np.load(path, allow_pickle=True) as file:
-            z = {name: file[name] for name in file.files}
-        n, bounds, given = z["c"].size, np.squeeze(z["bounds"]), {}
-        for side in ("ub", "eq"):
-            if z[f"b_{side}"].size:
-                given[f"A_{side}"] = z[f"A_{side}"].astype(float).reshape(-1, n)
-                given[f"b_{side}"] = z[f"b_{side}"].astype(float).ravel()
+        given, optimum = read_netlib(path)
         started = time.process_time()
-        bound = bounds.tolist() if bounds.ndim == 2 else None
-        result = solve(BlockLP.build(z["c"].astype(float), **given, bounds=bound), 1e-7)
-        seconds, optimum = time.process_time() - started, float(z["obj"])
+        result = solve(BlockLP.build(**given), 1e-7)
+        seconds = time.process_time() - started
         error = abs(result.objective - optimum) / max(1.0, abs(optimum))
         found.append(
             {
                 "name": path.stem,
                 "rows": sum(given[f"b_{side}"].size for side in ("ub", "eq") if f"b_{side}" in given),
-                "columns": n,
+                "columns": given["c"].size,
                 "reached": bool(error <= 1e-6),
                 "claimed": result.status in {"optimal", "optimal_residual"},
                 "verified": result.verify()["ok"],
@@ -91,12 +82,12 @@ def netlib(names: list[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run both and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", nargs="+", default=[])
-    again = parser.parse_args().again
-    torch.set_num_threads(1)
-    path = RESULTS / "real_data.json"
-    old = read_json(path) if again else {"netlib": [], "movielens": movielens()}
+    arguments = parser(__doc__)
+    arguments.add_argument("--again", nargs="+", default=[], help="problems to run anew; the others stay as they are")
+    given = options(arguments)
+    again = given.again or (["AFIRO", "BLEND", "KB2", "SC50A"] if given.quick else [])
+    path = given.out / "real_data.json"
+    old = read_json(path) if given.again else {"netlib": [], "movielens": movielens()}
     if "movielens" in again:
         old["movielens"] = movielens()
     fresh = {lp["name"]: lp for lp in netlib(again)}

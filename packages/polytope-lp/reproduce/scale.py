@@ -1,24 +1,20 @@
-"""Time, memory and convergence from 1M to 100M variables. Writes results/scale.json and results/scale.png.
+"""Time, memory and convergence from 1M to 100M variables. Writes scale.json and scale.png.
 
-    python packages/polytope-lp/reproduce/scale.py [--sources 100000 --sources 1000000 --sources 10000000]
+    python packages/polytope-lp/reproduce/scale.py [--sources 100000 --sources 1000000 --sources 10000000] [--quick]
 
 Every size is generated, packed, and then solved and verified in a process of its own from the mapped files: the memory
 is that process's growth over what it had before it opened the problem, mapped pages included. CPU seconds of one
 thread, which other work on the machine does not change. Sizes that were run before stay in the file.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from _options import options, parser
+from bench import solve_apart, stages
 from core_tensor.app.figures import pyplot
 from core_tensor.app.files import atomic_path, read_json, write_json
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from bench import solve_apart, stages
-
-RESULTS = Path(__file__).parent / "results"
 TOL = 1e-4
 
 
@@ -44,7 +40,7 @@ def measure(sources: int) -> dict[str, Any]:
     }
 
 
-def picture(sizes: list[dict[str, Any]]) -> None:
+def picture(sizes: list[dict[str, Any]], out: Path) -> None:
     """Certified gap over wall time, one line per size."""
     plt = pyplot("polytope-lp[plot]")
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
@@ -56,23 +52,24 @@ def picture(sizes: list[dict[str, Any]]) -> None:
     axes.set(xlabel="seconds, one thread", ylabel="certified relative gap")
     axes.legend(frameon=False)
     axes.grid(alpha=0.2)
-    with atomic_path(RESULTS / "scale.png") as temporary:
+    with atomic_path(out / "scale.png") as temporary:
         figure.savefig(temporary, dpi=150)
 
 
 def main() -> None:
     """Measure the sizes asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sources", type=int, action="append")
-    asked = parser.parse_args().sources or [100_000, 1_000_000]
-    file = RESULTS / "scale.json"
+    arguments = parser(__doc__)
+    arguments.add_argument("--sources", type=int, action="append", help="sizes [100000, 1000000; 20000 with --quick]")
+    given = options(arguments)
+    asked = given.sources or ([20_000] if given.quick else [100_000, 1_000_000])
+    file = given.out / "scale.json"
     sizes = {size["sources"]: size for size in (read_json(file)["sizes"] if file.exists() else [])}
     for sources in asked:
         sizes[sources] = measure(sources)
         print({name: value for name, value in sizes[sources].items() if name != "curve"}, flush=True)
         ordered = [sizes[key] for key in sorted(sizes)]
         write_json(file, {"tol": TOL, "sizes": ordered, "largest": ordered[-1]})
-        picture(ordered)
+        picture(ordered, given.out)
 
 
 if __name__ == "__main__":

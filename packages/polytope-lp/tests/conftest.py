@@ -75,10 +75,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def wide_markets():
-    """The module of random markets, which the benchmark's campaign uses, too."""
-    spec = importlib.util.spec_from_file_location("wide_markets", Path(__file__).parent / "wide_markets.py")
+def _module(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def wide_markets():
+    """The module of random markets, which the benchmark's campaign uses, too."""
+    return _module("wide_markets")
+
+
+@pytest.fixture(scope="session")
+def read_netlib():
+    """The reader of shared Netlib LPs, which the campaign and `reproduce/real_data.py` use, too."""
+    return _module("netlib_files").read_netlib

@@ -12,23 +12,9 @@ from scipy.optimize import linprog
 EASY = ["AFIRO", "ADLITTLE", "BLEND", "KB2", "SC50A", "SC105", "ISRAEL", "RECIPE", "SHARE1B", "STOCFOR1", "VTP-BASE"]
 
 
-def netlib(path):
-    """The arrays of one Netlib problem, and its published optimum."""
-    with np.load(path, allow_pickle=True) as file:
-        z = {name: file[name] for name in file.files}
-    n = z["c"].size
-    bounds = np.squeeze(z["bounds"])
-    given = {"c": z["c"].astype(float), "bounds": bounds.tolist() if bounds.ndim == 2 else None}
-    for side in ("ub", "eq"):
-        if z[f"b_{side}"].size:
-            given[f"A_{side}"] = z[f"A_{side}"].astype(float).reshape(-1, n)
-            given[f"b_{side}"] = z[f"b_{side}"].astype(float).ravel()
-    return given, float(z["obj"])
-
-
 @pytest.mark.parametrize("name", EASY)
-def test_netlib_reaches_the_published_optimum(name):
-    given_lp, optimum = netlib(shared_data("netlib_lp", f"{name}.npz"))
+def test_netlib_reaches_the_published_optimum(read_netlib, name):
+    given_lp, optimum = read_netlib(shared_data("netlib_lp", f"{name}.npz"))
     result = linprog_blocks(**given_lp)
     assert result.success, result.message
     assert result.fun == pytest.approx(optimum, rel=1e-6)

@@ -102,18 +102,10 @@ def test_singular_curvature_of_a_market_is_damped():
 
 
 @pytest.mark.slow
-def test_all_shared_netlib_problems_are_solved_and_verified():
+def test_all_shared_netlib_problems_are_solved_and_verified(read_netlib):
     folder = shared_data("netlib_lp", "AFIRO.npz").parent
     for file in sorted(folder.glob("*.npz")):
-        with np.load(file, allow_pickle=True) as z:
-            given_lp, n = {"c": z["c"].astype(float)}, z["c"].size
-            bounds = np.squeeze(z["bounds"])
-            given_lp["bounds"] = bounds.tolist() if bounds.ndim == 2 else None
-            for side in ("ub", "eq"):
-                if z[f"b_{side}"].size:
-                    given_lp[f"A_{side}"] = z[f"A_{side}"].astype(float).reshape(-1, n)
-                    given_lp[f"b_{side}"] = z[f"b_{side}"].astype(float).ravel()
-            optimum = float(z["obj"])
+        given_lp, optimum = read_netlib(file)
         found = solve(BlockLP.build(**given_lp), 1e-7)
         assert found.status in {"optimal", "optimal_residual"}, file.name
         assert found.objective == pytest.approx(optimum, rel=1e-6), file.name

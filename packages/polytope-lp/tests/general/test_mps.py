@@ -126,24 +126,20 @@ def test_binary_and_missing_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["AFIRO", "ADLITTLE", "SHARE2B", "KB2", "RECIPE", "CAPRI"])
-def test_netlib_written_as_mps_reaches_the_published_optimum(tmp_path, name):
-    with np.load(shared_data("netlib_lp", f"{name}.npz"), allow_pickle=True) as z:
-        c, optimum, bounds = z["c"].astype(float), float(z["obj"]), np.squeeze(z["bounds"])
-        rows = [(kind, z[f"A_{side}"], z[f"b_{side}"].ravel()) for kind, side in (("L", "ub"), ("E", "eq"))]
+def test_netlib_written_as_mps_reaches_the_published_optimum(tmp_path, read_netlib, name):
+    z, optimum = read_netlib(shared_data("netlib_lp", f"{name}.npz"))
+    c = z["c"]
+    rows = [(kind, z[f"A_{side}"], z[f"b_{side}"]) for kind, side in (("L", "ub"), ("E", "eq")) if f"b_{side}" in z]
     lines = [f"NAME {name}", "ROWS", " N cost"]
     entries, right = [(j, "cost", v) for j, v in enumerate(c) if v], []
     for kind, A, b in rows:
-        A = (
-            scipy.sparse.coo_array(A.astype(float).reshape(-1, c.size))
-            if b.size
-            else scipy.sparse.coo_array((0, c.size))
-        )
+        A = scipy.sparse.coo_array(A)
         lines += [f" {kind} {kind}{i}" for i in range(b.size)]
         entries += [(j, f"{kind}{i}", v) for i, j, v in zip(A.row, A.col, A.data, strict=True)]
         right += [f" B {kind}{i} {float(v)!r}" for i, v in enumerate(b) if v]
     entries.sort(key=lambda entry: entry[0])
     lines += ["COLUMNS", *(f" x{j} {row} {float(v)!r}" for j, row, v in entries), "RHS", *right, "BOUNDS"]
-    for j, (low, high) in enumerate(bounds.tolist() if bounds.ndim == 2 else [(0, None)] * c.size):
+    for j, (low, high) in enumerate(z["bounds"] or [(0, None)] * c.size):
         lines += [f" MI b x{j}" if low is None or np.isinf(low) else f" LO b x{j} {float(low)!r}"]
         lines += [] if high is None or np.isinf(high) else [f" UP b x{j} {float(high)!r}"]
     model = read_mps(_write(tmp_path / "n.mps", "\n".join([*lines, "ENDATA", ""])))

@@ -95,10 +95,16 @@ def _point(problem: MatchingProblem, time_limit: float | None) -> tuple[Point, N
     """HiGHS's point, and where among its rows those of the problem are."""
     n, (matrix, b, equal) = problem.data.variables, _rows(problem)
     order = np.argsort(equal, kind="stable")  # inequalities first
-    cost, k = problem.data.cost.double().numpy(), int((~equal).sum())
+    cost, k = _costs(problem), int((~equal).sum())
     A = scipy.sparse.csr_array(matrix[order])
     found = solve_rows(cost, A, b[order], k, np.zeros(n), _upper(problem), time_limit)
     return found, np.argsort(order)[: problem.rows]
+
+
+def _costs(problem: MatchingProblem) -> Array:
+    # Where shrinking repairs, edges that cost stay at zero whatever they cost: "never" numbers would set HiGHS's scale.
+    cost = problem.data.cost.double().numpy()
+    return np.minimum(cost, 0.0) if problem.nonnegative and not problem.data.equality else cost
 
 
 def _upper(problem: MatchingProblem) -> Array:
@@ -120,7 +126,7 @@ def points_together(problems: list[MatchingProblem], units: list[float]) -> list
     b, equal = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
     order = np.argsort(equal, kind="stable")
     A = scipy.sparse.csr_array(scipy.sparse.block_diag([part[0] for part in parts], format="csr"))[order]
-    cost = np.concatenate([p.data.cost.double().numpy() / unit for p, unit in zip(problems, units, strict=True)])
+    cost = np.concatenate([_costs(p) / unit for p, unit in zip(problems, units, strict=True)])
     upper = np.concatenate([_upper(problem) for problem in problems])
     found = solve_rows(cost, A, b[order], int((~equal).sum()), np.zeros(cost.size), upper)
     if found.status != "optimal":
