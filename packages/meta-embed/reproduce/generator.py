@@ -1,6 +1,6 @@
 """The generator, whose best possible predictor is known: share of the gap from no personalization to it that is closed.
 
-    python reproduce/generator.py [--seeds 5] [--gradient-steps] [--quick] [-o FILE] [--work FOLDER]
+    python reproduce/generator.py [--world small] [--seeds 5] [--gradient-steps] [--quick] [-o FILE] [--work FOLDER]
 
 Writes `results/generator.json` and a picture. Every world and its members come from a seed of their own. Finished parts
 lie in the work folder, so a killed run goes on where it stopped.
@@ -14,7 +14,7 @@ from typing import Any
 
 import _study
 import numpy as np
-from core_tensor.app.files import write_json
+from core_tensor.app.files import read_json, write_json
 from meta_embed.evaluate.buckets import SIZES
 from meta_embed.evaluate.plots import bucket_plot
 from meta_embed.evidence.generator import SCHEMA, make_world
@@ -31,21 +31,24 @@ LABELS = {
 }
 
 
+WORLDS = {"small": (1500, 100), "full": (2000, 500)}
+"""Members, and the most events of one before the last 72."""
 FIRST = ("none", "fold_in", "map")
 """Run on all worlds; gradient steps, which take several times as long, where they are asked for."""
 
 
-def one_world(members: int, seed: int, methods: Sequence[str], work: Path, quick: bool) -> dict[str, _study.Found]:
+def one_world(kind: str, seed: int, methods: Sequence[str], work: Path, quick: bool) -> dict[str, _study.Found]:
     """Some methods, and the near-oracle, on one world."""
-    world = make_world(members, least=_study.START + _study.QUERY, longest=100, seed=seed)
+    members, longest = (400, 100) if quick else WORLDS[kind]
+    world = make_world(members, least=_study.START + _study.QUERY, longest=longest, seed=seed)
     draw = _study.make_draw(world.table, SCHEMA, seed % 5, 5, quick, width=9, hidden=0)
     draw = replace(draw, precisions=(3.0, 10.0))
     tested = {n: oracle_scores(world, draw.tested, draw.split(draw.tested, n)) for n in SIZES}
-    found = {"oracle": _study.Found(tested)}
+    found = {"oracle": _study.Found(tested, about={"trained_on": len(draw.train), "events": len(draw.train.time)})}
     for name in methods:
-        found[name] = _study.run(name, draw, work / f"generator-{seed}-{name}.npz")
+        found[name] = _study.run(name, draw, work / f"generator-{kind}-{seed}-{name}.npz")
         line = " ".join(f"{n}:{s.figures()['auc']:.4f}" for n, s in sorted(found[name].tested.items()))
-        print("generator", seed, name, line, f"{found[name].about['cpu_seconds']} s", flush=True)
+        print("generator", kind, seed, name, line, f"{found[name].about['cpu_seconds']} s", flush=True)
     return found
 
 
@@ -71,6 +74,8 @@ def report(worlds: list[dict[str, _study.Found]]) -> dict[str, Any]:
     return {
         "worlds": len(worlds),
         "members": members,
+        "trained_on": float(np.mean([w["oracle"].about["trained_on"] for w in worlds])),
+        "events": float(np.mean([w["oracle"].about["events"] for w in worlds])),
         "rows": rows,
         "differences": _study.differences(pairs, {name: [w[name] for w in worlds] for name in labels}, LABELS),
         "bars": bars,
@@ -90,18 +95,22 @@ def picture(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", action="append", choices=list(WORLDS), help="one of the kinds of worlds")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--gradient-steps", action="store_true", help="MAML, first and second order, and ANIL too")
     options, out, work = _study.arguments(parser, RESULTS, _study.__file__, __file__)
-    seeds = range(1 if options.quick else options.seeds)
-    worlds: list[dict[str, _study.Found]] = [{} for _ in seeds]
     others = tuple(name for name in LABELS if name not in (*FIRST, "oracle"))
-    for methods in (FIRST, others) if options.gradient_steps else (FIRST,):
-        for seed in seeds:
-            worlds[seed] |= one_world(400 if options.quick else 1500, seed, methods, work, options.quick)
-        found = report(worlds)
-        write_json(out, found)
-        picture(found, out.with_suffix(".png"))
+    results = read_json(out) if out.exists() else {}
+    seeds = range(1 if options.quick else options.seeds)
+    for kind in options.world or (["small"] if options.quick else list(WORLDS)):
+        worlds: list[dict[str, _study.Found]] = [{} for _ in seeds]
+        for methods in (FIRST, others) if options.gradient_steps else (FIRST,):
+            for seed in seeds:
+                worlds[seed] |= one_world(kind, seed, methods, work, options.quick)
+            results[kind] = report(worlds)
+            results["bars"] = results["full" if "full" in results else kind]["bars"]
+            write_json(out, results)
+        picture(results[kind], out.with_name(f"{out.stem}_{kind}.png"))
 
 
 if __name__ == "__main__":
