@@ -48,7 +48,7 @@ def run_demo(folder: Path, *, quick: bool, seed: int) -> dict[str, Any]:
     run, calibrated = folder / "run", folder / "calibrated"
     run.mkdir()
     calibrated.mkdir()
-    training = TrainConfig(epochs=2 if quick else 4, batch_size=512, seed=seed)
+    training = TrainConfig(epochs=4, batch_size=512, lr=3e-3, row_lr=3e-2, seed=seed)  # few steps need large rates
     trained = train_run(ParquetLog.open(log_path), made.schema, Split(), ModelConfig(widths=(64, 32)), training, run)
     curves = calibrate_run(run, None, calibrated)
     # 3. compress, export, and score the test rows with what was exported

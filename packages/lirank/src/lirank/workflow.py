@@ -58,7 +58,8 @@ def train_run(
         config: The network.
         training: How to train.
         folder: The run's folder; what an earlier process left there is continued.
-        start: An earlier run to go on from, whose network stays the network; None trains from nothing.
+        start: An earlier run to go on from, whose network stays the network; None trains from nothing. Every process
+            then has the whole table, whose rows are shared out otherwise.
         now: Time of the log's export, for labels that arrive later; None takes the latest time in the log.
         ranks: Processes that share the batches and the rows of the table; all see the same folder.
 
@@ -67,11 +68,9 @@ def train_run(
         another, also the metrics of that other one on the same test rows, as `before`.
 
     Raises:
-        ValueError: If the log and the schema disagree, or several processes should continue an earlier run.
+        ValueError: If the log and the schema disagree.
     """
     earlier = TrainedModel.load(start.run) if start else None
-    if start and ranks.size > 1:
-        raise ValueError("--from: continuing an earlier run works in one process only; start it without torchrun")
     if ranks.first:
         prepare_with_bar(log, schema, split, folder / DATA, hand_over(earlier) if earlier else None, now)
     ranks.barrier()
@@ -97,7 +96,9 @@ def train_run(
         trainer = Trainer(model, encoder, training, ranks, prior)
         epochs = trainer.fit(rows, valid, folder, lambda state: _advance(bar, state))
     if start and before:
-        accumulate(folder, start, before, trainer.curvature(rows))
+        added = trainer.curvature(rows)  # by every process, as the model is the same everywhere
+        if ranks.first:
+            accumulate(folder, start, before, added)
     sample = next((test or valid or rows).read(rows=SAMPLE_ROWS))
     record = {"epochs": epochs, "until": prepared.until}
     if ranks.first:

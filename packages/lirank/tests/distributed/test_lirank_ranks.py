@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -45,12 +46,27 @@ def fit(rank, size, data, rows, folder, stop):
     try:
         trainer.fit(prepared.log("train"), prepared.log("valid"), Path(folder), count)
     except StoppedError:
-        return None
+        return with_prior(us, prepared, Path(folder) / "prior")
     if size > 1:
         zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
         with pytest.raises(ValueError, match="shared out"):
             Trainer(model, encoder, TRAINING, us, CurvaturePrior(1.0, zeros, zeros))
     return score(model, encoder, prepared.log("test"), ranks=us)["p"]
+
+
+def with_prior(us, prepared, folder):
+    """Scores of the test rows after a training that remembers others, as `--from` trains: every rank has the table."""
+    if us.first:
+        folder.mkdir()
+    us.barrier()
+    encoder, train = prepared.encoder(), prepared.log("train")
+    torch.manual_seed(0)
+    model = Ranker(encoder, CONFIG).double()
+    curvature = Trainer(model, encoder, TRAINING).curvature(train)
+    anchor = {name: model.state_dict()[name] + 0.1 for name in curvature}
+    prior = CurvaturePrior.of(3.0, anchor, curvature)
+    Trainer(model, encoder, TRAINING, us, prior).fit(train, None, folder)
+    return score(model, encoder, prepared.log("test"))["p"]
 
 
 @pytest.mark.distributed
@@ -59,7 +75,10 @@ def test_two_ranks_are_stopped_and_three_finish_what_one_does(prepared, tmp_path
     for name in ("one", "many"):
         (tmp_path / name).mkdir()
     alone = fit(0, 1, *data, tmp_path / "one", 0)
-    assert run_ranks(fit, 2, *data, str(tmp_path / "many"), 3) == [None, None]
+    remembering = with_prior(ranks.ALONE, Prepared(Path(data[0]), data[1], []), tmp_path / "prior")
+    for found in run_ranks(fit, 2, *data, str(tmp_path / "many"), 3):
+        np.testing.assert_allclose(found, remembering, rtol=0, atol=1e-8)
+    assert np.abs(remembering - alone).max() > 1e-3
     record = checkpoint.load(tmp_path / "many" / CHECKPOINT)[1]
     assert (record["step"], len(record["shards"]["files"])) == (2, 2)
     for found in run_ranks(fit, 3, *data, str(tmp_path / "many"), 0):
@@ -108,3 +127,12 @@ def test_torchrun(tmp_path, make_table, schema_text):
     assert two["test"]["click"]["auc"] == pytest.approx(one["test"]["click"]["auc"], abs=0.01)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("one", "two")]
     assert abs(sizes[0] - sizes[1]) < 1000  # the record of the losses differs
+    newer = make_table(800, seed=1)
+    newer = newer.set_column(0, "time", pc.add(newer["time"], 20_000))
+    pq.write_table(newer, tmp_path / "newer.parquet", row_group_size=500)
+    command = [sys.executable, *launch, "-m", "lirank", "train", "newer.parquet", "--from", "two", "--json"]
+    command += ["--epochs", "1", "-o", "three"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=one_thread, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["before"]) == {"click", "like"}
+    assert (tmp_path / "three" / "curvature.safetensors").exists()

@@ -84,8 +84,10 @@ def test_unseen_ids_score_equal_and_as_the_trained_cold_row(prepared, trained): 
     batch = trained.encoder.encode(rows)
     start = trained.encoder.layout.offsets["item"]
     assert batch.ids[:, 1].tolist() == [start + UNSEEN] * 2
+    assert torch.equal(batch.ids[0], batch.ids[1])
     found = trained.model.predict(batch)
-    assert torch.equal(found[0], found[1])
+    # the same input, but vector instructions round the ends of a batch otherwise: the bound of replay = serve
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
     assert bool((trained.model.table.weight[start + UNSEEN] != 0).any())  # trained by dropping ids
 
 

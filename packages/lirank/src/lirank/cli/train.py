@@ -25,7 +25,7 @@ _PATH = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--epochs", type=click.IntRange(1), default=4, help="Most passes over the training rows.")
 @click.option("--batch-size", type=click.IntRange(2), default=1024, help="Rows of a step.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, help="Learning rate of the network.")
-@click.option("--row-lr", type=click.FloatRange(0, min_open=True), default=2e-3, help="Learning rate of the table.")
+@click.option("--row-lr", type=click.FloatRange(0, min_open=True), default=1e-2, help="Learning rate of the table.")
 @click.option("--row-optimizer", type=click.Choice(["adam", "adagrad"]), default="adam", help="Of the table.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Steps; 0 is one checkpoint per epoch.")
 @split_options

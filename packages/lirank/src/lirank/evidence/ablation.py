@@ -144,7 +144,7 @@ def _ablated(component: Component, study: "_Study", seed: int, null: bool) -> di
             "rmse": float(np.sqrt(np.mean((p[side] - study.first) ** 2))),
             "gap_closed": _gap(study.auc(p[side]), row["linear"], row["bayes"]),
         }
-    result = compare(p["on"], p["off"], study.labels, study.users).auc
+    result = compare(p["on"], p["off"], study.labels, study.users, draws=200).auc
     row["auc_difference"] = {"value": result.value, "low": result.low, "high": result.high}
     row["judge"] = component.judge
     row["difference"] = row["on"][component.judge] - row["off"][component.judge]

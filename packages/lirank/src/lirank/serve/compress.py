@@ -29,7 +29,7 @@ class QuantizedTable(nn.Module):
         self.register_buffer("bias", rows[:, self.dim + 2 :].clone().view(torch.float32))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows, any shape -> the same with D behind; in plain operations in programs that are compiled or exported."""
+        """Look up rows, any shape -> the same with D behind; in plain operations in compiled or exported programs."""
         if torch.compiler.is_compiling():
             flat = ids.reshape(-1)
             found = self.codes[flat].float() * self.scale[flat].float() + self.bias[flat]

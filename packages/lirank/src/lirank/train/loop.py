@@ -50,7 +50,7 @@ class TrainConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
     epochs: Annotated[int, Meta(ge=1)] = 4
     batch_size: Annotated[int, Meta(ge=2)] = 1024
     lr: Annotated[float, Meta(gt=0)] = 1e-3
-    row_lr: Annotated[float, Meta(gt=0)] = 2e-3
+    row_lr: Annotated[float, Meta(gt=0)] = 1e-2
     row_optimizer: Literal["adam", "adagrad"] = "adam"
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     row_weight_decay: Annotated[float, Meta(ge=0)] = 0.0
@@ -105,7 +105,7 @@ class Trainer:
         self.shape = checkpoint.Shape(model.table.rows, model.table.start, len(model.table.weight), ranks)
         self.sharded = self.shape.sharded
         if self.sharded and self.pull is not None:
-            raise ValueError("prior: expected a table that is not shared out; train on one process")
+            raise ValueError("prior: expected a table that every process has whole, not one that is shared out")
         self.epoch, self.batch, self.step = 0, 0, 0
         self.history: list[dict[str, Any]] = []
         self.best, self.waited = math.inf, 0
@@ -182,8 +182,9 @@ class Trainer:
         self._set_rates()
         if self.config.cold_share:
             batch = replace(batch, ids=self._cold(batch, len(batch) if total is None else total))
-        if self.pull is not None:
-            self.pull.before_lookup(rows_of(batch))
+        if self.pull is not None:  # a table that every process has is pulled in the same rows everywhere
+            rows = self.ranks.gather_rows(rows_of(batch))[0]
+            self.pull.before_lookup(rows)
         self.optimizer.zero_grad()
         self.model.table.take_touched()
         logits = self.model(batch)
@@ -204,7 +205,7 @@ class Trainer:
         self.rows.step(self.model.table.take_touched(), ALONE if self.sharded else self.ranks)
         self.optimizer.step()
         if self.pull is not None:
-            self.pull.after_step(rows_of(batch))
+            self.pull.after_step(rows)
         return value
 
     def _cold(self, batch: Batch, total: int) -> Tensor:
