@@ -64,7 +64,7 @@ def _run(train: pa.Table, valid: pa.Table, test: pa.Table, seed: int, epochs: in
         for name, rows in (("train", train), ("valid", valid), ("test", test)):
             pq.write_table(rows, folder / f"{name}.parquet", row_group_size=8192)
         logs = {name: ParquetLog.open(folder / f"{name}.parquet") for name in ("train", "valid", "test")}
-        training = TrainConfig(epochs=epochs, batch_size=512, cold_share=0.0, seed=seed)
+        training = TrainConfig(epochs=epochs, batch_size=512, row_lr=2e-3, cold_share=0.0, seed=seed)
         Trainer(model, encoder, training).fit(logs["train"], logs["valid"], folder)
         (before, past), (z, y) = (_scored(model, encoder, logs[name]) for name in ("valid", "test"))
     first = len(y) // 10

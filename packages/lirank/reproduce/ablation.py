@@ -12,6 +12,7 @@ import numpy as np
 from _study import study
 from core_tensor.app import figures
 from core_tensor.app.cli import progress
+from core_tensor.app.files import read_json
 from lirank.evidence.ablation import COMPONENTS, FULL_MARKET, FULL_MODELS, MARKET, TRAINING, ablate, gap_closed, summary
 from msgspec.structs import replace
 
@@ -39,6 +40,35 @@ def mean_gaps(seeds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
+REAL = {
+    "history": "+ history",
+    "Residual DCN beside low-rank DCN": "Residual DCN + low-rank DCN + MLP",
+    "dense gate": "+ dense gate",
+    "large MLP": "+ large MLP (512, 256)",
+}
+"""Components that `real_logs.py` tries too, by its names."""
+
+
+def beside(rows: list[dict[str, Any]], real: dict[str, Any]) -> list[dict[str, Any]]:
+    """The components with the shares in hundredths, and what each brought on real logs over the same base.
+
+    Args:
+        rows: What `summary` gave.
+        real: What `real_logs.py` has measured.
+
+    Returns:
+        The rows with `closed_off`, `closed_on`, and AUC differences by name of the log, None where it was not tried.
+    """
+    found = []
+    for row in rows:
+        entry = row | {f"closed_{side}": 100 * row[f"gap_{side}"] for side in ("off", "on")}
+        for log in ("movielens", "amazon", "frappe"):
+            models = {model["model"]: model for model in real.get(log, {}).get("models", [])}
+            entry[log] = models.get(REAL.get(row["component"], ""), {}).get("vs_base")
+        found.append(entry)
+    return found
+
+
 def draw_components(rows: list[dict[str, Any]], path: Path) -> None:
     """AUC with a component minus AUC without, on its own market and where it has nothing to win."""
     plt = figures.pyplot("lirank[plot]")
@@ -55,8 +85,10 @@ def draw_components(rows: list[dict[str, Any]], path: Path) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(shown)), [row["component"] for row in reversed(shown)])
     axis.set_xscale("symlog", linthresh=10)
+    axis.set_xticks([-10, -5, 0, 5, 10, 100], ["-10", "-5", "0", "5", "10", "100"])
+    axis.minorticks_off()
     axis.set_xlabel("AUC with minus AUC without, in thousandths (bars: two standard errors)")
-    axis.legend(loc="lower left")
+    figure.legend(loc="outside upper center", ncol=2)
     figures.save(figure, path)
 
 
@@ -90,7 +122,9 @@ def main() -> None:
             ablate(c, seed, options.cache, market=market, training=training, null=null)
             for c, seed, null in progress(jobs, "one knob", unit="pair")
         ]
-        options.update("ablation.json", {"components": summary(rows), "component_rows": rows})
+        path = options.out / "real_logs.json"
+        components = beside(summary(rows), read_json(path) if path.exists() else {})
+        options.update("ablation.json", {"components": components, "component_rows": rows})
     if "full" in parts:
         market = dataclasses.replace(FULL_MARKET, events=events)
         seeds = [

@@ -146,7 +146,7 @@ def main() -> None:
             key |= {"training": repr(TRAINING), "once": repr(ONCE)}
             runs.append(options.record(key, lambda market=market, seed=seed: run(market, seed)))
         found = {"ways": table(runs), "runs": runs, "rows": runs[0]["rows"]}
-        options.update("incremental.json", {world: found, "seeds": len(runs)})
+        options.update("incremental.json", {world.replace(" ", "_"): found, "seeds": len(runs)})
 
 
 if __name__ == "__main__":

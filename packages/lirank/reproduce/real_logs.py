@@ -35,7 +35,7 @@ class Model:
 
     config: ModelConfig = field(default_factory=ModelConfig)
     history: int = 0
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8))
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8, row_lr=2e-3))
 
 
 BASE, JUDGED, TUNED = "low-rank DCN + MLP", "+ history", "+ history, tuned"
