@@ -110,7 +110,7 @@ def seed_runs(seed: int, chosen: Options) -> tuple[list[dict[str, Any]], dict[st
                 "seed": seed,
                 "factor": factor,
                 "threshold": star,
-                "verdict": "undecided" if before.state == "caution" else before.state,
+                "verdict": band_verdict(before),
                 "beyond_edge": before.lambda1 > before.edge,
                 "loss_shows": events(training, losses, begin)["loss_shows"],
             }
@@ -126,6 +126,13 @@ def seed_runs(seed: int, chosen: Options) -> tuple[list[dict[str, Any]], dict[st
     if seed == 0:
         training.monitor.plot(chosen.out / "prediction.png", losses=losses)
     return jumps, rise
+
+
+def band_verdict(check: Check) -> str:
+    """What the band alone says of the rate: the state would wait for the loss to rise."""
+    if check.lr > check.upper:
+        return "unstable"
+    return "stable" if check.lr < check.lower else "undecided"
 
 
 def events(training: Training, losses: Losses, reference: float) -> dict[str, int | None]:
