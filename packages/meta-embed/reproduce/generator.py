@@ -83,13 +83,13 @@ def report(worlds: list[dict[str, _study.Found]]) -> dict[str, Any]:
     }
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
+def picture(found: dict[str, Any], kind: str, path: Path) -> None:
     """AUC over the support size."""
     keys = [row["key"] for row in found["rows"]]
     shown = {name: LABELS[name] for name in ("none", "maml", "map", "oracle") if name in keys}
     rows = [{"support": n, **{f"{row['key']}_auc": row[f"auc{n}"] for row in found["rows"]}} for n in SIZES]
     note = f"{found['bars']['gap_closed_n16']:.0%} of the gap closed at 16 events"
-    bucket_plot(rows, "support", shown, path, f"generator, {found['worlds']} worlds", note)
+    bucket_plot(rows, "support", shown, path, f"generator, {kind} worlds", note)
 
 
 def main() -> None:
@@ -110,7 +110,7 @@ def main() -> None:
             results[kind] = report(worlds)
             results["bars"] = results["full" if "full" in results else kind]["bars"]
             write_json(out, results)
-        picture(results[kind], out.with_name(f"{out.stem}_{kind}.png"))
+        picture(results[kind], kind, out.with_name(f"{out.stem}_{kind}.png"))
 
 
 if __name__ == "__main__":
