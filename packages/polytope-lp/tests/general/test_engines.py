@@ -124,3 +124,11 @@ def test_gaps_are_relative_whatever_the_unit_of_costs(engine, unit):
     assert other.verify()["ok"], other.verify()["problems"]
     far = BlockLP.build(c * unit, A, b, bounds=[(0, 1)] * 30)
     assert far.lower_bound(np.zeros(6)) < 1.01 * other.lower_bound  # a bound that is off shows in the gap
+
+
+def test_coefficients_below_1e_9_count():
+    # scipy's HiGHS drops them and answers -6
+    result = linprog_blocks([-1.0, -2.0], [[1e-10, 2e-10]], [3e-10], bounds=[(0, 2), (0, 2)])
+    assert result.success
+    assert result.fun == pytest.approx(-3.0, rel=1e-9)
+    assert result.lower_bound == pytest.approx(-3.0, rel=1e-9)
