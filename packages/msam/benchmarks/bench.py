@@ -134,7 +134,7 @@ def chained(quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for key, name, micro_batches, repeats, pairs, places in (
         ("small_m8", "mlp", 8, 20, 50, 5), ("large_m8", "large-mlp", 8, 2, 24, 2),
-        ("transformer_m4", "transformer", 4, 2, 7, 1), ("cnn_m4", "cnn", 4, 2, 7, 1),
+        ("transformer_m4", "transformer", 4, 2, 7, 1), ("cnn_m4", "cnn", 4, 2, 30, 2),
     ):  # fmt: skip
 
         def make(name: str = name, micro_batches: int = micro_batches, repeats: int = repeats) -> Programs:
