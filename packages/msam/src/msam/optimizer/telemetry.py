@@ -219,11 +219,7 @@ def _eps(dtypes: set[torch.dtype]) -> float:
 def _ascent(
     optimizer: MSAM, loss_fn: Callable[[Any], Tensor], part: Any, tracked: Tracked, slot: int
 ) -> tuple[list[Tensor | None], Tensor]:
-    """The perturbation of one micro-batch by the definition.
-
-    Returns:
-        As `perturbation`.
-    """
+    """The perturbation of one micro-batch by the definition, as `perturbation` returns it."""
     if optimizer.options.ascent == "chained":
         return optimizer.engines.sequential(optimizer.trainable).chained(tracked, slot)
     return perturbation(tracked, differentiate(loss_fn, ascent_part(optimizer, part), tracked.parameters)[1])

@@ -104,11 +104,7 @@ class VertexPolytope(Polytope):
         return torch.from_numpy(x)
 
     def _corral(self, i: int, n: int) -> corral.Corral | None:
-        """The corral of a block's last projection.
-
-        Returns:
-            The corral; None if it is not known, or of a block of another length.
-        """
+        """The corral of a block's last projection; None if it is not known, or of a block of another length."""
         kept = self._kept.get(i)
         return kept if kept is not None and kept.vertices.shape[1] == n else None
 
