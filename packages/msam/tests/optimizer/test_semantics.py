@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from msam import MSAM, micro_batches, msam_step
+from msam.engines import choice
 from torch import nn
 from torch.nn import functional as F
 
@@ -274,6 +275,21 @@ def test_clipping_comes_after_averaging(double, oracle):
     opt.step(oracle.loss_of(model), batch)
     moved = torch.cat([(p - q).detach().flatten() for p, q in zip(model.parameters(), before, strict=True)])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize(("gain", "mode"), [(0.0, "sequential"), (1e9, "ghost")])
+def test_auto_takes_the_faster_engine_and_the_same_gradient(double, oracle, monkeypatch, gain, mode):
+    monkeypatch.setattr(choice, "GAIN", gain)  # how many times as long sequential mode may take
+    make_model, make_batch = oracle.CASES["mlp"]
+    model, batch = make_model(), make_batch()
+    twin = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    opt = MSAM(model, torch.optim.SGD, lr=0.1, num_micro_batches=3)
+    opt.backward(oracle.loss_of(model), batch)
+    assert opt.record.mode == mode
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    MSAM(twin, torch.optim.SGD, lr=0.1, num_micro_batches=3, mode="sequential").backward(oracle.loss_of(twin), batch)
+    assert oracle.relative_error(oracle.gradients(model), oracle.gradients(twin)) < 1e-12
 
 
 def test_weight_decay_is_not_in_the_ascent(double, oracle):
