@@ -6,6 +6,7 @@ since its last tag (`tools/changes.py`) decide a package's version. When a relea
 """
 
 import argparse
+import posixpath
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,9 @@ def apply(release: Release, root: Path = ROOT) -> None:
     for old, new in release.windows.items():
         text = text.replace(f'"{old}"', f'"{new}"')
     if home := home_page(root):
-        text = with_urls(text, home, release.name)
+        text, readme = with_urls(text, home, release.name), folder / "README.md"
+        readme.write_text(with_absolute_links(readme.read_text(encoding="utf-8"), home, release.name), encoding="utf-8")
+        run(root, "git", "add", str(readme))
     heading, _, rest = log.read_text(encoding="utf-8").partition("\n")
     if UNRELEASED in rest:  # its text is part of the notes
         rest = "".join(re.split(r"(?m)^(?=## )", rest.partition(f"{UNRELEASED}\n")[2])[1:])
@@ -175,6 +178,17 @@ Issues = "{home}/issues"
     before, project_table, rest = without.partition("[project]\n")
     own, bracket, others = rest.partition("\n[")
     return f"{before}{project_table}{own.rstrip()}\n\n{table}{bracket.strip()}{others}".rstrip() + "\n"
+
+
+def with_absolute_links(readme: str, home: str, name: str) -> str:
+    """A README whose links and pictures also work on an index, which shows it far from its folder."""
+
+    def absolute(match: re.Match[str]) -> str:
+        kind = "raw" if match[1] else "blob"
+        path = posixpath.normpath(posixpath.join("packages", name, match[3]))
+        return f"{match[1]}[{match[2]}]({home}/{kind}/HEAD/{path})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)", absolute, readme)
 
 
 def build(names: Sequence[str], root: Path = ROOT) -> None:

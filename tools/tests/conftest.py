@@ -39,6 +39,8 @@ class Repository:
         self.write(f"packages/{name}/pyproject.toml", text)
         self.write(f"packages/{name}/CHANGELOG.md", f"# Changelog of {name}\n")
         self.write(f"packages/{name}/src/{name}/__init__.py", "")
+        links = "[docs](../../docs/x.md#y), [here](#z), [b](https://b.example)"
+        self.write(f"packages/{name}/README.md", f"![A](a.png) and {links}\n")
 
     def write(self, path: str, text: str) -> None:
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)

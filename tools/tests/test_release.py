@@ -192,6 +192,10 @@ def test_the_addresses_of_a_package_come_from_its_remote(released, change, remot
         }
         assert project["version"] == release.version
         assert project["dependencies"] == []
+        assert released.read("packages/lonely/README.md") == (
+            "![A](https://example.org/group/papers/raw/HEAD/packages/lonely/a.png) and "
+            "[docs](https://example.org/group/papers/blob/HEAD/docs/x.md#y), [here](#z), [b](https://b.example)\n"
+        )
         change("lonely", "fix(lonely): mend")
 
 
