@@ -203,14 +203,14 @@ def as_html(found: Sequence[Row], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_quick(root: Path, out: Path) -> dict[str, float]:
+def run_quick(root: Path, out: Path) -> tuple[dict[str, float], list[str]]:
     """Run every script that has a `--quick`; what an earlier call has finished at this commit is not run again.
 
     Returns:
-        Seconds of every script.
+        Seconds of every script, and the scripts that failed, such as those whose data this machine does not have.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
-    took = {}
+    took, failed = {}, []
     for name in packages(root):
         for script in sorted((root / "packages" / name / "reproduce").glob("[!_]*.py")):
             beside = sorted(script.parent.glob("_*.py"))  # where scripts share their options
@@ -224,10 +224,12 @@ def run_quick(root: Path, out: Path) -> dict[str, float]:
                 print(f"{name} {script.name} --quick", flush=True)
                 begin = time.monotonic()
                 command = [sys.executable, str(script), "--quick", "-o", str(folder)]
-                subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode:
+                    failed.append(f"{name} {script.name}")
+                    continue
                 done.write_text(json.dumps({"commit": commit, "seconds": time.monotonic() - begin}))
             took[f"{name} {script.name}"] = json.loads(done.read_text())["seconds"]
-    return took
+    return took, failed
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -236,13 +238,15 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="compare the page with the results, write nothing")
     parser.add_argument("--quick", action="store_true", help="run all scripts with --quick and report on their figures")
     options = parser.parse_args(arguments)
+    failed: list[str] = []
     try:
         if options.quick:
             out = root / QUICK
-            took = run_quick(root, out)
+            took, failed = run_quick(root, out)
             found = rows(root, lambda name: out / name, partial=True)
             machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
             head = f"# Claims, quick\n\n{len(took)} scripts in {sum(took.values()) / 60:.0f} minutes on {machine}.\n"
+            head += f"\nFailed, their claims left out: {', '.join(failed)}.\n" if failed else ""
             pages = {out / "claims.md": as_markdown(found, head), out / "claims.html": as_html(found, "Claims, quick")}
         else:
             found = rows(root, lambda name: root / "packages" / name / "reproduce" / "results")
@@ -260,7 +264,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(path)
-    return 0
+    return bool(failed)
 
 
 if __name__ == "__main__":

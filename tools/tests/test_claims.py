@@ -69,6 +69,15 @@ def test_quick_runs_every_script_once(root, repository, capfd):
     assert not (repository.root / "docs" / "claims.md").exists()
 
 
+def test_a_script_that_fails_is_named_and_the_others_run(root, repository):
+    repository.write("packages/alpha/reproduce/broken.py", 'raise SystemExit("--quick needs data")  # "--quick"')
+    repository.write("packages/core/reproduce/times.py", SCRIPT)
+    assert main(["--quick"], root(9.0, 4.0)) == 1
+    page = (repository.root / "out" / "reproduce-quick" / "claims.md").read_text()
+    assert "Failed, their claims left out: alpha broken.py." in page
+    assert "**holds**" in page
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
