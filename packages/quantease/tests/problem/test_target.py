@@ -5,7 +5,7 @@ from core_tensor.dev.testing import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from quantease.problem.gram import GramFolds
-from quantease.problem.target import RIDGE, least_squares_shift, shifted_targets
+from quantease.problem.target import LONGEST, RIDGE, least_squares_shift, shifted_targets
 
 
 def tokens(n, p, q, *, seed=0, drift=0.3, folds=2):
@@ -98,3 +98,19 @@ def test_cross_products_follow_the_folds():
     halves[0].update(X[:30])
     halves[1].update(X[30:])
     assert_close("ranks", gram.folds, halves[0].folds + halves[1].folds, 1e-12)
+
+
+def test_a_feature_that_quantization_has_silenced_does_not_blow_its_weights_up():
+    """Over next to nothing, least squares would put what the residual owes that feature."""
+    X, W, _, fold = tokens(400, 6, 3)
+    wanted = 0.1 * torch.randn(3, 6, dtype=torch.float64)
+    R = X @ wanted.T  # what full precision has beyond the layer
+    X[:, 2] *= 1e-6
+    S = torch.stack([X[fold == f].T @ X[fold == f] for f in range(2)])
+    B = torch.stack([X[fold == f].T @ R[fold == f] for f in range(2)])
+    assert float(least_squares_shift(S.sum(0), B.sum(0))[:, 2].norm()) > 1e3
+    found = shifted_targets({"a": W}, S, {"a": B})
+    assert found.factor > 0
+    moved = (found.weights["a"] - W).norm(dim=0)
+    assert float(moved[2]) <= 1.001 * LONGEST * max(float(W[:, 2].norm()), float(W.norm(dim=0).square().mean().sqrt()))
+    assert float(moved.sum() - moved[2]) > 0.01
