@@ -245,7 +245,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             took, failed = run_quick(root, out)
             found = rows(root, lambda name: out / name, partial=True)
             machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-            head = f"# Claims, quick\n\n{len(took)} scripts in {sum(took.values()) / 60:.0f} minutes on {machine}.\n"
+            head = (
+                "# Claims, quick\n\nA small form of every script, which shows that all of it runs and little more "
+                f"(`uvx nox -s reproduce -- --quick`): {len(took)} scripts in {sum(took.values()) / 60:.0f} minutes on "
+                f"{machine}.\n"
+            )
             head += f"\nFailed, their claims left out: {', '.join(failed)}.\n" if failed else ""
             pages = {out / "claims.md": as_markdown(found, head), out / "claims.html": as_html(found, "Claims, quick")}
         else:

@@ -153,7 +153,7 @@ def test_images_of_several_sizes_and_loaders(paths):
         ([], {}, "a: expected images, got none"),
         (A / 255, {"value_range": (1, 1)}, "value_range: expected a smallest and a larger"),
         (A.astype(float), {"value_range": (0, 1)}, r"a: expected values in \[0, 1\], got \[0, 199\]"),
-        (A, {"device": "cuda:99"}, "device: expected a device of this machine, such as cpu, got cuda:99"),
+        (A, {"device": "cuda:99"}, "device: expected a device that torch finds here, got 'cuda:99'"),
         (A, {"device": "gpu"}, "device: expected a device"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -99,7 +99,7 @@ def test_files_that_are_no_gguf_and_devices_that_are_not_there(tiny_llama, tmp_p
     with pytest.raises(ValueError, match=r"cannot load .*model\.gguf"):
         open_causal_lm(tmp_path / "model.gguf")
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == parsers  # what loading replaces is put back
-    with pytest.raises(ValueError, match="device: torch cannot use"):
+    with pytest.raises(ValueError, match="device: expected a device that torch finds here"):
         open_causal_lm(tiny_llama, device="cuda:99")
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 from tqdm import tqdm
 
+from core_tensor.app.devices import check_device
 from core_tensor.app.extras import MissingExtraError
 
 T = TypeVar("T")
@@ -177,13 +178,10 @@ def _device(context: click.Context, parameter: click.Parameter, text: str) -> st
     """A device of torch that this machine has; refused before any work."""
     del context, parameter
     if text != "cpu":
-        import torch
-
         try:
-            torch.empty(0, device=text)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a build without CUDA
-            reason = str(error).split("\n", 1)[0]
-            raise click.BadParameter(f"expected a device that torch finds here, got {text!r} ({reason})") from error
+            check_device("device", text)
+        except ValueError as error:
+            raise click.BadParameter(str(error).removeprefix("device: ")) from error
     return text
 
 

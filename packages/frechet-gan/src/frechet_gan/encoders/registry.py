@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from core_tensor.app.devices import check_device
 from core_tensor.app.files import digest
 from torch import nn
 
@@ -30,7 +31,7 @@ def load_encoder(name: str, *, device: torch.device | str = "cpu") -> Encoder:
     Raises:
         ValueError: If the name is unknown, weights cannot be read, or there is no such device.
     """
-    device = check_device(device)
+    device = check_device("device", device)
     kind, _, rest = name.partition(":")
     found: nn.Module
     if kind == "pixels" and not rest:
@@ -59,27 +60,6 @@ def load_encoder(name: str, *, device: torch.device | str = "cpu") -> Encoder:
             f"openclip:FILE, mobilenet:FILE.npz, torchvision:MODEL or timm:MODEL, got {name!r}"
         )
     return found.to(device)
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """Refuse a device that this machine does not have.
-
-    Args:
-        device: Name, such as `cpu` or `cuda:0`.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: If it is no name of a device, or torch finds none of its kind.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"device: expected a device of this machine, such as cpu, got {device!s} ({why})") from error
-    return found
 
 
 def identity(name: str, encoder: Encoder) -> str:

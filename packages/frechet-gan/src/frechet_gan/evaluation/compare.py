@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from core_tensor.app.cli import progress
+from core_tensor.app.devices import check_device
 from core_tensor.app.files import atomic_path, digest, read_npz, reading
 from core_tensor.checks import check_number
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from frechet_gan.choices import RESIZES, Estimator, Resize
 from frechet_gan.encoders.frozen import Encoder, FrozenEncoder, encode, encoded_batches
 from frechet_gan.encoders.inception import InceptionFID
-from frechet_gan.encoders.registry import check_device, identity, load_encoder
+from frechet_gan.encoders.registry import identity, load_encoder
 from frechet_gan.evaluation.report import Alarms, judge, raise_alarms
 from frechet_gan.frechet.distance import frechet_distance
 from frechet_gan.frechet.stats import FeatureStats
@@ -58,7 +59,7 @@ class Reader:
             raise ValueError(f"resize: expected one of {', '.join(RESIZES)}, got {resize!r}")
         check_number("batch", batch, low=1, integer=True)
         check_number("workers", workers, low=0, integer=True)
-        self.device, self.batch, self.workers, self.resize = check_device(device), batch, workers, resize
+        self.device, self.batch, self.workers, self.resize = check_device("device", device), batch, workers, resize
         self.encoder = load_encoder(name, device=device) if isinstance(name, str) else name
         self.size: int | None = size or getattr(self.encoder, "size", None)
         self.colored = isinstance(self.encoder, FrozenEncoder)  # which repeats grey images anyway

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from core_tensor.app.devices import check_device
 from core_tensor.app.extras import MissingExtraError, require
 from torch import Tensor, nn
 
@@ -117,7 +118,7 @@ def open_causal_lm(
     """
     transformers = require("transformers", "quantease[hf]")
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    _check_device(device)
+    check_device("device", device)
     if isinstance(model, nn.Module):
         return _from_module(model, tokenizer, str(getattr(model, "name_or_path", "") or "model"), device)
     path = Path(model)
@@ -209,13 +210,6 @@ def foreign(model: Any) -> Iterator[None]:
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"model: transformers cannot load {model} ({first})") from error
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise ValueError(f"device: torch cannot use {device} ({str(error).splitlines()[0]})") from error
 
 
 @contextmanager

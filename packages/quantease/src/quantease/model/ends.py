@@ -44,7 +44,7 @@ def find_ends(lm: CausalLM, *, lm_head: bool, embeddings: bool) -> tuple[Matrix,
         (embeddings, "embeddings", nn.Embedding, lm.skeleton.get_input_embeddings()),
     ):
         if wanted and not isinstance(module, kind):
-            raise ValueError(f"{what}: expected an {kind.__name__} in {lm.name}, got {type(module).__name__}")
+            raise ValueError(f"{what}: expected nn.{kind.__name__} in {lm.name}, got {type(module).__name__}")
         asked += [module] if wanted else []
     if len({id(module.weight) for module in asked}) < len(asked):
         del asked[1:]

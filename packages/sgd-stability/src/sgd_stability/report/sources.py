@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from core_tensor.app.devices import check_device
 from core_tensor.app.extras import require
 from core_tensor.app.files import read_npz, reading
 
@@ -38,15 +39,7 @@ def load_model(target: str, weights: str | None = None, device: str = "cpu") -> 
             model.load_state_dict(state)
         except RuntimeError as error:  # names or shapes of another model
             raise ValueError(f"{weights}: expected the weights of MODEL ({' '.join(str(error).split())})") from error
-    return _moved(model.eval(), device)
-
-
-def _moved(model: torch.nn.Module, device: str) -> torch.nn.Module:
-    """The model on a device; torch reports one that does not exist as a RuntimeError or an AssertionError."""
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {' '.join(str(error).split())}") from error
+    return model.eval().to(check_device("--device", device))
 
 
 def load_data(source: str) -> Any:
