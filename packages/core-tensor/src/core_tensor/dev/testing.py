@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import pickle
 import socket
@@ -69,7 +70,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     module = "__mp_main__" if function.__module__ == "__main__" else function.__module__
     target = (inspect.getfile(function), module, function.__qualname__, pickle.dumps(args))
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, args=(world_size, port, folder, *target), nprocs=world_size)
+        # ranks are forks of a server that has imported torch, once, and never computed
+        multiprocessing.set_forkserver_preload([__name__])
+        arguments = (world_size, port, folder, *target)
+        torch.multiprocessing.start_processes(_rank, arguments, world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
