@@ -39,11 +39,22 @@ struct Job {
   const int64_t *ids, *offsets;
   int64_t d;
   float* out;
+  bool past_caches;  // vectors of `out` go straight to memory
 };
 
-// Rows that are asked for before they are needed: rows of a table that no cache holds come one miss after the other
-// otherwise. Fewer leave the memory idle, and more change nothing.
-constexpr int64_t kAhead = 32;
+// Bytes of output from which on it goes past the caches: they would not hold it until it is read, and a store into them
+// reads the line first. Half of that pays for whoever reads the output next with what is won here.
+constexpr int64_t kPastCaches = 8 << 20;
+
+// Cache lines that are asked for before they are needed: rows of a table that no cache holds come one miss after the
+// other otherwise. A quarter of them takes twice as long for rows of 16 columns, more change nothing, and 16 kB fit into
+// every first-level cache.
+constexpr int64_t kLinesAhead = 256;
+
+CT_INLINE int64_t rows_ahead(int64_t stride) {
+  const int64_t lines = (stride + 62) / 64 + 1;  // that a row may lie on
+  return lines > kLinesAhead / 8 ? 8 : kLinesAhead / lines;
+}
 
 // Asks for the row of the i-th id; false if the table has no such row. Every id passes here before its row is read.
 CT_INLINE bool ask(const Job& job, int64_t i, int64_t stride) {
@@ -57,17 +68,18 @@ CT_INLINE bool ask(const Job& job, int64_t i, int64_t stride) {
 
 // The first rows of a run, which no loop has asked for.
 CT_INLINE bool ask_first(const Job& job, int64_t begin, int64_t end, int64_t stride) {
-  for (int64_t i = begin; i < end && i < begin + kAhead; ++i)
+  const int64_t ahead = rows_ahead(stride);
+  for (int64_t i = begin; i < end && i < begin + ahead; ++i)
     if (!ask(job, i, stride)) return false;
   return true;
 }
 
 // Plain loops, for machines without the vectors below.
 bool single_base(const Job& job, int64_t begin, int64_t end) {
-  const int64_t d = job.d, stride = d + kMetadata;
+  const int64_t d = job.d, stride = d + kMetadata, ahead = rows_ahead(stride);
   if (!ask_first(job, begin, end, stride)) return false;
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end && !ask(job, i + kAhead, stride)) return false;
+    if (i + ahead < end && !ask(job, i + ahead, stride)) return false;
     const uint8_t* row = job.table + job.ids[i] * stride;
     const Range r = range_of(row, d);
     for (int64_t j = 0; j < d; ++j) job.out[i * d + j] = r.scale * row[j] + r.bias;
@@ -76,13 +88,13 @@ bool single_base(const Job& job, int64_t begin, int64_t end) {
 }
 
 bool bags_base(const Job& job, int64_t begin, int64_t end) {
-  const int64_t d = job.d, stride = d + kMetadata, last = job.offsets[end];
+  const int64_t d = job.d, stride = d + kMetadata, ahead = rows_ahead(stride), last = job.offsets[end];
   if (!ask_first(job, job.offsets[begin], last, stride)) return false;
   for (int64_t bag = begin; bag < end; ++bag) {
     float* out = job.out + bag * d;
     for (int64_t j = 0; j < d; ++j) out[j] = 0;
     for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
-      if (i + kAhead < last && !ask(job, i + kAhead, stride)) return false;
+      if (i + ahead < last && !ask(job, i + ahead, stride)) return false;
       const uint8_t* row = job.table + job.ids[i] * stride;
       const Range r = range_of(row, d);
       for (int64_t j = 0; j < d; ++j) out[j] += r.scale * row[j] + r.bias;
@@ -100,24 +112,29 @@ using Run = bool (*)(const Job&, int64_t, int64_t);
   _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(MASK, (ROW) + (J)))), SCALE, BIAS)
 
 CT_V4 bool single_v4(const Job& job, int64_t begin, int64_t end) {
-  const int64_t d = job.d, stride = d + kMetadata;
+  const int64_t d = job.d, stride = d + kMetadata, ahead = rows_ahead(stride);
   if (!ask_first(job, begin, end, stride)) return false;
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end && !ask(job, i + kAhead, stride)) return false;
+    if (i + ahead < end && !ask(job, i + ahead, stride)) return false;
     const uint8_t* row = job.table + job.ids[i] * stride;
     const Range r = range_of(row, d);
     const __m512 scale = _mm512_set1_ps(r.scale), bias = _mm512_set1_ps(r.bias);
     float* out = job.out + i * d;
     for (int64_t j = 0; j < d; j += 16) {
       const __mmask16 mask = d - j >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (d - j)) - 1);
-      _mm512_mask_storeu_ps(out + j, mask, CT_ROW_V4(row, j, mask, scale, bias));
+      const __m512 values = CT_ROW_V4(row, j, mask, scale, bias);
+      if (job.past_caches)
+        _mm512_stream_ps(out + j, values);
+      else
+        _mm512_mask_storeu_ps(out + j, mask, values);
     }
   }
+  _mm_sfence();
   return true;
 }
 
 CT_V4 bool bags_v4(const Job& job, int64_t begin, int64_t end) {
-  const int64_t d = job.d, stride = d + kMetadata, last = job.offsets[end];
+  const int64_t d = job.d, stride = d + kMetadata, ahead = rows_ahead(stride), last = job.offsets[end];
   if (!ask_first(job, job.offsets[begin], last, stride)) return false;
   for (int64_t bag = begin; bag < end; ++bag) {
     for (int64_t first = 0; first < d; first += 64) {  // four vectors of sums stay in registers
@@ -129,7 +146,7 @@ CT_V4 bool bags_v4(const Job& job, int64_t begin, int64_t end) {
       }
       const int vectors = d - first >= 64 ? 4 : static_cast<int>((d - first + 15) / 16);
       for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
-        if (first == 0 && i + kAhead < last && !ask(job, i + kAhead, stride)) return false;
+        if (first == 0 && i + ahead < last && !ask(job, i + ahead, stride)) return false;
         const uint8_t* row = job.table + job.ids[i] * stride;
         const Range r = range_of(row, d);
         const __m512 scale = _mm512_set1_ps(r.scale), bias = _mm512_set1_ps(r.bias);
@@ -166,18 +183,25 @@ CT_V3_INLINE Range range_v3(const uint8_t* row, int64_t d) {
 // With the width known to the compiler (kD > 0) a row of 16 is two vectors and no loop.
 template <int64_t kD>
 CT_V3 bool single_v3(const Job& job, int64_t begin, int64_t end) {
-  const int64_t d = kD ? kD : job.d, stride = d + kMetadata;
+  const int64_t d = kD ? kD : job.d, stride = d + kMetadata, ahead = rows_ahead(stride);
   if (!ask_first(job, begin, end, stride)) return false;
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end && !ask(job, i + kAhead, stride)) return false;
+    if (i + ahead < end && !ask(job, i + ahead, stride)) return false;
     const uint8_t* row = job.table + job.ids[i] * stride;
     const Range r = range_v3(row, d);
     const __m256 scale = _mm256_set1_ps(r.scale), bias = _mm256_set1_ps(r.bias);
     float* out = job.out + i * d;
     int64_t j = 0;
-    for (; j + 8 <= d; j += 8) _mm256_storeu_ps(out + j, row_v3(row + j, scale, bias));
+    for (; j + 8 <= d; j += 8) {
+      const __m256 values = row_v3(row + j, scale, bias);
+      if (job.past_caches)
+        _mm256_stream_ps(out + j, values);
+      else
+        _mm256_storeu_ps(out + j, values);
+    }
     for (; j < d; ++j) out[j] = r.scale * row[j] + r.bias;
   }
+  _mm_sfence();
   return true;
 }
 
@@ -185,12 +209,12 @@ CT_V3 bool single_v3(const Job& job, int64_t begin, int64_t end) {
 // columns of a bag ask for the rows ahead.
 template <int kVectors, int64_t kD>
 CT_V3 bool bag_columns(const Job& job, int64_t bag, int64_t last, int64_t first) {
-  const int64_t d = kD ? kD : job.d, stride = d + kMetadata;
+  const int64_t d = kD ? kD : job.d, stride = d + kMetadata, ahead = rows_ahead(stride);
   __m256 sums[kVectors];
   for (int c = 0; c < kVectors; ++c) sums[c] = _mm256_setzero_ps();
   float biases = 0;
   for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
-    if (first == 0 && i + kAhead < last && !ask(job, i + kAhead, stride)) return false;
+    if (first == 0 && i + ahead < last && !ask(job, i + ahead, stride)) return false;
     const uint8_t* row = job.table + job.ids[i] * stride;
     const Range r = range_v3(row, d);
     const __m256 scale = _mm256_set1_ps(r.scale);
@@ -204,7 +228,7 @@ CT_V3 bool bag_columns(const Job& job, int64_t bag, int64_t last, int64_t first)
 
 template <int64_t kD>
 CT_V3 bool bags_v3(const Job& job, int64_t begin, int64_t end) {
-  const int64_t d = kD ? kD : job.d, stride = d + kMetadata, last = job.offsets[end];
+  const int64_t d = kD ? kD : job.d, stride = d + kMetadata, ahead = rows_ahead(stride), last = job.offsets[end];
   if (!ask_first(job, job.offsets[begin], last, stride)) return false;
   for (int64_t bag = begin; bag < end; ++bag) {
     int64_t j = 0;
@@ -217,7 +241,7 @@ CT_V3 bool bags_v3(const Job& job, int64_t begin, int64_t end) {
     for (; j < d; ++j) {
       float sum = 0;
       for (int64_t i = job.offsets[bag]; i < job.offsets[bag + 1]; ++i) {
-        if (j == 0 && i + kAhead < last && !ask(job, i + kAhead, stride)) return false;
+        if (j == 0 && i + ahead < last && !ask(job, i + ahead, stride)) return false;
         const uint8_t* row = job.table + job.ids[i] * stride;
         const Range r = range_v3(row, d);
         sum += r.scale * row[j] + r.bias;
@@ -252,7 +276,8 @@ Run chosen(bool bags, int64_t) { return bags ? bags_base : single_base; }
 CT_EXPORT int ct_quantized_gather(const uint8_t* table, const int64_t* ids, const int64_t* offsets, int64_t rows,
                                   int64_t total, int64_t count, int64_t d, float* out, int threads) {
   if (offsets && !are_offsets(offsets, count, total)) return 0;
-  const Job job{table, rows, ids, offsets, d, out};
+  const bool aligned = d % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const Job job{table, rows, ids, offsets, d, out, aligned && count * d * 4 >= kPastCaches};
   const Run run = chosen(offsets != nullptr, d);
   const int64_t piece = 512;
   if (threads == 1 || count <= piece) return run(job, 0, count);

@@ -18,6 +18,20 @@ def test_one_id_per_field(dim, rows, batch, fields, scale):
     assert_close("values", reference.quantized_gather(table, ids, None), found, 1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dim", "rows"), [(16, 131_072), (16, 131_071), (24, 90_000), (1600, 1400)])
+def test_outputs_on_both_sides_of_what_caches_hold(dim, rows, threads):
+    table = quantize_rows(torch.randn(50, dim))
+    ids = torch.randint(50, (rows, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = quantized_gather(table, ids)
+    finally:
+        torch.set_num_threads(before)
+    assert_close("values", reference.quantized_gather(table, ids, None), found, 1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(DIMS), st.lists(st.integers(0, 30), max_size=12))
 def test_bags_empty_ones_too(dim, lengths):
@@ -79,7 +93,7 @@ def test_bad_input_names_the_argument(call, error, message):
 @pytest.mark.parametrize("dim", [4, 16, 40])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bad", [-1, 50, 2**62, -(2**63)])
-@pytest.mark.parametrize("at", [0, 31, 32, 700, 1199])  # around the rows that the kernel asks for ahead of time
+@pytest.mark.parametrize("at", [0, 127, 128, 700, 1199])  # around the rows that the kernel asks for ahead of time
 def test_the_operator_itself_refuses_ids_wherever_they_stand(dim, threads, bad, at):
     table = quantize_rows(torch.randn(50, dim))
     ids = torch.arange(1200) % 50

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from core_tensor.checks import check_indices, check_offsets
+from core_tensor.memory import huge_pages
 
 METADATA = 6
 """Bytes behind the codes of a row: the scale in float16, the bias in float32."""
@@ -17,7 +18,9 @@ def quantize_rows(weight: Tensor) -> Tensor:
     scale = torch.where(scale.float() * 255 < high - low, torch.nextafter(scale, scale.new_tensor(torch.inf)), scale)
     step = torch.where(scale > 0, scale.float(), 1.0)
     codes = ((weight.float() - low[:, None]) / step[:, None]).round_().clamp_(0, 255).to(torch.uint8)
-    return torch.cat([codes, scale[:, None].view(torch.uint8), low[:, None].view(torch.uint8)], 1)
+    parts = [codes, scale[:, None].view(torch.uint8), low[:, None].view(torch.uint8)]
+    table = huge_pages(codes.new_empty(len(codes), codes.shape[1] + METADATA))
+    return torch.cat(parts, 1, out=table)
 
 
 def dequantize_rows(table: Tensor) -> Tensor:
