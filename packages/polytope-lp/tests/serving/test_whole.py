@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 from core_tensor.dev.testing import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ def _integer_optimum(problem):
     """The best whole allocation by HiGHS on all edges; None if there is none."""
     matrix, b, equal = _rows(problem)
     limit = np.floor(problem.limits(0, problem.data.blocks).numpy() + 1e-9)
-    rows = LinearConstraint(matrix, np.where(equal, b, -np.inf), b)
+    rows = LinearConstraint(scipy.sparse.csr_matrix(matrix), np.where(equal, b, -np.inf), b)
     cost = problem.data.cost.double().numpy()
     return milp(cost, integrality=np.ones(cost.size), bounds=Bounds(0, limit), constraints=rows)
 

@@ -58,12 +58,14 @@ def test_every_type_of_key_gives_the_same_problem(plain, kind, tmp_path):
     problem = _problem(make(SOURCE), make(DESTINATION), make(BUDGETED))
     solution = solve(problem, 1e-7)
     assert solution.objective == pytest.approx(plain, rel=1e-6)
-    if kind == "dictionary of views":  # pyarrow cannot write these to Parquet
-        return
     policy = Policy.from_solution(solution)
     policy.save(tmp_path / "policy.npz")
     edges = pa.table({"source": make(SOURCE), "destination": make(DESTINATION), "value": VALUE})
-    pq.write_table(edges, tmp_path / "edges.parquet")
+    try:
+        pq.write_table(edges, tmp_path / "edges.parquet")
+    except pa.ArrowNotImplementedError:
+        assert "view" in kind  # no pyarrow writes dictionaries of views to Parquet, and an old one no views
+        return
     budgets = pa.table({"destination": make(BUDGETED), "budget": BUDGET})
     pq.write_table(budgets, tmp_path / "budgets.parquet")
     scored = score_file(

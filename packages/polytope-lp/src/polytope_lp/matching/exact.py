@@ -324,7 +324,8 @@ def _decide(
     if kept.size:
         A = scipy.sparse.csr_array(columns[:, kept])
         used = np.diff(A.indptr) > 0
-        rows = LinearConstraint(A[used], np.where(equal, left, -np.inf)[used], high[used])
+        chosen = scipy.sparse.csr_matrix(A[used])  # of a csr_array, old scipy would hand HiGHS 64-bit indices
+        rows = LinearConstraint(chosen, np.where(equal, left, -np.inf)[used], high[used])
         options: Any = {"time_limit": time_limit, "mip_rel_gap": 0.0}
         found = milp(
             cost[kept],
