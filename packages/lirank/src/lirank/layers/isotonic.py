@@ -15,6 +15,7 @@ Sources: LiRank, arXiv 2402.06859, section 3.2; context embeddings as in arXiv 2
 import torch
 from core_tensor.checks import check_number, check_tensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class IsotonicLayer(nn.Module):
@@ -59,8 +60,8 @@ class IsotonicLayer(nn.Module):
         """
         if (context is None) != (self.context_slope is None):
             raise ValueError(f"context: expected {'one per row' if self.contexts else 'none'}")
-        y = logits.clamp(self.low, self.high) - self.low
-        k = (y / self.step).long().clamp(0, self.buckets - 1)  # NaN becomes an arbitrary bucket, and stays NaN below
+        y = F.hardtanh(logits, self.low, self.high) - self.low
+        k = (y.detach() / self.step).int().clamp(0, self.buckets - 1)  # NaN takes any bucket, and stays NaN below
         slope: Tensor
         bias: Tensor
         if context is None or self.context_slope is None or self.context_bias is None:
@@ -73,10 +74,11 @@ class IsotonicLayer(nn.Module):
             slope = (self.slope + self.context_slope).clamp_min(0)  # (C, K)
             place = context * self.buckets + k
             bias = self.bias + self.context_bias[:, None]
-        below = (slope.cumsum(-1) - slope) * self.step + bias  # the curve at the lower edge of every bucket
+        # the curve at the lower edge of every bucket
+        below = torch.add(bias, slope.cumsum(-1) - slope, alpha=self.step)
         # index_select, whose gradient is an index_add: twice as fast as indexing
         below, slope = below.flatten().index_select(0, place), slope.flatten().index_select(0, place)
-        return torch.addcmul(below, slope, y - k.to(y.dtype) * self.step)
+        return torch.addcmul(below, slope, torch.sub(y, k.to(y.dtype), alpha=self.step))
 
     @torch.no_grad()
     def set_curve(self, edges: Tensor, values: Tensor, context: int | None = None) -> None:
