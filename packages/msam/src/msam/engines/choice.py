@@ -24,7 +24,7 @@ from msam.engines.sequential import (
     stretches,
 )
 from msam.engines.vectorised import vectorised_gradient
-from msam.step.batches import Shards, constant
+from msam.step.batches import Shards
 from msam.step.chain import Chain
 from msam.step.options import Options
 from msam.step.passes import Generators, is_sharded, norm_layers, remembered, unsynchronised
@@ -164,7 +164,7 @@ class Engines:
     def _pieces(
         self, engine: str, loss_fn: LossFunction, stretch: Stretch, tracked: Tracked, trainable: Trainable,
         scale: Scale | None, weight: float,
-    ) -> list[tuple[Piece, tuple[float, ...]]]:  # fmt: skip
+    ) -> list[Piece]:  # fmt: skip
         """One stretch by an engine; what ghost mode cannot follow is done one micro-batch at a time."""
         refusal = None
         if engine == "ghost" and self._ghost is not None:
@@ -174,7 +174,7 @@ class Engines:
                 refusal = error
             else:
                 self._refusals = 0
-                return [(piece, stretch.shares)]
+                return [piece]
             runs = self._runs(refusal, stretch)
             if runs:
                 parts = stretch.split(runs)
@@ -184,7 +184,7 @@ class Engines:
         piece = self.sequential(trainable).accumulate(loss_fn, stretch, tracked, scale=scale, weight=weight)
         if refusal is not None:
             self._note(refusal)
-        return [(piece, stretch.shares)]
+        return [piece]
 
     def _runs(self, refusal: UnsupportedError, stretch: Stretch) -> list[int]:
         """Lengths of the runs of micro-batches that agree on a decision, for ghost mode to take one after the other."""
@@ -224,8 +224,7 @@ class Engines:
         """
         engine, loss = self.sequential(trainable), torch.zeros(())
         for stretch in stretches(batch, shards, self._options):
-            losses = engine.plain(loss_fn, stretch, scale=scale, weight=weight)
-            loss = loss + (losses * losses.new_tensor(stretch.shares)).sum()
+            loss = loss + stretch.mean(engine.plain(loss_fn, stretch, scale=scale, weight=weight))
         return StepRecord("plain", 0.0, loss, loss, torch.empty(0))
 
     @contextmanager
@@ -260,22 +259,15 @@ def _now(devices: set[torch.device]) -> float:
     return time.perf_counter() if others else time.process_time()
 
 
-def _record(found: Sequence[tuple[Piece, tuple[float, ...]]], tracked: Tracked) -> StepRecord:
+def _record(pieces: Sequence[Piece], tracked: Tracked) -> StepRecord:
     """What the pieces of a step say together."""
-    pieces = [piece for piece, _ in found]
-    shares = tuple(share for _, own in found for share in own)
-
-    def mean(values: Sequence[Tensor]) -> Tensor:
-        joined = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
-        return torch.dot(joined, constant(shares, joined.dtype, joined.device)) if len(shares) > 1 else joined[0]
-
     norms = pieces[0].norms if len(pieces) == 1 else torch.cat([piece.norms for piece in pieces])
     sizes = None
     if not tracked.uniform:
         unknown = [torch.full_like(p.norms, torch.nan) if p.sizes is None else p.sizes for p in pieces]
         sizes = torch.cat(unknown)
     mode = "ghost" if all(piece.mode == "ghost" for piece in pieces) else "sequential"
-    losses = late = mean([p.losses for p in pieces])
-    if any(p.losses is not p.perturbed_losses for p in pieces):
-        late = mean([p.perturbed_losses for p in pieces])
-    return StepRecord(mode, tracked.radii[0], losses, late, norms, any(p.skipped for p in pieces), sizes)
+    early, late = pieces[0].loss, pieces[0].perturbed_loss
+    for piece in pieces[1:]:
+        early, late = early + piece.loss.to(early.device), late + piece.perturbed_loss.to(late.device)
+    return StepRecord(mode, tracked.radii[0], early, late, norms, any(p.skipped for p in pieces), sizes)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msam.step.batches import Shards, narrow
+from msam.step.batches import Shards, constant, narrow
 from msam.step.chain import Chain
 from msam.step.checks import check_loss
 from msam.step.gradients import Gradients
@@ -182,6 +182,12 @@ class Stretch:
     shares: tuple[float, ...]
     last: bool
 
+    def mean(self, losses: Tensor) -> Tensor:
+        """Its part in the mean loss of the step, of the losses of its micro-batches, shape (m,)."""
+        if self.count == 1 and self.shares[0] == 1.0:
+            return losses[0]
+        return torch.dot(losses, constant(self.shares, losses.dtype, losses.device))
+
     def parts(self) -> list[Any]:
         """The micro-batches, as views."""
         return Shards((self.size,) * self.count).parts(self.batch)
@@ -222,16 +228,16 @@ class Piece:
 
     Attributes:
         mode: The engine.
-        losses: At the weights, shape (m,).
-        perturbed_losses: At the perturbed weights, shape (m,).
+        loss: The stretch's part in the mean loss at the weights, scalar tensor.
+        perturbed_loss: At the perturbed weights.
         norms: ||g_j||, shape (m,).
         sizes: ||eps_j||, shape (m,), where it is not rho throughout and known.
         skipped: Whether an infinite gradient under a GradScaler has made the step void.
     """
 
     mode: str
-    losses: Tensor
-    perturbed_losses: Tensor
+    loss: Tensor
+    perturbed_loss: Tensor
     norms: Tensor
     sizes: Tensor | None = None
     skipped: bool = False
@@ -324,7 +330,8 @@ class Sequential:
         if scale is not None and self._options.ascent != "chained":  # kept gradients are without scale already
             own = own / scale(own.new_ones(()))
         told = torch.stack(sizes) if sizes else None
-        return Piece("sequential", torch.stack(losses), torch.stack(perturbed), own, told, skipped)
+        early, late = (stretch.mean(torch.stack(found)) for found in (losses, perturbed))
+        return Piece("sequential", early, late, own, told, skipped)
 
     def plain(self, loss_fn: LossFunction, stretch: Stretch, *, scale: Scale | None, weight: float) -> Tensor:
         """Add the weighted plain gradient of a stretch to `.grad`, one micro-batch at a time.

@@ -16,8 +16,8 @@ from msam.engines.ghost.errors import UnsupportedError
 from msam.engines.ghost.sharded import sharded
 from msam.engines.ghost.tape import Tape
 from msam.engines.ghost.uses.rules import RULES
-from msam.engines.sequential import Piece, Stretch, nodes_of, poison, taken
-from msam.step.batches import constant, halves
+from msam.engines.sequential import Piece, Stretch, backward, poison, taken
+from msam.step.batches import halves
 from msam.step.chain import Chain
 from msam.step.checks import check_finite_loss, check_finite_norms
 from msam.step.gradients import Gradients
@@ -123,10 +123,11 @@ class Ghost:
         """Directions along the gradients of the last step, and the norms of these, shape (m,)."""
         self._chain.follow(tracked.parameters)
         gradients, weights = self._chain.take(stretch.first, stretch.count)
-        plan = Plan(tracked, gradients.copy())
+        plan = Plan(tracked, gradients)
         plan.finish()
         lost = [j for j, norm in enumerate(plan.norms) if not math.isfinite(norm)]
         if lost:  # as after a step that a GradScaler has skipped
+            gradients, _ = self._chain.take(stretch.first, stretch.count)
             plan = Plan(tracked, gradients.without(lost))
             plan.finish()
         return plan, plan.per_micro_batch([norm / factor for norm, factor in zip(plan.norms, weights, strict=True)])
@@ -138,15 +139,16 @@ class Ghost:
         """The pass whose gradients are accumulated.
 
         Returns:
-            The losses, shape (m,).
+            The stretch's part in the mean loss.
         """
         alone, gathered = tape.found is not None, None
         with self._around(stretch, first=alone, synchronised=True):
             losses = self._run(tape, loss_fn, stretch.batch, stretch.size, tracked, first=alone)
+            loss = stretch.mean(losses)
             if alone:
                 if self._options.check_finite and scale is None:
-                    check_finite_loss(losses.detach().sum())
-                self._refuse_hidden_uses(losses, tape)
+                    check_finite_loss(loss)
+                self._refuse_hidden_uses(loss, tape)
                 gathered = tape.listen()
             self._refuse_writes(state)
             if tape.plan is not None:
@@ -154,12 +156,11 @@ class Ghost:
             if alone:
                 self._chain.drop(stretch.first, stretch.count)
             self._seen = True
-            shares = constant(tuple(weight * share for share in stretch.shares), losses.dtype, losses.device)
             with nullcontext() if stretch.last else unsynchronised(self._model):
-                torch.autograd.backward(losses if scale is None else scale(losses), shares)
+                backward(loss, scale, factor=weight)
             if gathered is not None:
                 gathered()
-        return losses.detach()
+        return loss.detach()
 
     def _run(
         self, tape: Tape, loss_fn: LossFunction, batch: Any, size: int, tracked: Tracked, first: bool
@@ -189,11 +190,12 @@ class Ghost:
             batch, size = halves(batch, stretch.count, size), -(-size // 2)
         tape = Tape(_index_of(tracked), stretch.count, RULES)
         losses = self._run(tape, loss_fn, batch, size, tracked, first=True)
+        total = losses.sum()  # whose gradients are those of every micro-batch
         if self._options.check_finite and scale is None:
-            check_finite_loss(losses.detach().sum())
+            check_finite_loss(total)
         targets = [use.target for use in tape.uses]
         # Parameters reached without the tape, as by a custom autograd function, would be perturbed by nobody.
-        gradients = _gradients(losses if scale is None else scale(losses), [*targets, *tracked.parameters])
+        gradients = _gradients(total if scale is None else scale(total), [*targets, *tracked.parameters])
         for parameter, gradient in zip(tracked.parameters, gradients[len(targets) :], strict=True):
             if gradient is not None:
                 self._refuse_hidden(parameter)
@@ -204,7 +206,7 @@ class Ghost:
                 use.contribute(found, gradient)
         plan = Plan(tracked, found, kept=tape.kept if self._options.ascent != "half" else {})
         plan.finish()
-        return plan, losses.detach()
+        return plan, stretch.mean(losses.detach())
 
     def _sharding(self, tape: Tape, tracked: Tracked) -> AbstractContextManager[None]:
         """What FSDP2 needs around a pass."""
@@ -221,12 +223,21 @@ class Ghost:
     def _refuse_hidden(self, parameter: Tensor) -> None:
         raise UnsupportedError(f"{self._name_of(parameter)} is used out of sight, as by a custom autograd function")
 
-    def _refuse_hidden_uses(self, losses: Tensor, tape: Tape) -> None:
+    def _refuse_hidden_uses(self, loss: Tensor, tape: Tape) -> None:
         """The same for a single pass, in which parameters themselves are in the graph."""
-        for node in nodes_of(losses):
+        seen, waiting = set[Any](), list[Any]([loss.grad_fn])
+        while waiting:
+            node = waiting.pop()
+            ours = node in tape.ours
             for following, _ in node.next_functions:
+                if following is None:
+                    continue
                 leaf = getattr(following, "variable", None)
-                if leaf is not None and tape.find(leaf) is not None and node not in tape.ours:
+                if leaf is None:
+                    if following not in seen:
+                        seen.add(following)
+                        waiting.append(following)
+                elif not ours and tape.find(leaf) is not None:
                     self._refuse_hidden(leaf)
 
     def _refuse_writes(self, state: State) -> None:
@@ -252,9 +263,9 @@ def _index_of(tracked: Tracked) -> dict[int, int]:
     return {id(p): i for i, p in enumerate(tracked.parameters)}
 
 
-def _gradients(losses: Tensor, targets: Sequence[Any]) -> tuple[Tensor | None, ...]:
+def _gradients(loss: Tensor, targets: Sequence[Any]) -> tuple[Tensor | None, ...]:
     try:
-        return torch.autograd.grad(losses, targets, torch.ones_like(losses), allow_unused=True)
+        return torch.autograd.grad(loss, targets, allow_unused=True)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"the loss cannot be differentiated for all micro-batches at once ({reason})") from error

@@ -11,6 +11,9 @@ from torch import Tensor
 Totals = tuple[Tensor, Tensor | None]
 """Gradients of a shared W and b."""
 
+Each = Callable[[Tensor, Tensor], Totals | None]
+"""Takes dy and x of all micro-batches in the backward pass of a product; may return the gradients of W and b."""
+
 
 class Step(Protocol):
     """How every micro-batch's weights differ from the shared ones."""
@@ -61,6 +64,7 @@ class LowRankStep:
         coefficient: c, (m,).
         bias: beta, 0 if the bias does not move along.
         product: `x W' + b` if pass 1 computed it already for the same x.
+        each: Takes dy and x of all micro-batches, which are the directions of the next step.
     """
 
     inner: Tensor
@@ -68,6 +72,7 @@ class LowRankStep:
     coefficient: Tensor
     bias: float
     product: Tensor | None
+    each: Each | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """See `Step.forward`."""
@@ -83,8 +88,7 @@ class LowRankStep:
 
     def totals(self, dy: Tensor, x: Tensor) -> Totals | None:
         """See `Step.totals`."""
-        del dy, x
-        return None
+        return None if self.each is None else self.each(dy, x)
 
 
 @dataclass
@@ -99,7 +103,7 @@ class OwnWeights:
 
     weights: Tensor
     biases: Tensor | None
-    each: Callable[[Tensor, Tensor], Totals | None] | None = None
+    each: Each | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """See `Step.forward`; `biases` take the place of b."""

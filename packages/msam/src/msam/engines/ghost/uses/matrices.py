@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from msam.engines.ghost.directions import KAPPA, pays
 from msam.engines.ghost.factors import Kept, cast
 from msam.engines.ghost.tape import Contribution, Tape
-from msam.engines.ghost.uses.conv import Geometry, ShardedConvolution, kernel_gradients
-from msam.engines.ghost.uses.linear import LowRankStep, OwnWeights, PerturbedProduct, Totals
+from msam.engines.ghost.uses.conv import Bounds, Geometry, MeasuredConvolution, ShardedConvolution, kernel_gradients
+from msam.engines.ghost.uses.linear import Each, LowRankStep, OwnWeights, PerturbedProduct, Totals
 from msam.step.gradients import Factors, Gradients
 
 _NOTHING = nullcontext()
@@ -54,7 +54,7 @@ def _product(
     weight, bias = parameters
     tape.position += 1
     if tape.plan is not None:
-        return _perturbed(tape, x, (tape.shared(weight), tape.shared(bias)), owners, flipped, weight.shape)
+        return _perturbed(tape, x, parameters, owners, flipped, weight.shape)
     recorded, shape = torch.is_grad_enabled(), (*x.shape[:-1], weight.shape[1 if flipped else 0])
     shared = weight.detach().requires_grad_() if recorded else weight
     # Rows make a result that is no view: writing to a view would lead the graph past the recorded edge.
@@ -137,13 +137,14 @@ def _perturbed(
     found = plan.low_rank.get(w)
     dtype, without_autocast = precision(x)
     step: LowRankStep | OwnWeights | None = None
-    shift = None
+    shift, keeps = None, tape.found is not None and torch.is_grad_enabled()
     if found is not None:
         kept = plan.kept.pop(tape.position, None)
         inner, outer = (found.left, found.right) if flipped else (found.right, found.left)
         known = kept.y if kept is not None and kept.serves(x) else None
         along = b is not None and b == found.owner  # another use of the matrix may have no bias, or another one
-        step = LowRankStep(inner, outer, found.coefficient, found.bias if along else 0.0, known)
+        each = _factor_keeper(tape, x, whole, owners, flipped) if keeps else None
+        step = LowRankStep(inner, outer, found.coefficient, found.bias if along else 0.0, known, each)
         shift = None if along else plan.shift(b, bias)
     elif plan.moves(w):
         own = cast(plan.own(w, weight), dtype)
@@ -151,21 +152,38 @@ def _perturbed(
         each = None if tape.found is None else keeper(tape.found, whole, owners, flipped)
         step = OwnWeights(own.mT if flipped else own, moved, each)
     if step is None:  # the matrix itself does not move
-        y, shift = _multiply(x.reshape(-1, x.shape[-1]), weight, bias, flipped), plan.shift(b, bias)
+        y = _multiply(x.reshape(-1, x.shape[-1]), tape.shared(weight), tape.shared(bias), flipped)
+        shift = plan.shift(b, bias)
+        if keeps and y.requires_grad:
+            tape.record(y, contribution(held(x), whole, owners, flipped, tape.count))
     else:
-        wide, known_bias = weight.mT if flipped else weight, None if bias is None else cast(bias, dtype)
+        direct = not flipped and weight.dtype is dtype and (bias is None or bias.dtype is dtype)
+        wide, known_bias = (weight, bias) if direct else (tape.shared(weight), tape.shared(bias))
+        wide, known_bias = wide.mT if flipped else wide, None if known_bias is None else cast(known_bias, dtype)
         with without_autocast:
             y = PerturbedProduct.apply(cast(x, dtype).contiguous(), cast(wide, dtype), known_bias, step)
-    if tape.found is not None and not isinstance(step, OwnWeights) and y.requires_grad:
-        tape.record(y, contribution(held(x), whole, owners, flipped, tape.count))
+        if keeps and direct:  # no node between this one and the parameters
+            tape.ours.add(y.grad_fn)
     if shift is not None:  # every micro-batch's own constant vector
         y = y.view(tape.count, -1, y.shape[-1]) + shift[:, None].to(y.dtype)
     return y if y.ndim == x.ndim else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def keeper(
-    found: Gradients, shape: torch.Size, owners: tuple[int, int | None], flipped: bool
-) -> Callable[[Tensor, Tensor], Totals | None]:
+def _factor_keeper(
+    tape: Tape, x: Tensor, shape: torch.Size, owners: tuple[int, int | None], flipped: bool
+) -> Each:  # fmt: skip
+    """Keeps the factors of a product's gradients."""
+    found, add = tape.found, contribution(held(x), shape, owners, flipped, tape.count)
+    assert found is not None
+
+    def each(dy: Tensor, x: Tensor) -> None:
+        del x
+        add(found, dy)
+
+    return each
+
+
+def keeper(found: Gradients, shape: torch.Size, owners: tuple[int, int | None], flipped: bool) -> Each:
     """Keeps every micro-batch's gradient of a matrix whose direction is materialised; the shared one is their sum."""
     w, b = owners
 
@@ -285,18 +303,39 @@ def _convolution(
     each = x.shape[0] // tape.count
     bounds = [(j * each, (j + 1) * each) for j in range(tape.count)]
     if plan is None:
-        recorded = torch.is_grad_enabled()
-        shared = weight.detach().requires_grad_() if recorded else weight
-        y = geometry.run(x, shared, None if bias is None else bias.detach() if b is not None else bias)
-        if recorded:
-            tape.record(y, _convolution_contribution(tape, x.detach(), weight.shape, (w, b), bounds, geometry))
-        return y
+        return _measured_convolution(tape, x, parameters, owners, bounds, geometry)
     return _moved_convolution(tape, x, (tape.shared(weight), tape.shared(bias)), (w, b), bounds, geometry)
 
 
+def _measured_convolution(
+    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None], bounds: Bounds,
+    geometry: Geometry,
+) -> Tensor:  # fmt: skip
+    """A convolution in pass 1."""
+    (weight, bias), b = parameters, owners[1]
+    constant = None if bias is None else bias.detach() if b is not None else bias
+    if not torch.is_grad_enabled():
+        return geometry.run(x, weight, constant)
+    contribute = _convolution_contribution(tape, x.detach(), weight.shape, owners, bounds, geometry)
+    fixed = constant is None or not constant.requires_grad
+    if x.requires_grad and fixed and not factored(x, weight.shape, tape.count, geometry):
+        known: list[tuple[Tensor, Tensor | None]] = []
+        dtype, without_autocast = precision(x)
+        with without_autocast:
+            y: Tensor = MeasuredConvolution.apply(
+                x.to(dtype), weight.detach().to(dtype), None if constant is None else constant.to(dtype), bounds,
+                geometry, lambda *found: known.append(found),
+            )  # fmt: skip
+        tape.record(y, lambda found, gradient: contribute(found, gradient, known))
+        return y
+    y = geometry.run(x, weight.detach().requires_grad_(), constant)
+    tape.record(y, contribute)
+    return y
+
+
 def _moved_convolution(
-    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None],
-    bounds: list[tuple[int, int]], geometry: Geometry,
+    tape: Tape, x: Tensor, parameters: tuple[Tensor, Tensor | None], owners: tuple[int, int | None], bounds: Bounds,
+    geometry: Geometry,
 ) -> Tensor:  # fmt: skip
     """A convolution in pass 2."""
     (weight, bias), (w, b), plan, found = parameters, owners, tape.plan, tape.found
@@ -306,55 +345,61 @@ def _moved_convolution(
         rows = _perturbed(tape, patches, (weight.flatten(1), bias), owners, flipped=False, whole=weight.shape)
         size = (x.shape[0], weight.shape[0], *geometry.positions(x.shape[2:], weight.shape[2:]))
         return rows.view(x.shape[0], -1, weight.shape[0]).mT.reshape(size)
-    own, moves = plan.moves(w), plan.moves(b)
-    if own:
+    if plan.moves(w):
         dtype, without_autocast = precision(x)
-        each = None if found is None else partial(found.add_dense, w)
+
+        def each(kernels: Tensor, biases: Tensor | None) -> None:
+            assert found is not None
+            found.add_dense(w, kernels)
+            if b is not None and biases is not None:
+                found.add_dense(b, biases)
+
+        shift = None if bias is None else plan.perturbed(b, bias).detach().to(dtype)  # (m or 1, C_out)
         with without_autocast:
             y: Tensor = ShardedConvolution.apply(
-                x.to(dtype), weight.to(dtype), plan.own(w, weight).to(dtype), bounds, geometry, each
-            )
-    else:
-        y = geometry.run(x, weight, None if moves else bias)
-    if found is not None and y.requires_grad:
-        if not own:
-            tape.record(y, _convolution_contribution(tape, held(x), weight.shape, owners, bounds, geometry))
-        elif b is not None:
-            tape.record(y, lambda found, gradient: found.add_dense(b, _channel_sums(gradient, found.count)))
-    if bias is None or not (own or moves):
+                x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
+                (plan.own(w, weight).to(dtype), shift), bounds, geometry, None if found is None else each,
+            )  # fmt: skip
         return y
-    if not moves:
-        return y + bias.to(y.dtype).view(-1, *[1] * (x.ndim - 2))
-    shift = plan.perturbed(b, bias).to(y.dtype)  # (m, C_out)
-    shifted: Tensor = y.unflatten(0, (tape.count, -1)) + shift.view(tape.count, 1, -1, *[1] * (x.ndim - 2))
+    moves = plan.moves(b)
+    y = geometry.run(x, weight, None if moves else bias)
+    if found is not None and y.requires_grad:
+        tape.record(y, _convolution_contribution(tape, held(x), weight.shape, owners, bounds, geometry))
+    if bias is None or not moves:
+        return y
+    own = plan.perturbed(b, bias).to(y.dtype)  # (m, C_out)
+    shifted: Tensor = y.unflatten(0, (tape.count, -1)) + own.view(tape.count, 1, -1, *[1] * (x.ndim - 2))
     return shifted.flatten(0, 1)
 
 
-def _channel_sums(gradient: Tensor, count: int) -> Tensor:
-    """Gradients of a convolution's bias, shape (m, C_out)."""
-    sums = gradient.sum(tuple(range(2, gradient.ndim)))
-    return sums.view(count, -1, sums.shape[1]).sum(1)
-
-
 def _convolution_contribution(
-    tape: Tape, x: Tensor, shape: torch.Size, owners: tuple[int, int | None], bounds: list[tuple[int, int]],
-    geometry: Geometry,
-) -> Contribution:  # fmt: skip
+    tape: Tape, x: Tensor, shape: torch.Size, owners: tuple[int, int | None], bounds: Bounds, geometry: Geometry,
+) -> Callable[..., None]:  # fmt: skip
     """What a convolution adds to the gradients: factors where low rank pays, else the kernel's of each micro-batch."""
     (w, b), count = owners, tape.count
 
-    def contribute(found: Gradients, gradient: Tensor) -> None:
+    def contribute(found: Gradients, gradient: Tensor, known: Sequence[tuple[Tensor, Tensor | None]] = ()) -> None:
         inputs = x.to(gradient.dtype)
-        rows = (bounds[0][1] - bounds[0][0]) * gradient.shape[2:].numel()
-        outer, inner = shape[0], shape[1:].numel()
-        plain = len(shape) == 4 and geometry.groups == 1 and not geometry.transposed
-        if plain and rows * (inner + outer) < KAPPA * inner * outer:
+        if not known and factored(x, shape, count, geometry):
             patches, flat = geometry.unfold(inputs, tuple(shape[2:])), gradient.flatten(2).mT
-            left, right = flat.reshape(count, -1, outer), patches.reshape(count, -1, inner)
+            left, right = flat.reshape(count, -1, shape[0]), patches.reshape(count, -1, shape[1:].numel())
             found.add_factors(w, shape, Factors(left, right, b))
             return
-        found.add_dense(w, kernel_gradients(gradient, inputs, shape, bounds, geometry))
-        if b is not None:
-            found.add_dense(b, _channel_sums(gradient, count))
+        kernels, biases = (
+            known[0] if known else kernel_gradients(gradient, inputs, shape, b is not None, bounds, geometry)
+        )
+        found.add_dense(w, kernels)
+        if b is not None and biases is not None:
+            found.add_dense(b, biases)
 
     return contribute
+
+
+def factored(x: Tensor, shape: torch.Size, count: int, geometry: Geometry) -> bool:
+    """Whether a convolution's gradients are found as those of a matrix product with patches."""
+    plain = len(shape) == 4 and geometry.groups == 1 and not geometry.transposed
+    if not plain:
+        return False
+    rows = x.shape[0] // count * math.prod(geometry.positions(x.shape[2:], shape[2:]))
+    outer, inner = shape[0], shape[1:].numel()
+    return rows * (inner + outer) < KAPPA * inner * outer
