@@ -17,6 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from polytope_lp.matching.evaluation import FusedDual
 from polytope_lp.matching.problem import MatchingProblem
 from polytope_lp.matching.search import Search
+from polytope_lp.matching.statistics import packing_rows, tight_limits
 from polytope_lp.optimizers.highs import Point, solve_rows
 from polytope_lp.serving.rounding import Rounded, round_allocation
 
@@ -163,7 +164,7 @@ def whole_allocation(problem: MatchingProblem, amounts: Array, lam: Array, bound
     start = round_allocation(problem, amounts, lam, bound)
     block = np.repeat(np.arange(d.blocks), np.diff(d.offsets.numpy()))
     cap = np.floor(np.broadcast_to(d.cap.numpy(), (d.blocks,)) + WHOLE)
-    limit = np.floor(problem.limits(0, d.blocks).numpy() + WHOLE)
+    limit = _limits(problem)
     budgets, cost, row = np.floor(problem.budgets.numpy() + WHOLE), d.cost.double().numpy(), d.index.numpy()
     reduced = cost + lam[row]
     spare = bound - start.value + 1e-9 * abs(bound)
@@ -202,6 +203,17 @@ def takes_units(problem: MatchingProblem) -> bool:
     d = problem.data
     unit = d.coefficient is None or bool((d.coefficient == 1).all())
     return unit and d.index.ndim == 1 and d.weight is None and problem.nonnegative and not d.equality
+
+
+def _limits(problem: MatchingProblem) -> Array:
+    # Greatest whole amounts that sources and rows allow. The certified bound counts on both: an edge whose budget is
+    # zero costs nothing there, at whatever price.
+    d = problem.data
+    rows = d.index.reshape(d.variables, -1).long()
+    a = None if d.coefficient is None else d.coefficient.double().reshape(rows.shape)
+    u = problem.limits(0, d.blocks)
+    tight = tight_limits(rows, a, u, problem.budgets, packing_rows(problem))
+    return np.asarray(np.floor((u if tight is None else tight).numpy() + WHOLE))
 
 
 def _marginal(reduced: Array, block: NDArray[np.int64], limit: Array, cap: Array, *, filled: bool = False) -> Array:
@@ -250,7 +262,7 @@ def whole_within_rows(
     matrix, b, equal = _rows(problem)
     columns = scipy.sparse.csc_array(matrix)
     block = np.repeat(np.arange(d.blocks), np.diff(d.offsets.numpy()))
-    cost, limit = d.cost.double().numpy(), np.floor(problem.limits(0, d.blocks).numpy() + WHOLE)
+    cost, limit = d.cost.double().numpy(), _limits(problem)
     whole_rows = _whole_rows(matrix)
     nearest = np.clip(np.round(amounts), 0.0, limit)
     off = np.zeros(d.blocks)
@@ -343,4 +355,5 @@ def _decide(
     over = columns @ x - b
     room = WHOLE * np.maximum(np.abs(b), 1.0)
     feasible = bool((np.where(equal, np.abs(over), over) <= room).all())
+    feasible = feasible and bool(((x >= 0.0) & (x <= limit)).all())  # HiGHS before scipy 1.17: -1 within [0, 1]
     return (x, most - float(cost[~free] @ x[~free])) if feasible else (None, math.inf)
