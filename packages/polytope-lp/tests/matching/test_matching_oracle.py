@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from polytope_lp import BlockLP, MatchingProblem, box, box_cut, knapsack, simplex, solve
 
@@ -60,6 +60,7 @@ CASES = (st.sampled_from(sorted(FAMILIES)), st.integers(0, 10**6), *[st.booleans
 
 @settings(max_examples=50, deadline=None)
 @given(*CASES)
+@example("knapsack_eq", 230251, True, False, True, False)  # an equation of 4e-17, whose price rose to 1e18
 def test_every_family_agrees_with_highs(oracle, kind, seed, whole, negative, equations, short):
     _compare(oracle, _problem(kind, seed, whole, negative, equations, short))
 

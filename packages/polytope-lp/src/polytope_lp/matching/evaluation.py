@@ -166,6 +166,7 @@ class FusedDual:
         lengths = problem.data.offsets[1:] - problem.data.offsets[:-1]
         longest = int(lengths.max()) if lengths.numel() else 0
         self._terms = longest + self.variables // max(1, problem.bounds.shape[0] - 1) + problem.rows + 8
+        self._filled = _filled(problem, group) if problem.data.equality else None
 
     def _scale(self, lam: Tensor) -> Tensor:
         # Bounds of every sum are known before it is taken; only that of the least values depends on the multipliers.
@@ -184,6 +185,10 @@ class FusedDual:
         products, budget = self._magnitude(lam), dot(lam.abs(), self.budgets.abs())
         summed = (abs(least) if not self.problem.data.equality else products) + budget
         per_variable = self.problem.data.index.reshape(self.problem.data.variables, -1).shape[1] + 3
+        if self._filled is not None:
+            # What rounding leaves of a source's cap goes to some edge, at whatever it costs.
+            total, steepest = self._filled
+            summed += total * float((lam.abs() * steepest).max()) if lam.numel() else 0.0
         return ROUND * (per_variable * products + self._terms * summed)
 
     def _sums(self, lam: Tensor, gamma: float, anchor: Tensor | None, shrink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -299,6 +304,22 @@ class FusedDual:
             Seconds.
         """
         return self._mean_elapsed if self.group is not None else time.monotonic() - self._start
+
+
+def _filled(problem: MatchingProblem, group: Any) -> tuple[float, Tensor]:
+    # Sum of the caps, and the most that a unit of weight takes from each row.
+    total = problem.data.cap.double().expand(problem.data.blocks).sum()
+    steepest = torch.zeros(problem.rows, dtype=torch.float64)
+    for begin, end in problem.pieces():
+        part = problem.slice(begin, end)
+        rows = part.index.reshape(part.variables, -1).long()
+        a = torch.ones(rows.shape, dtype=torch.float64) if part.coefficient is None else part.coefficient.double()
+        per_weight = a.reshape(rows.shape).abs() / (1.0 if part.weight is None else part.weight.double()[:, None])
+        steepest.scatter_reduce_(0, rows.ravel(), per_weight.ravel(), "amax")
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+        torch.distributed.all_reduce(steepest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return float(total), steepest
 
 
 def _fixed_point(bounds: Tensor) -> Tensor:
