@@ -17,6 +17,7 @@ from core_tensor.app.files import (
     reserve,
     sha256,
     sweep,
+    write_buffered,
     write_json,
     write_text,
 )
@@ -78,6 +79,21 @@ def test_sweep_leaves_live_processes_and_other_machines_alone(tmp_path):
         temporary.write_text("done")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".partial-elsewhere-1-abc", "x"]
     assert sweep(tmp_path / "absent") == 0
+
+
+def test_the_first_write_into_a_folder_removes_what_killed_processes_left_there(tmp_path):
+    with atomic_path(tmp_path / "a" / "x") as temporary:
+        live = temporary.parent.name
+        temporary.write_text("done")
+    (tmp_path / "b" / live.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")).mkdir(parents=True)
+    write_text(tmp_path / "b" / "y", "done")
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["y"]
+
+
+def test_a_writer_without_errors_of_the_disk_writes_by_way_of_memory(tmp_path):
+    tensor = torch.arange(3.0)
+    write_buffered(tmp_path / "x.pt", lambda file: torch.save(tensor, file))
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), tensor)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 30, 200])

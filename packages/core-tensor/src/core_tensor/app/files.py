@@ -2,10 +2,11 @@
 
 A write goes to a temporary file that is then renamed. The temporary file keeps the final name, since writers choose a
 format by it, and sits in a hidden folder `.partial-<process>-...` beside it, so that no reader's pattern matches it.
-`sweep` removes what killed processes left.
+`sweep` removes what killed processes left; the first write of a process into a folder does so too.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,16 +19,18 @@ import tokenize
 import tomllib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _PARTIAL = ".partial-"
 _READERS = frozenset(
     {"safetensors", "safetensors_rust", "pyarrow", "PIL", "yaml", "msgspec", "lmdb", "sqlite3", "polars", "csv", "gguf"}
 )
 """Packages whose own exceptions mean that a file is broken or foreign."""
+_SWEPT: set[Path] = set()
+"""Folders that this process has swept: one look at each, however many files it gets."""
 
 
 @contextmanager
@@ -45,6 +48,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
+    if final.parent not in _SWEPT:
+        _SWEPT.add(final.parent)
+        sweep(final.parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{_owner(os.getpid())}-", dir=final.parent))
     temporary = folder / final.name
     try:
@@ -55,6 +61,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.replace(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_buffered(path: str | os.PathLike[str], save: Callable[[BinaryIO], object]) -> None:
+    """Write atomically what a function saves into a file object, by way of memory.
+
+    For writers that are lost where the disk is full: torch's zip writer raises errors that do not say so, and ends the
+    process when its destructor tries again.
+
+    Args:
+        path: Final path.
+        save: Writes to the file object that it is given.
+
+    Raises:
+        OSError: If the system refuses to write, naming `path`.
+    """
+    buffer = io.BytesIO()
+    save(buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 @contextmanager

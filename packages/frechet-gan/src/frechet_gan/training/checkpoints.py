@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from core_tensor.app.files import atomic_path, reading
+from core_tensor.app.files import reading, write_buffered
 from torch import nn
 
 from frechet_gan.training.networks import NetworkConfig, build_generator
@@ -22,8 +22,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> 
         path: File name.
         state: Its parts by name: tensors, numbers, strings and containers of them.
     """
-    with atomic_path(path) as temporary:
-        torch.save(dict(state), temporary)
+    write_buffered(path, lambda file: torch.save(dict(state), file))
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from core_tensor.app.files import atomic_path
+from core_tensor.app.files import write_buffered
 
 from lirank.data.batch import Batch
 from lirank.evaluate.calibration import Curve, fit_curve
@@ -162,8 +162,8 @@ def export(
         export_onnx(served, few, path)
         found = OnnxModel(path)(feeds)
     else:
-        with atomic_path(path) as temporary:
-            torch.export.save(export_program(served, few), temporary)
+        program = export_program(served, few)
+        write_buffered(path, lambda file: torch.export.save(program, file))
         tensors = [torch.from_numpy(array) for array in feeds.values()]
         with torch.no_grad():
             found = torch.export.load(path).module()(*tensors).numpy()

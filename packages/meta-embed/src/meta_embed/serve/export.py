@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from core_tensor.app.files import atomic_path
+from core_tensor.app.files import write_buffered
 from torch import Tensor, nn
 
 from meta_embed.model.personalizer import Personalizer
@@ -48,8 +48,7 @@ def export_global_block(model: Personalizer, ids: int, dense: int, path: Path) -
             worst = max(worst, float((program.module()(*rows) - module(*rows)).abs().max()))
     if not worst <= _TOLERANCE:
         raise ValueError(f"{path}: the exported program differs from the model by {worst:g}")
-    with atomic_path(path) as temporary:
-        torch.export.save(program, temporary)
+    write_buffered(path, lambda file: torch.export.save(program, file))
     return worst
 
 
