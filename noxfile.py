@@ -7,6 +7,7 @@ per package with its peers, `wheels` a throw-away one outside the tree.
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -95,6 +96,7 @@ def parse(
     if wheels:
         parser.add_argument("--quick", action="store_true", help="of the tests, those of commands and examples alone")
         parser.add_argument("--python", metavar="VERSION", choices=PYTHONS, help="another Python than the workspace's")
+        parser.add_argument("--report", metavar="FILE", type=Path, help="write sizes and import times there, as JSON")
     options, rest = parser.parse_known_args(session.posargs)
     options.rest = rest
     return options
@@ -281,8 +283,9 @@ def site(session: nox.Session) -> None:
 def wheels(session: nox.Session) -> None:
     """Every wheel and sdist; each wheel alone outside the tree: `-- [--quick] [--python VERSION] [--affected REF]`.
 
-    Each must import and answer `--help` bare; with its extras it runs its demo and its fast tests. `--quick` takes the
-    tests of commands and examples alone. What follows goes to pytest.
+    Each must import and answer `--help` bare (`--report FILE` keeps how large and how fast that was); with its extras
+    it runs its demo and its fast tests. `--quick` takes the tests of commands and examples alone. What follows goes to
+    pytest.
     """
     options = parse(session, affected=True, wheels=True)
     python = interpreter(options.python) if options.python else python_of_workspace()
@@ -303,10 +306,15 @@ def wheels(session: nox.Session) -> None:
         (outside / "pins.txt").write_text(pins())
         session.run(UV, "venv", "--quiet", "--python", python, str(outside / "venv"), external=True)
         shutil.copy(ROOT / "pyproject.toml", outside)  # pytest's configuration
-        run_all(session, chosen, lambda package: test_wheel(session, package, outside, options))
+        footprints: list[dict[str, Any]] = []
+        run_all(session, chosen, lambda package: test_wheel(session, package, outside, options, footprints))
+    if options.report:
+        options.report.write_text(json.dumps(footprints, indent=2) + "\n")
 
 
-def test_wheel(session: nox.Session, package: str, outside: Path, options: argparse.Namespace) -> None:
+def test_wheel(
+    session: nox.Session, package: str, outside: Path, options: argparse.Namespace, footprints: list[dict[str, Any]]
+) -> None:
     """Test one wheel outside the tree, first bare (it must import and answer `--help`), then with its extras.
 
     `--exact` removes whatever the wheel before it left behind, so that only torch, which all need, is made once.
@@ -322,9 +330,10 @@ def test_wheel(session: nox.Session, package: str, outside: Path, options: argpa
     core_requirement = [] if package == "core-tensor" else [f"core-tensor @ {core.as_uri()}"]
     session.run(*install, f"{package} @ {wheel.as_uri()}", *core_requirement, external=True)
     with session.chdir(outside):
-        run(session, commands / "python", "-c", f"import {import_name(package)}")
-        for command in scripts:
-            run(session, commands / command, "--help", silent=True)
+        footprint = (str(commands / "python"), str(ROOT / "tools" / "footprint.py"), package, str(wheel))
+        printed = session.run(*footprint, external=True, silent=True, stderr=None)
+    session.log(printed.strip())
+    footprints.append(json.loads(printed))
     session.run(*install, f"{package}[{extras}] @ {wheel.as_uri()}", *core_requirement, *tests, external=True)
     folder = outside / "packages" / package
     without_sources = shutil.ignore_patterns("src", "csrc", "__pycache__")
