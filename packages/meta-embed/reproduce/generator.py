@@ -27,14 +27,15 @@ LABELS = {
     **_study.VARIANTS,
     "fold_in": "MAP head without meta-training",
     "map": "MAP head",
+    "map_width": "MAP head, its width tuned",
     "oracle": "near-oracle",
 }
 
 
 WORLDS = {"small": (1500, 100), "full": (2000, 500)}
 """Members, and the most events of one before the last 72."""
-FIRST = ("none", "fold_in", "map")
-"""Run on all worlds; gradient steps, which take several times as long, where they are asked for."""
+FIRST = {"small": ("none", "fold_in", "map", "map_width"), "full": ("none", "fold_in", "map")}
+"""Run on the worlds; gradient steps, which take several times as long, where they are asked for."""
 
 
 def one_world(kind: str, seed: int, methods: Sequence[str], work: Path, quick: bool) -> dict[str, _study.Found]:
@@ -69,7 +70,7 @@ def report(worlds: list[dict[str, _study.Found]]) -> dict[str, Any]:
     chosen = {name: [w[name].about for w in worlds] for name in labels if name != "oracle"}
     members = sum(len(np.unique(w["none"].tested[0].owner)) for w in worlds)
     pairs = [("map", peer) for peer in ("fold_in", "maml", *_study.VARIANTS)]
-    pairs += [("maml", peer) for peer in _study.VARIANTS]
+    pairs += [("maml", peer) for peer in _study.VARIANTS] + [("map_width", "map")]
     pairs = [(ours, peer) for ours, peer in pairs if ours in labels and peer in labels]
     return {
         "worlds": len(worlds),
@@ -99,12 +100,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--gradient-steps", action="store_true", help="MAML, first and second order, and ANIL too")
     options, out, work = _study.arguments(parser, RESULTS, _study.__file__, __file__)
-    others = tuple(name for name in LABELS if name not in (*FIRST, "oracle"))
+    steps = ("maml", *_study.VARIANTS)
     results = read_json(out) if out.exists() else {}
     seeds = range(1 if options.quick else options.seeds)
     for kind in options.world or (["small"] if options.quick else list(WORLDS)):
         worlds: list[dict[str, _study.Found]] = [{} for _ in seeds]
-        for methods in (FIRST, others) if options.gradient_steps else (FIRST,):
+        for methods in (FIRST[kind], steps) if options.gradient_steps else (FIRST[kind],):
             for seed in seeds:
                 worlds[seed] |= one_world(kind, seed, methods, work, options.quick)
             results[kind] = report(worlds)

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from meta_embed.evaluate.buckets import by_activity, by_size, finite, last_events, model_scores
 from meta_embed.evaluate.metrics import Scores, auc
 from meta_embed.tasks.split import split_at
@@ -51,3 +52,17 @@ def test_support_sizes_share_their_queries(trained):
 
 def test_what_does_not_exist_is_null():
     assert finite([{"a": float("nan"), "b": 1.0, "c": "x"}]) == [{"a": None, "b": 1.0, "c": "x"}]
+
+
+def test_gains_come_with_their_interval(trained):
+    events, model = trained.events, trained.model()
+
+    def cold(split):
+        return model_scores(model, events, split, adapted=False)
+
+    predictors = {"none": cold, "truth": _truth(events)}
+    for rows in (by_size(events, (4,), 5, 4, predictors, "truth"), by_activity(events, 5, 8, predictors, "truth")):
+        for row in rows:
+            assert row["truth_over_none"] == pytest.approx(1.0 - row["none_auc"], abs=1e-12)
+            assert row["truth_over_none_low"] <= row["truth_over_none"] <= row["truth_over_none_high"] <= 1.0
+            assert "none_over_truth" not in row

@@ -56,7 +56,14 @@ def evaluate(
     shown: list[dict[str, Any]] = [
         {by: row[by], "members": row["members"]}
         | {label: row[f"{name}_auc"] for name, label in labels.items()}
-        | {"log loss": row["ours_logloss"]}
+        | {f"over {LABELS[name]}": _gain(row, name) for name in names}
         for row in rows
     ]
-    emit({"run": str(run), "rows": rows}, as_json, lambda: f"AUC\n\n{table(shown)}")
+    text = "AUC; gains of meta-embed with 95 % intervals of a bootstrap over members"
+    emit({"run": str(run), "rows": rows}, as_json, lambda: f"{text}\n\n{table(shown)}")
+
+
+def _gain(row: dict[str, Any], name: str) -> str:
+    """Gain over a baseline with its interval."""
+    value, low, high = (row[f"ours_over_{name}{end}"] for end in ("", "_low", "_high"))
+    return "-" if value is None or low is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"

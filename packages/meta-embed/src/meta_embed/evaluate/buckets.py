@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meta_embed.evaluate.metrics import Scores
+from meta_embed.evaluate.metrics import Scores, paired_bootstrap
 from meta_embed.model.personalizer import Personalizer, no_grad_vectors
 from meta_embed.tasks.events import Events
 from meta_embed.tasks.ragged import task_batch
@@ -40,9 +40,30 @@ def model_scores(model: Personalizer, events: Events, split: Split, *, adapted: 
     return Scores(logits, batch.query.y.numpy(), split.members[owner.numpy()])
 
 
+def figures(scored: Mapping[str, Scores], ours: str = "") -> dict[str, Any]:
+    """Metrics of several predictors on the same rows.
+
+    Args:
+        scored: Scores by name.
+        ours: One of them, whose gain of AUC over each other comes with the 95 % interval of a bootstrap over members.
+
+    Returns:
+        `NAME_auc`, `NAME_logloss`, `NAME_member_auc` of each; `ours_over_NAME`, and the same with `_low` and `_high`.
+    """
+    row: dict[str, Any] = {}
+    for name, scores in scored.items():
+        row |= {f"{name}_{figure}": value for figure, value in scores.figures().items()}
+        if ours not in ("", name):
+            gain = paired_bootstrap([scored[ours]], [scores], draws=400)
+            row |= {f"{ours}_over_{name}": gain.value, f"{ours}_over_{name}_low": gain.low}
+            row[f"{ours}_over_{name}_high"] = gain.high
+    return row
+
+
 def by_size(
-    events: Events, sizes: Sequence[int], query: int, start: int, predictors: Mapping[str, Callable[[Split], Scores]]
-) -> list[dict[str, Any]]:
+    events: Events, sizes: Sequence[int], query: int, start: int, predictors: Mapping[str, Callable[[Split], Scores]],
+    ours: str = "",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Metrics of several predictors, one row per support size; the query is the same at each.
 
     Args:
@@ -51,17 +72,16 @@ def by_size(
         query: Events of the query at most.
         start: Position of the query in a history.
         predictors: From a split to scores, by name.
+        ours: One of them, see `figures`.
 
     Returns:
-        Rows with `support`, `members` and the figures of every predictor.
+        Rows with `support`, `members` and `figures`.
     """
     rows = []
     for n in sizes:
         split = split_at(events, n, query, start=start)
-        row: dict[str, Any] = {"support": n, "members": len(split.members)}
-        for name, predict in predictors.items():
-            row |= {f"{name}_{figure}": value for figure, value in predict(split).figures().items()}
-        rows.append(row)
+        scored = {name: predict(split) for name, predict in predictors.items()}
+        rows.append({"support": n, "members": len(split.members), **figures(scored, ours)})
     return rows
 
 
@@ -85,7 +105,7 @@ def last_events(events: Events, query: int, support: int) -> Split:
 
 
 def by_activity(
-    events: Events, query: int, support: int, predictors: Mapping[str, Callable[[Split], Scores]]
+    events: Events, query: int, support: int, predictors: Mapping[str, Callable[[Split], Scores]], ours: str = ""
 ) -> list[dict[str, Any]]:
     """Metrics of several predictors by how much each member had done before the query.
 
@@ -94,9 +114,10 @@ def by_activity(
         query: Events of the query at most.
         support: Events of a support at most.
         predictors: From a split to scores, by name.
+        ours: One of them, see `figures`.
 
     Returns:
-        Rows with `activity`, `members`, `rows` and the figures of every predictor, for buckets with both labels.
+        Rows with `activity`, `members`, `rows` and `figures`, for buckets with both labels.
     """
     split = last_events(events, query, support)
     activity = events.counts[split.members] - split.query
@@ -109,11 +130,8 @@ def by_activity(
         if not len(pick) or y[own].min() == y[own].max():
             continue  # nobody, or no AUC
         name = str(low) if low == high else f"{low}-{high}" if high < 1 << 60 else f">{low - 1}"
-        row: dict[str, Any] = {"activity": name, "members": len(pick), "rows": int(own.sum())}
-        for predictor, scores in scored.items():
-            part = Scores(scores.logit[own], scores.y[own], scores.owner[own])
-            row |= {f"{predictor}_{figure}": value for figure, value in part.figures().items()}
-        rows.append(row)
+        part = {who: Scores(s.logit[own], s.y[own], s.owner[own]) for who, s in scored.items()}
+        rows.append({"activity": name, "members": len(pick), "rows": int(own.sum()), **figures(part, ours)})
     return rows
 
 

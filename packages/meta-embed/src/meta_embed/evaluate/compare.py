@@ -34,7 +34,7 @@ def compare_run(
         start: Position of the fixed query.
 
     Returns:
-        Rows; columns of our model begin with `ours`.
+        Rows; columns of our model begin with `ours`, among them its gains over the baselines.
     """
     model, config, vocabulary, _, (train, held_back, tested) = load_with_parts(run, events)
     support = config.episodes.support
@@ -63,8 +63,8 @@ def compare_run(
         weights = hybrid_weights(make, model, train, held_back, splits, lr)
         predictors["hybrid"] = functools.partial(mixed, by_id, predictors["ours"], weights)
     if by_activity:
-        return buckets.by_activity(tested, query, support, predictors)
-    return buckets.by_size(tested, sizes, query, start, predictors)
+        return buckets.by_activity(tested, query, support, predictors, "ours")
+    return buckets.by_size(tested, sizes, query, start, predictors, "ours")
 
 
 def retrained(

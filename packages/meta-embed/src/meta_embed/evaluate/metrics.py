@@ -150,9 +150,10 @@ def paired_bootstrap(ours: Sequence[Scores], peer: Sequence[Scores], draws: int 
         members = int(owner.max()) + 1
         times = rng.multinomial(members, np.full(members, 1 / members), size=draws)  # (draws, members)
         values.append(auc(one.logit, one.y) - auc(other.logit, other.y))
-        for first in range(0, draws, 100):  # bounds the memory
-            w = times[first : first + 100, owner].astype(np.float64)
+        step = max(1, 4_000_000 // len(owner))  # bounds the memory
+        for first in range(0, draws, step):
+            w = times[first : first + step, owner].astype(np.float64)
             gain = weighted_auc(one.logit, one.y, w) - weighted_auc(other.logit, other.y, w)
-            samples[first : first + 100] += gain / len(ours)
-    low, high = np.nanpercentile(samples, [2.5, 97.5])
+            samples[first : first + step] += gain / len(ours)
+    low, high = np.nanpercentile(samples, [2.5, 97.5]) if np.isfinite(samples).any() else (np.nan, np.nan)
     return Difference(float(np.mean(values)), float(low), float(high))

@@ -13,7 +13,7 @@ _COLORS = ("#9aa0a6", "#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a")
 def bucket_plot(
     rows: Sequence[Mapping[str, Any]], by: str, names: Mapping[str, str], path: Path, title: str, note: str = ""
 ) -> None:
-    """AUC of several predictors over activity, and beside it each one's gain over the first.
+    """AUC of several predictors over activity, and beside it the gains over the first, with their intervals if given.
 
     Args:
         rows: From `by_size` or `by_activity`.
@@ -33,6 +33,10 @@ def bucket_plot(
         if name != first:
             gains = [1000 * (row[f"{name}_auc"] - row[f"{first}_auc"]) for row in rows]
             right.plot(places, gains, label=label, **style)
+            ends = [f"{name}_over_{first}_{end}" for end in ("low", "high")]
+            known = [i for i, row in enumerate(rows) if all(row.get(end) is not None for end in ends)]
+            low, high = ([1000 * rows[i][end] for i in known] for end in ends)
+            right.vlines(known, low, high, color=color, linewidth=1.2)
     right.axhline(0.0, color=_COLORS[0], linewidth=1.0)
     for axis in (left, right):
         axis.set_xticks(list(places), [f"{row[by]}" for row in rows])

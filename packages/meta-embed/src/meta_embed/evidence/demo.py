@@ -32,6 +32,7 @@ def run_demo(members: int, seed: int, say: Callable[[str], None]) -> dict[str, A
             "map": lambda split: model_scores(trained.model, asked, split),
             "oracle": lambda split: oracle_scores(trained.world, asked, split),
         },
+        ours="map",
     )
     for row in rows:
         gap = row["oracle_auc"] - row["none_auc"]
