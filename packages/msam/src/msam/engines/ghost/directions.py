@@ -3,6 +3,7 @@ r"""From recorded factors to the ascent direction of every micro-batch: norms, l
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -70,7 +71,7 @@ class Plan:
         a fraction there of the time of half a dozen calls on tensors of m elements.
         """
         g = self.gradients
-        users = [bias for uses in g.factors.values() for bias in {use.bias for use in uses}]
+        users = Counter([bias for uses in g.factors.values() for bias in {use.bias for use in uses}])
         for index in [i for i, uses in g.factors.items() if not self._keeps(i, uses, users)]:
             g.materialise(index)
         for index in [i for i in g.tokens if i in g.dense or i in g.factors]:
@@ -81,7 +82,7 @@ class Plan:
         total = squares[0] if len(squares) == 1 else torch.stack(squares or [torch.zeros(self.count)]).sum(0)
         self.norms = [math.sqrt(max(square, 0.0)) for square in total.tolist()]  # NaN stays NaN
         self._device = total.device
-        self._coefficients = {radius: self._over_norms(radius) for radius in set(self.tracked.radii)}
+        self._coefficients = {radius: self._over_norms(radius) for radius in dict.fromkeys(self.tracked.radii)}
         for index, direction in self.low_rank.items():
             direction.coefficient = cast(self._coefficient(index), direction.left.dtype)
         for index, found in self.tokens.items():
@@ -109,15 +110,15 @@ class Plan:
     def _coefficient(self, index: int) -> Tensor:
         return self._coefficients[self.tracked.radii[index]]
 
-    def _keeps(self, index: int, uses: list[Factors], users: list[int | None]) -> bool:
+    def _keeps(self, index: int, uses: list[Factors], users: Counter[int | None]) -> bool:
         """Whether low rank is cheaper, and the matrix and its bias, which matrices use, serve only each other."""
         rows = sum(use.left.shape[1] for use in uses)
         if index in self.gradients.dense or not pays(rows, self.gradients.shapes[index], self.count):
             return False
-        bias = uses[0].bias
-        if any(use.bias != bias or (bias is not None and use.flipped != uses[0].flipped) for use in uses):
+        bias, flipped = uses[0].bias, uses[0].flipped
+        if any(use.bias != bias or (bias is not None and use.flipped != flipped) for use in uses[1:]):
             return False
-        alone = users.count(bias) == 1 and bias not in self.gradients.dense and index not in self.gradients.tokens
+        alone = users[bias] == 1 and bias not in self.gradients.dense and index not in self.gradients.tokens
         return bias is None or (alone and self.tracked.radii[index] > 0)
 
     # -- squared norms, each (m,) ---
