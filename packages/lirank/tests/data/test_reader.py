@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lirank.data.infer import infer_schema
+from lirank.data.infer import doubts, infer_schema
 from lirank.data.ordering import in_time_order
 from lirank.data.parquet import ParquetLog
 from lirank.data.shuffle import windows
@@ -212,5 +212,6 @@ def test_inference_of_a_schema(tmp_path, table):
     assert "day" not in kinds
     assert "click" not in kinds
     assert (found.time.column, found.group) == ("time", "user")
+    assert [doubt.split(":")[0] for doubt in doubts(ParquetLog.open(tmp_path), found)] == ["position", "like"]
     with pytest.raises(ValueError, match="'absent'"):
         infer_schema(ParquetLog.open(tmp_path), ["absent"])

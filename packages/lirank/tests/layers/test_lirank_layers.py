@@ -100,6 +100,17 @@ def test_what_stands_behind_the_end_of_a_history_changes_nothing(fusion):  # Dee
     assert bool(torch.isfinite(expected).all())
 
 
+def test_histories_of_no_one_and_500_events_in_one_batch():  # DeepCTR-Torch#128
+    torch.manual_seed(0)
+    layer = HistoryTransformer(4, 500, width=8).eval()
+    items, actions, candidate = torch.randn(3, 500, 4), torch.randint(3, (3, 500)), torch.randn(3, 4)
+    together = layer(items, actions, torch.tensor([0, 1, 500]), candidate)
+    for row, length in enumerate((0, 1, 500)):
+        one = slice(row, row + 1)
+        alone = layer(items[one, :length], actions[one, :length], torch.tensor([length]), candidate[one])
+        assert torch.allclose(alone, together[one], atol=1e-5)
+
+
 def test_early_fusion_sees_the_candidate_in_the_history_late_fusion_does_not():
     for fusion, differs in (("early", True), ("late", False)):
         layer, items, actions, lengths, candidate = history(fusion=fusion)

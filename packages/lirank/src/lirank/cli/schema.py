@@ -23,10 +23,13 @@ def schema() -> None:
 @out_option("Schema to write (YAML); without it the schema is printed.")
 def infer(logs: Path, labels: tuple[str, ...], time: str, group: str, out: Path | None) -> None:
     """Draft a schema from LOGS, to be read and edited."""
-    from lirank.data.infer import infer_schema
+    from lirank.data.infer import doubts, infer_schema
     from lirank.data.parquet import ParquetLog
 
-    found = infer_schema(ParquetLog.open(logs), labels, time, group)
+    log = ParquetLog.open(logs)
+    found = infer_schema(log, labels, time, group)
+    for doubt in doubts(log, found):
+        click.echo(f"note: {doubt}", err=True)
     if out is None:
         click.echo(found.to_yaml(), nl=False)
     else:

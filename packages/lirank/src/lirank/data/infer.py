@@ -58,6 +58,31 @@ def infer_schema(
     )
 
 
+def doubts(log: ParquetLog, schema: Schema, rows: int = 200_000) -> list[str]:
+    """What a draft may have taken for a feature though nobody knows it when a row is scored.
+
+    Args:
+        log: The log.
+        schema: What `infer_schema` proposed for it.
+        rows: Rows that are looked at.
+
+    Returns:
+        One sentence for each column.
+    """
+    table, found = next(log.read(rows=rows)), []
+    for feature in schema.of(Id, Dense):
+        if {"position", "rank", "slot"} & set(_words(feature.name)):
+            advice = (
+                f"if it is the place at which a row was shown, put `position: {feature.name}` in place of the feature"
+            )
+            found.append(f"{feature.name}: {advice}")
+        elif isinstance(feature, Dense) or feature.type == "int":
+            values = as_float(feature.name, column_of(table, feature.name))
+            if np.isin(values[~np.isnan(values)], (0, 1)).all():
+                found.append(f"{feature.name}: holds 0 and 1; if it is an outcome, make it a label or remove it")
+    return found
+
+
 def _is_time(kind: pa.DataType) -> bool:
     return bool(pa.types.is_timestamp(kind) or pa.types.is_integer(kind) or pa.types.is_date(kind))
 
@@ -98,10 +123,13 @@ def _id_type(kind: pa.DataType) -> Literal["int", "string", ""]:
 
 
 def _looks_like_id(name: str, array: pa.Array) -> bool:
-    parts = name.lower().replace("-", "_").split("_")
-    if any(word in parts for word in _WORDS) or pa.types.is_boolean(array.type):
+    if any(word in _words(name) for word in _WORDS) or pa.types.is_boolean(array.type):
         return True
     return len(fingerprints(name, array, "int")[0]) > 0 and len(np.unique(fingerprints(name, array, "int")[0])) <= 2
+
+
+def _words(name: str) -> list[str]:
+    return name.lower().replace("-", "_").split("_")
 
 
 def _rows(name: str, array: pa.Array, type_: str) -> int:
