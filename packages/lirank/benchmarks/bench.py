@@ -305,7 +305,7 @@ def row_updates(quick: bool) -> dict[str, Any]:
 
 
 def isotonic(quick: bool) -> dict[str, Any]:
-    """Forward and backward in prefix sums, against rows of 501 bucket activations; time per call of 100 and of 5 in a row.
+    """Forward and backward in prefix sums, against rows of 501 bucket activations, timed per call.
 
     A single call of ours takes a tenth of a millisecond, of which what the dense form leaves behind (cold caches, and
     megabytes that the system has yet to take back) would be the larger part.

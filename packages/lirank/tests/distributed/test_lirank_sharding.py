@@ -74,7 +74,7 @@ def _uneven(rank):
 
 
 @pytest.mark.distributed
-def test_two_ranks_equal_one_and_three_go_on_where_two_stopped(tmp_path):
+def test_two_ranks_equal_one_and_three_go_on_where_two_stopped(tmp_path):  # torchrec#2534
     alone = FusedTable(ROWS, DIM)
     alone.weight.data.copy_(ShardedTable(ROWS, DIM, ranks.ALONE, seed=0).weight.data)
     optimizer = RowOptimizer(alone, lr=0.05)

@@ -24,7 +24,7 @@ def _log(n, seed, model=None, **options):
 
 
 @pytest.mark.parametrize("estimator", [ips, snips, doubly_robust])
-def test_the_interval_covers_the_truth_as_often_as_it_says(estimator):
+def test_the_interval_covers_the_truth_as_often_as_it_says(estimator):  # obp#187: SNIPS has one
     wrong_model = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64)
     covered = 0
     for seed in range(400):
@@ -84,7 +84,7 @@ def test_clipping_is_counted():
         ({"reward": math.inf}, "reward"),
     ],
 )
-def test_probabilities_that_are_none_are_refused(change, message):
+def test_probabilities_that_are_none_are_refused(change, message):  # VW#4536
     columns = {"reward": torch.ones(3), "propensity": torch.full((3,), 0.5), "probability": torch.full((3,), 0.5)}
     for name, value in change.items():
         columns[name][0] = value

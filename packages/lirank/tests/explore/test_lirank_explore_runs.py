@@ -153,7 +153,7 @@ def test_ties_are_shared_and_softmax_is_softmax():
     np.testing.assert_allclose(choice_probabilities(request, scores, "softmax", 0.5)[2:], expected, rtol=1e-6)
 
 
-def test_requests_that_make_no_sense_are_refused():
+def test_requests_that_make_no_sense_are_refused():  # VW#4536: two actions of one event
     one = np.ones(2)
     with pytest.raises(ValueError, match="request 7 has 2"):
         Logged(np.array([7, 7]), one > 0, one, one)
