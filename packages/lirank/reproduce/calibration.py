@@ -145,7 +145,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.minorticks_off()
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.set_title(curve)
-    axes[1].set_xlabel("RMSE to the true probability, times 1000 (bars: SD over seeds); blue: lirank", loc="left")
+    figure.supxlabel("RMSE to the true probability, times 1000 (bars: SD over seeds); blue: lirank", fontsize="medium")
     axes[0].set_yticks(range(len(names)), reversed(names))
     figures.save(figure, path)
 

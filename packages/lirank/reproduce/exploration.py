@@ -99,7 +99,8 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
         axis.errorbar(middle, places, xerr=ends, fmt="o", capsize=3)
         axis.set_ylim(-0.6, len(mine) - 0.4)
         axis.set_title(question)
-    axes[1].set_xlabel("clicks per 1000 impressions, 95 % intervals; gray: what the policy earned when it ran itself")
+    told = "clicks per 1000 impressions, 95 % intervals; gray: what the policy earned when it ran itself"
+    figure.supxlabel(told, fontsize="medium")
     axes[0].set_yticks(range(len(ESTIMATORS)), reversed(ESTIMATORS))
     figures.save(figure, path)
 
