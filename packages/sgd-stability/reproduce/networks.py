@@ -12,6 +12,7 @@ import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,10 +151,11 @@ def thresholds(report: StabilityReport) -> list[dict[str, Any]]:
 
 
 def judge(
-    problem: Problem, report: StabilityReport, factors: tuple[float, ...], known: list[dict[str, Any]], seeds: int
+    problem: Problem, report: StabilityReport, factors: tuple[float, ...], file: Path, seeds: int
 ) -> list[dict[str, Any]]:
-    """SGD at multiples of the threshold, unless known; the criterion is `sgd_stability.report.nonlinear.LEAVES`."""
-    done = {(t["batch_size"], t["factor"], t["seed"]): t for t in known}
+    """SGD at multiples of the threshold, unless the file has it; by `sgd_stability.report.nonlinear`'s criteria."""
+    held = read_json(file) if file.exists() else {"runs": []}
+    done = {(t["batch_size"], t["factor"], t["seed"]): t for t in held["runs"]}
     runs = list(itertools.product((1, 4, 16), factors, range(seeds)))
     trials = []
     for B, factor, seed in progress(runs, problem.title, unit="run"):
@@ -162,7 +164,9 @@ def judge(
             continue
         lr = factor * report.lr_threshold(B).exact
         trial = run_sgd(problem.model, problem.loss, problem.x, problem.y, lr=lr, batch_size=B, seed=seed)
-        trials.append({"factor": factor, **vars(trial)})
+        trials += finite_rows([{"factor": factor, **vars(trial)}])
+        held["runs"].append(trials[-1])
+        write_json(file, held)
     return trials
 
 
@@ -214,11 +218,10 @@ def evidence(name: str, chosen: Options) -> None:
     report = analyze(problem.model, problem.loss, (problem.x, problem.y))
     own = chosen.out / f"{name}.json"
     seeds = 1 if chosen.quick else SEEDS
-    known = read_json(own)["runs"] if own.exists() else []
-    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), known, seeds)
+    judged = [] if problem.loss == "cross_entropy" else judge(problem, report, (0.8, 1.2), own, seeds)
     scan = judged
     if name == "tanh_mlp" and not chosen.quick:
-        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), known, seeds) + judged
+        scan = judge(problem, report, (0.6, 0.9, 1.0, 1.1, 1.5, 2.0), own, seeds) + judged
     right = sum((t["outcome"] == "returns") == (t["factor"] < 1) for t in judged)
     summary = {
         "network": problem.title,
@@ -233,12 +236,10 @@ def evidence(name: str, chosen: Options) -> None:
         "right": right if judged else None,
     }
     draw(name, problem, report, judged, chosen)
-    result = {"summary": summary, "thresholds": thresholds(report), "shares": shares(scan), "runs": finite_rows(scan)}
+    result = {"summary": summary, "thresholds": thresholds(report), "shares": shares(scan), "runs": scan}
     write_json(own, result)
-    files = [chosen.out / f"{other}.json" for other in PROBLEMS]
-    write_json(
-        chosen.out / "summary.json", {"networks": [read_json(file)["summary"] for file in files if file.exists()]}
-    )
+    held = [read_json(file) for file in (chosen.out / f"{other}.json" for other in PROBLEMS) if file.exists()]
+    write_json(chosen.out / "summary.json", {"networks": [each["summary"] for each in held if "summary" in each]})
 
 
 def main() -> None:

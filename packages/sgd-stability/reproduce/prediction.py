@@ -11,7 +11,8 @@ which the loss over all samples exceeds `JUMP` times its greatest value so far b
 start).
 
 Also one run from scratch whose rate grows tenfold: training stabilises itself, and the sharpness follows its edge.
-Writes `prediction.json`, `prediction.png` and `edge.png`.
+Writes `prediction.json`, `prediction.png` and `edge.png`; seeds that are in the file already are not repeated (delete it
+to start anew).
 """
 
 import statistics
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from _options import Options, options
 from core_tensor.app.cli import progress
-from core_tensor.app.files import write_json
+from core_tensor.app.files import read_json, write_json
 from sgd_stability import Check, StabilityMonitor, analyze
 from sgd_stability.demo import digits
 from sgd_stability.report.nonlinear import interpolate
@@ -182,13 +183,17 @@ def main() -> None:
 
 
 def from_checkpoints(chosen: Options) -> None:
-    """Jumps and rises of all seeds."""
-    jumps, rises = [], []
+    """Jumps and rises of all seeds; those of an earlier call stay."""
+    path = chosen.out / "prediction.json"
+    held = read_json(path) if path.exists() else {"runs": [], "rises": []}
+    jumps, rises = held["runs"], held["rises"]
     for seed in progress(range(1 if chosen.quick else SEEDS), "checkpoints", unit="seed"):
+        if any(rise["seed"] == seed for rise in rises):
+            continue
         found, rise = seed_runs(seed, chosen)
         jumps += found
         rises.append(rise)
-        write_json(chosen.out / "prediction.json", {"jumps": table(jumps), "rises": rises, "runs": jumps})
+        write_json(path, {"jumps": table(jumps), "rises": rises, "runs": jumps})
 
 
 if __name__ == "__main__":

@@ -4,82 +4,102 @@
 
 The bars of `benchmarks/training_bars.py` and `benchmarks/large.py`, written to `training.json`: ramps of the rate under
 SGD, momentum and Adam; five settings of the scheduler against a grid of fixed rates; what a check costs beside
-training; and the largest eigenvalue of a transformer of 100 million parameters (not with `--quick`).
+training; and the largest eigenvalue of a transformer of 100 million parameters (not with `--quick`). Every run is
+written as it ends, and those that are in the file already are not repeated (delete it to start anew).
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from core_tensor.app.cli import progress
 from core_tensor.app.files import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from _options import options
+from _options import Options, options
 from large import top_eig_100m
-from training_bars import OVERHEADS, overhead, ramps, scheduler_bars
+from training_bars import (
+    OVERHEADS,
+    RAMPS,
+    SEEDS,
+    SETTINGS,
+    overhead,
+    ramp_run,
+    ramp_summary,
+    scheduler_run,
+    scheduler_summary,
+)
+
+Runs = list[dict[str, Any]]
+Steps = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+"""The runs of a part, by name, and what computes each."""
 
 
-def alarms(_: bool) -> dict[str, Any]:
-    """Of six ramps and six runs at the best rate."""
-    found = ramps(False)
-    detail = dict(found["ramp_alarms_before_doubling_detail"])
-    runs = [{"run": name, **detail.pop(name)} for name in list(detail) if isinstance(detail[name], Mapping)]
-    return {
-        "before_doubling": found["ramp_alarms_before_doubling"],
-        "false_share": found["false_alarms_at_best_rate"],
-        **detail,
-        "runs": runs,
-    }
+def alarms(quick: bool) -> Steps:
+    """Ramps, and runs at the best rate."""
+    for name, seed in RAMPS[:2] if quick else RAMPS:
+        yield f"{name}, seed {seed}", lambda name=name, seed=seed: ramp_run(name, seed)
 
 
-def scheduler(quick: bool) -> dict[str, Any]:
+def scheduler(quick: bool) -> Steps:
     """Over the best fixed rate of a grid, by setting and seed."""
-    found = scheduler_bars(quick)
-    runs = [
-        {"run": name, "loss_over_best": loss, "cost": cost}
-        for name, (loss, cost) in found["scheduler_vs_best_fixed_detail"].items()
-    ]
-    return {
-        "median": found["scheduler_vs_best_fixed_median"],
-        "worst": found["scheduler_vs_best_fixed_worst"],
-        "cost": found["scheduler_cost"],
-        "runs": runs,
-    }
+    for name in SETTINGS:
+        for seed in SEEDS[: 1 if quick else 3]:
+            yield f"{name}, seed {seed}", lambda name=name, seed=seed: scheduler_run(name, seed, 3 if quick else 5)
 
 
-def price(quick: bool) -> list[dict[str, Any]]:
+def price(quick: bool) -> Steps:
     """Of a check every 200 steps, as a share of the training's CPU time."""
-    rows = []
-    for name in OVERHEADS:
+
+    def measured(name: str) -> dict[str, Any]:
         found = overhead(name, quick)
-        detail = found[f"monitor_overhead_{name}_detail"]
-        share = found[f"monitor_overhead_{name}"]
-        rows.append(
-            {"training": name, "share": share, "check_s": detail["ours_s"][1], "parameters": detail["parameters"]}
-        )
-    return rows
+        detail, share = found[f"monitor_overhead_{name}_detail"], found[f"monitor_overhead_{name}"]
+        return {"run": name, "share": share, "check_s": detail["ours_s"][1], "parameters": detail["parameters"]}
+
+    for name in OVERHEADS:
+        yield name, lambda name=name: measured(name)
 
 
-def large(_: bool) -> dict[str, Any]:
+def large(quick: bool) -> Steps:
     """Seconds, products and memory."""
-    found = top_eig_100m(False)
-    return {"seconds": found["top_eig_100m_parameters"], **found.get("top_eig_100m_parameters_detail", {})}
+
+    def measured() -> dict[str, Any]:
+        found = top_eig_100m(False)
+        detail = found.get("top_eig_100m_parameters_detail", {})
+        return {"run": "transformer", "seconds": found["top_eig_100m_parameters"], **detail}
+
+    if not quick:
+        yield "transformer", measured
 
 
-PARTS: dict[str, Callable[[bool], Any]] = {"alarms": alarms, "scheduler": scheduler, "price": price, "large": large}
+PARTS: dict[str, tuple[Callable[[bool], Steps], Callable[[Runs], dict[str, Any]]]] = {
+    "alarms": (alarms, ramp_summary),
+    "scheduler": (scheduler, scheduler_summary),
+    "price": (price, lambda _: {}),
+    "large": (large, lambda _: {}),
+}
+
+
+def part(name: str, chosen: Options) -> None:
+    """One part; its runs of an earlier call stay."""
+    path = chosen.out / "training.json"
+    steps, summary = PARTS[name]
+    for label, run in progress(list(steps(chosen.quick)), name, unit="run"):
+        held = read_json(path) if path.exists() else {}
+        runs = held.get(name, {}).get("runs", [])
+        if any(known["run"] == label for known in runs):
+            continue
+        runs.append(run())
+        write_json(path, {**held, name: {**summary(runs), "runs": runs}})
 
 
 def main() -> None:
-    """The parts asked for; those of an earlier call stay."""
+    """The parts asked for."""
     chosen = options(__doc__, tuple(PARTS))
-    path = chosen.out / "training.json"
-    for part in chosen.only:
-        if part == "large" and chosen.quick:
-            continue
-        held = read_json(path) if path.exists() else {}
-        write_json(path, {**held, part: PARTS[part](chosen.quick)})
+    for name in chosen.only:
+        part(name, chosen)
 
 
 if __name__ == "__main__":

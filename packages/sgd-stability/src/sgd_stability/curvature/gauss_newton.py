@@ -78,18 +78,25 @@ def gauss_newton_operator(network: Network, *, chunk: int = 64, scale: Tensor | 
     )
 
 
+def _alternating(outputs: Tensor) -> Tensor:
+    """The unit vector of alternating signs in the space of one sample's outputs, shape (O,)."""
+    size = outputs[0].numel()
+    signs = torch.full((size,), size**-0.5, dtype=outputs.dtype, device=outputs.device)
+    signs[1::2] *= -1
+    return signs
+
+
 def _part(part: Network, direction: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sum of H_i v over a few samples, shape (d,); and forms, traces, losses, outputs, shape (n, 4)."""
     outputs, tangent = outputs_and_tangent(part, direction)
     z = outputs.detach()
     factor = part.loss.factor(z, part.targets)
     u = factor.transpose_times(tangent.reshape(part.n, -1, 1))  # (n, R, 1)
-    signed = u if factor.signs is None else u * factor.signs[:, :, None]
-    pulled = factor.times(signed).reshape(outputs.shape)
+    u = u[:, :, 0]  # (n, R)
+    signed = u if factor.signs is None else u * factor.signs
+    pulled = factor.times(signed[:, :, None]).reshape(outputs.shape)
     gradients = torch.autograd.grad(outputs, list(part.parameters.values()), pulled, materialize_grads=True)
     losses = part.loss.values(z, part.targets)
-    flat = z.reshape(part.n, -1)
-    along = (flat[:, ::2].sum(1) - flat[:, 1::2].sum(1)) / flat.shape[1] ** 0.5
-    columns = (u * signed).sum((1, 2)), factor.trace(), losses, along
+    columns = (u * signed).sum(1), factor.trace(), losses, z.reshape(part.n, -1) @ _alternating(z)
     rows = torch.stack([column.to(u.device, dtype) for column in columns], 1)
     return torch.cat([g.reshape(-1) for g in gradients]).to(dtype), rows

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sgd_stability.curvature.factors import OutputFactor
 from sgd_stability.curvature.jacobian import pulled
 from sgd_stability.curvature.network import Inputs, Network, call, unflatten
 from sgd_stability.curvature.signals import Explicit, Lookup, Outer, Signal
@@ -43,9 +44,9 @@ def gram(network: Network, *, dtype: torch.dtype = torch.float64) -> Tensor:
     Returns:
         K[ic, jc'] = z_ic . z_jc', shape (n R, n R), sample-major.
     """
-    size = network.n * network.factor.rank
+    size = network.n * network.rank
     K = torch.zeros(size, size, dtype=dtype, device=network.device)
-    for signal in layer_signals(network, _columns(network)):
+    for signal in layer_signals(network):
         signal.add_gram(K)
     return K
 
@@ -65,7 +66,7 @@ def sample_blocks(network: Network, *, scale: Tensor | None = None, chunk: int =
 
     def compute(start: int, stop: int) -> Tensor:
         parts = network.chunks(chunk, start, stop)
-        return torch.cat([_blocks(part, _columns(part), inverse) for part in parts])
+        return torch.cat([_blocks(part, None, inverse) for part in parts])
 
     return network.ranks.rows(network.n, compute)
 
@@ -88,21 +89,24 @@ def gradient_norms(network: Network, *, chunk: int = 64) -> Tensor:
     return network.ranks.rows(network.n, compute).clamp_min(0).sqrt()
 
 
-def layer_signals(network: Network, cotangents: Tensor, inverse: Inverse = None) -> list[Signal]:
+def layer_signals(network: Network, cotangents: Tensor | None = None, inverse: Inverse = None) -> list[Signal]:
     """Back-propagate cotangents of the outputs and record what every layer sees.
 
     Args:
         network: The network.
-        cotangents: u_ir, shape (n, R, O); row r of sample i gives the gradient J_i' u_ir.
+        cotangents: u_ir, shape (n, R, O); row r of sample i gives the gradient J_i' u_ir. The columns of W_i if absent,
+            so that these are the rows of Z_i.
         inverse: P^-1 by name.
 
     Returns:
         One signal per layer, and one for the explicit gradients of all other parameters, if there are any.
     """
     # 1. forward, with every known layer recorded; a few samples once per cotangent, for one pass back instead of R
-    n, R = cotangents.shape[:2]
+    n, R = network.n, network.rank if cotangents is None else cotangents.shape[1]
     copies = R if n * R <= _REPLICATED else 1
-    recorded = [_Recorded(name, module) for name, module in _layers(network)]
+    if "layers" not in network.known:
+        network.known["layers"] = list(_layers(network))
+    recorded = [_Recorded(name, module) for name, module in network.known["layers"]]
     handles = [record.module.register_forward_hook(_hook(record)) for record in recorded]
     try:
         with torch.enable_grad():
@@ -112,6 +116,8 @@ def layer_signals(network: Network, cotangents: Tensor, inverse: Inverse = None)
             handle.remove()
     used = [r for r in recorded if len(r.calls) == 1 and _is_per_sample(r, copies * n)]
     # 2. backward to their outputs
+    if cotangents is None:
+        cotangents = _columns(network.loss.factor(outputs.detach()[::copies], network.targets), n, outputs)
     flat = outputs.reshape(copies * n, -1)
     sources = [record.calls[0][1] for record in used]
     cotangents = cotangents.to(flat.dtype)
@@ -146,11 +152,10 @@ def _repeated(inputs: Inputs, copies: int) -> Inputs:
     return inputs.repeat_interleave(copies, 0)
 
 
-def _columns(network: Network) -> Tensor:
+def _columns(factor: OutputFactor, n: int, like: Tensor) -> Tensor:
     """W_i' as rows of cotangents, shape (n, R, O)."""
-    factor = network.factor
-    eye = torch.eye(factor.rank, dtype=network.outputs.dtype, device=network.device)
-    return factor.times(eye.expand(network.n, -1, -1)).mT
+    eye = torch.eye(factor.rank, dtype=like.dtype, device=like.device)
+    return factor.times(eye.expand(n, -1, -1)).mT
 
 
 def _layers(network: Network) -> Iterator[tuple[str, nn.Module]]:
@@ -253,9 +258,9 @@ def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation, padding, stride).mT
 
 
-def _blocks(network: Network, cotangents: Tensor, inverse: Inverse = None) -> Tensor:
-    """Per-sample inner products of the gradients J_i' u_ir, shape (n, R, R)."""
-    R = cotangents.shape[1]
+def _blocks(network: Network, cotangents: Tensor | None, inverse: Inverse = None) -> Tensor:
+    """Per-sample inner products of the gradients J_i' u_ir, or of the rows of Z_i, shape (n, R, R)."""
+    R = network.rank if cotangents is None else cotangents.shape[1]
     total = torch.zeros(network.n, R, R, dtype=torch.float64, device=network.device)
     for signal in layer_signals(network, cotangents, inverse):
         total += signal.blocks()

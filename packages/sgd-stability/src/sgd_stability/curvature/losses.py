@@ -366,6 +366,8 @@ class CrossEntropy:
     def _mass(self, z: Tensor, y: Tensor) -> Tensor:
         """Sum of the target's weights at every position, shape (n, P)."""
         V = z.shape[1]
+        if self.weight is None and not y.is_floating_point():  # smoothed or not, the shares sum to 1
+            return (y != self.ignore_index).reshape(len(y), -1).to(z)
         weight = z.new_ones(V) if self.weight is None else self.weight.to(z)
         if y.is_floating_point():
             smooth = y.reshape(len(y), V, -1) * (1 - self.smoothing) + self.smoothing / V

@@ -164,6 +164,11 @@ class StabilityMonitor:
         Returns:
             This monitor.
         """
+        self._watch(optimizer, hooks=True)
+        return self
+
+    def _watch(self, optimizer: torch.optim.Optimizer, hooks: bool) -> None:
+        """Understand an optimizer; without hooks the caller counts the steps and asks for checks."""
         self.detach()
         # Accelerate wraps the optimizer and steps the inner one.
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -173,11 +178,11 @@ class StabilityMonitor:
             self._restrict(names)
         self._optimizer = optimizer
         self._started, self._spent = time.perf_counter(), 0.0
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        ]
-        return self
+        if hooks:
+            self._handles = [
+                optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+                optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            ]
 
     def _restrict(self, names: Iterable[str]) -> None:
         """Take curvature over fewer parameters."""

@@ -4,7 +4,8 @@ After every k-th step the monitor's `lower` (every rate below is stable) is meas
 
     eta <- min( growth * eta, share * lower ),
 
-`lower` averaged over the checks in logarithms, since a few suspects decide it; the average falls faster than it rises.
+`lower` averaged over the checks in logarithms, since a few suspects decide it; the average falls faster than it rises,
+and at once while the rate ramps up.
 It starts far below the first `lower`, because the weights of the start are not those the rate is for, and grows step by
 step, by `growth` in a quarter of `every` steps at most; while it does, checks come four times as often. A rate that is
 too high drives the weights to where the loss is flat, and would follow the flatter curvature further up: so it does
@@ -81,9 +82,9 @@ class StabilityScheduler:
         if not largest > 0:
             raise ValueError("optimizer: expected a group with a positive learning rate, for their proportions")
         self._shares = [float(group["lr"]) / largest for group in optimizer.param_groups]
-        monitor.attach(optimizer)
+        monitor._watch(optimizer, hooks=monitor.every_cheap > 0)
         monitor.every = total_steps + 1  # the scheduler asks
-        self._adaptive = type(optimizer) is not torch.optim.SGD
+        self._adaptive = type(monitor._optimizer) is not torch.optim.SGD  # inside any wrapper
         if self._adaptive:
             self._set(0.0)  # the first steps measure second moments only
             self._next = _MOMENTS
@@ -94,6 +95,7 @@ class StabilityScheduler:
         """Set the rate of the next step; call it after `optimizer.step()`."""
         self.rates.append(self.get_last_lr()[0])
         self.steps += 1
+        self.monitor.steps = self.steps
         if self.steps >= self._next and self.steps < self._end:
             self._check()
         self._rate = min(self._goal, self._rate * self.growth ** (1 / self._ramping))
@@ -144,7 +146,6 @@ class StabilityScheduler:
 
     def _check(self) -> None:
         """A check, and the rate that follows from it."""
-        self.monitor.steps = self.steps
         check = self.monitor._guarded(self.monitor._checked)
         self._next = self.steps + self._spacing()
         if check is None:
@@ -161,7 +162,9 @@ class StabilityScheduler:
         newest = math.log(check.lower)
         if math.isnan(self._log_lower):
             self._log_lower = newest
-        weight = _FALLING if newest < self._log_lower else _RISING
+        # what the first weights allowed says little of the next ones
+        falling = 1.0 if self._ramps else _FALLING
+        weight = falling if newest < self._log_lower else _RISING
         self._log_lower += weight * (newest - self._log_lower)
         self._goal = self.share * math.exp(self._log_lower)
         if self._rate == 0.0:
@@ -179,9 +182,16 @@ class StabilityScheduler:
         """Steps between two checks while the rate still grows."""
         return max(1, self.every // 4)
 
+    @property
+    def _ramps(self) -> bool:
+        """Whether the rate is still on its way up."""
+        return self._rate < 0.7 * self._goal
+
     def _spacing(self) -> int:
-        """Steps to the next check: closer together while the rate still ramps up."""
-        return self._ramping if math.isnan(self._log_lower) or self._rate < 0.7 * self._goal else self.every
+        """Steps to the next check: closer together while the rate ramps up, but not before it has grown a little."""
+        if math.isnan(self._log_lower):
+            return _FIRST * self._ramping
+        return self._ramping if self._ramps else self.every
 
     def _set(self, rate: float) -> None:
         for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
@@ -193,6 +203,8 @@ _MOMENTS = 10
 """Steps at rate zero after which an adaptive optimizer's second moments are worth a look."""
 _RISING, _FALLING = 0.3, 0.7
 """Weight of the newest check in the average."""
+_FIRST = 3
+"""Quarters of `every` between the first check and the second."""
 _RISEN = 1.15
 """Factor over its least average at which the loss has risen."""
 _CHECKS = 10

@@ -51,8 +51,8 @@ class Tracker:
     """The top eigenvector v of a probe's Hessian, and v'H_i v of its samples.
 
     Every visit measures one part of the probe, in turn, and moves v by a power step; the other parts' share is as old
-    as their last turn. The first visit finds v by Lanczos and measures all of them; so does one whose part's loss has
-    jumped since its last turn.
+    as their last turn. The first visit finds v by Lanczos on one part and measures all of them; so does one whose
+    part's loss has jumped since its last turn.
 
     Args:
         network: The probe.
@@ -213,11 +213,11 @@ class Tracker:
         self.forms = None if state["forms"] is None else state["forms"].clone()
 
     def _start(self, scale: Tensor | None) -> None:
-        """The eigenvector by a short Lanczos."""
-        operator = gauss_newton_operator(self.network, scale=scale)
-        steps = max(2, min(12, _NUMBERS // self.network.size))
+        """The eigenvector of the first part by a short Lanczos: the power steps that follow bring in the others."""
+        operator = gauss_newton_operator(self._parts[0][1], scale=scale)
+        steps = max(2, min(4, _NUMBERS // self.network.size))
         try:
-            found = lanczos(operator, tolerance=0.05, max_steps=steps, start=self._v)
+            found = lanczos(operator, tolerance=0.1, max_steps=steps, start=self._v)
         except ValueError as error:  # a product that is not finite
             raise NotFiniteError from error
         self._v = found.vectors[:, 0]

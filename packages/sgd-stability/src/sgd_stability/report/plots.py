@@ -279,12 +279,13 @@ def plot_history(
     rates.set_yscale("log")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
-    for step in (check.step for check in checks if check.state == "unstable"):
+    alarms = [check.step for check in checks if check.state in {"unstable", "diverged"}]
+    for step in alarms:
         for panel in panels:
-            panel.axvline(step, color="#b2182b", alpha=0.12, linewidth=2)
+            panel.axvline(step, color="#b2182b", alpha=0.3, linewidth=1.5, zorder=0)
     for panel in (curvature, rates):
         panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the panel: it covers no line
-    if any(check.state == "unstable" for check in checks):
-        panels[0].set_title("checks that say unstable are marked red", fontsize=9)
+    if alarms:
+        panels[0].set_title("red: checks that say unstable or diverged", fontsize=9)
     save(figure, path)
     return Path(path)
