@@ -25,6 +25,7 @@ JOBS = {
         "varies": ["run.json"],
     },
     "generate lmdb": {"command": f"{MADE} --work OUT/work --store OUT/store", "varies": ["*.mdb", "*/store.json"]},
+    "export": {"command": "meta-embed export run -o OUT/block.pt2"},
     "generate parquet": {"command": f"{MADE} --work OUT/work --store parquet:OUT/store", "varies": ["*/store.json"]},
 }
 

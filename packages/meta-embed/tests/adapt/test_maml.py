@@ -143,6 +143,70 @@ def test_batch_norm_in_training_mode_is_refused():
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
+class Block(nn.Module):
+    """g over sequences of any layer that reads them."""
+
+    def __init__(self, layer, width=4):
+        super().__init__()
+        self.layer, self.into, self.out = layer, nn.Linear(3, width), nn.Linear(width, 1)
+
+    def forward(self, e, x):
+        read = self.layer(torch.cat([self.into(e)[:, None], x], 1))
+        return self.out(read[:, 0])[..., 0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_has_its_second_order(training):
+    """The fused kernel that torch picks on its own has neither a second derivative nor a batching rule."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = MetaModel(nn.Linear(2, 3), Block(layer), InnerOptions(steps=2)).double().train(training)
+    member, _, y, w, lengths = _tasks([3, 0, 2])
+    x = torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(5), dtype=F64)
+    weight = model.meta_block.weight
+
+    def value(change):
+        with torch.no_grad():
+            weight.add_(change)
+            out = float(model.adapt(member, (x,), y, w, lengths).square().sum())
+            weight.sub_(change)
+        return out
+
+    (found,) = torch.autograd.grad(model.adapt(member, (x,), y, w, lengths).square().sum(), [weight])
+    step = torch.zeros_like(weight)
+    step[1, 0] = 1e-5
+    assert float(found[1, 0]) == pytest.approx((value(step) - value(-step)) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.EmbeddingBag(5, 4), "cannot follow EmbeddingBag"),
+        (nn.Embedding(5, 4, max_norm=1.0), "max_norm changes the table"),
+        (nn.GRU(4, 4), "cannot follow recurrent layers"),
+    ],
+)
+def test_layers_that_cannot_be_followed_are_refused_with_a_way_out(layer, message):
+    """torch.func ends with `Autograd not support dtype: Long` or a broadcast error deep inside."""
+    with pytest.raises(ValueError, match=f"global_block.layer: .*{message}"):
+        MetaModel(nn.Linear(2, 3), Block(layer)).adapt(*_tasks([2]))
+
+
+class Column(nn.Linear):
+    """Logits of the shape that a last linear layer gives."""
+
+    def __init__(self):
+        super().__init__(7, 1)
+
+    def forward(self, e, x):
+        return super().forward(torch.cat([e, x], -1))
+
+
+def test_logits_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"expected one logit per row, shape \(2,\), got \(2, 1\)"):
+        MetaModel(nn.Linear(2, 3), Column()).double().adapt(*_tasks([2]))
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="inner: expected steps"):
         InnerOptions(lr=0.0)

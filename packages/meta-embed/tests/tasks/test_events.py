@@ -187,3 +187,28 @@ def test_features_of_a_member_that_change_are_those_of_its_first_event(small_tab
     with pytest.warns(UserWarning, match="change between its events"):
         log = _events(changed)
     assert log.member_dense[1, 0] == pytest.approx(0.5)
+
+
+def test_partitioned_files_of_spark(tmp_path, small_table):
+    """Columns in the names of folders, empty parts, and files beside them that are no data."""
+    for value, rows in (("x", (0, 3)), ("7", (3, 3)), ("__HIVE_DEFAULT_PARTITION__", (6, 1))):
+        folder = tmp_path / f"item={value}"
+        folder.mkdir()
+        part = small_table.drop_columns(["item"]).slice(*rows)
+        pq.write_table(part.slice(0, 0), folder / "part-0.parquet")
+        pq.write_table(part, folder / "part-1.parquet", use_deprecated_int96_timestamps=True)
+    (tmp_path / "_temporary").mkdir()
+    (tmp_path / "_temporary" / "a.parquet").write_text("half a file")
+    (tmp_path / ".a.parquet").write_text("half a file")
+    table = read_table(tmp_path, SCHEMA)
+    assert sorted(table["item"].to_pylist(), key=str) == ["7"] * 3 + [None] + ["x"] * 3
+    assert sorted(table["at"].to_pylist()) == sorted(small_table["at"].to_pylist())
+
+
+@pytest.mark.parametrize(("known", "message"), [([1, 2], "integers, as in training, got strings"), ([], "")])
+def test_categories_of_another_kind_than_in_training(small_table, known, message):
+    if message:
+        with pytest.raises(ValueError, match=f"item: expected {message}"):
+            build_events(small_table, SCHEMA, {"item": known})
+    else:
+        assert not build_events(small_table, SCHEMA, {"item": known}).ids.any()

@@ -1,5 +1,6 @@
 """The outer loop: what it minimizes, when it stops, how it resumes, and two processes against one."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -103,6 +104,9 @@ def test_nobody_to_train_on(trained, parts):
     empty = parts[0].choose(np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="expected members to train on and to hold back"):
         fit(build_model(_config(trained), trained.vocabulary), empty, parts[1], _config(trained))
+    weightless = dataclasses.replace(parts[1], w=np.zeros_like(parts[1].w))
+    with pytest.raises(ValueError, match="weights: expected some above 0"):
+        fit(build_model(_config(trained), trained.vocabulary), parts[0], weightless, _config(trained))
 
 
 @pytest.mark.parametrize("method", ["map", "maml"])

@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Parameters = Mapping[str, Tensor]
 Loss = Callable[..., Tensor]
@@ -134,27 +135,41 @@ def adapt(
     if count == 0:
         return {n: p if per_task else p.new_zeros(0, *p.shape) for n, p in parameters.items()}
     parts = []
-    for first in range(0, count, options.chunk):
-        piece = slice(first, first + options.chunk)
-        start = {n: p[piece] for n, p in parameters.items()} if per_task else parameters
-        parts.append(run(start, *(t[piece] for t in task)))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative, and no batching rule
+        for first in range(0, count, options.chunk):
+            piece = slice(first, first + options.chunk)
+            start = {n: p[piece] for n, p in parameters.items()} if per_task else parameters
+            parts.append(run(start, *(t[piece] for t in task)))
     if len(parts) == 1:
         return dict(parts[0])
     return {name: torch.cat([part[name] for part in parts]) for name in parameters}
 
 
 def check_adaptable(module: nn.Module) -> None:
-    """Refuse modules whose state one task would change for the others.
+    """Refuse modules whose state one task would change for the others, and those that torch.func cannot follow.
 
     Args:
         module: The meta or the global block.
 
     Raises:
-        ValueError: If a batch norm would use or update statistics of a task's own rows.
+        ValueError: If there is one, with what to take instead.
     """
     for name, part in module.named_modules():
+        where = name or type(part).__name__
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or not part.track_running_stats):
             raise ValueError(
-                f"{name or type(part).__name__}: batch norm would mix a task's rows and update statistics inside vmap;"
-                " call .eval() on it, or use LayerNorm or GroupNorm"
+                f"{where}: batch norm would mix a task's rows and update statistics inside vmap; call .eval() on it,"
+                " or use LayerNorm or GroupNorm"
+            )
+        if isinstance(part, nn.EmbeddingBag):
+            raise ValueError(
+                f"{where}: torch.func cannot follow EmbeddingBag; sum or average the rows of an Embedding, which has"
+                " the same weight"
+            )
+        if isinstance(part, nn.Embedding) and part.max_norm is not None:
+            raise ValueError(f"{where}: max_norm changes the table while a task reads it; normalize what it returns")
+        if isinstance(part, nn.RNNBase):
+            raise ValueError(
+                f"{where}: vmap cannot follow recurrent layers; use attention or convolutions, or encode sequences"
+                " before they enter MetaModel"
             )

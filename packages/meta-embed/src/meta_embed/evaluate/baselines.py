@@ -73,7 +73,7 @@ def unadapted_loss(model: Personalizer, tasks: list[TaskBatch]) -> float:
             logits = model.logits(query.ids, query.dense, e)
             total += float((query.w * binary_cross_entropy_with_logits(logits, query.y, reduction="none")).sum())
             weight += float(query.w.sum())
-    return total / weight
+    return total / max(weight, 1e-12)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ def compare_run(
 
     Returns:
         Rows; columns of our model begin with `ours`, among them its gains over the baselines.
+
+    Raises:
+        ValueError: If no activity has queries with both labels.
     """
     model, config, vocabulary, _, (train, held_back, tested) = load_with_parts(run, events)
     support = config.episodes.support
@@ -63,7 +66,10 @@ def compare_run(
         weights = hybrid_weights(make, model, train, held_back, splits, lr)
         predictors["hybrid"] = functools.partial(mixed, by_id, predictors["ours"], weights)
     if by_activity:
-        return buckets.by_activity(tested, query, support, predictors, "ours")
+        rows = buckets.by_activity(tested, query, support, predictors, "ours")
+        if not rows:
+            raise ValueError("events: expected both labels among the test members' queries, got one; it has no AUC")
+        return rows
     return buckets.by_size(tested, sizes, query, start, predictors, "ours")
 
 

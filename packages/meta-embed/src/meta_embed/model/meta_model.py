@@ -56,7 +56,8 @@ class MetaModel(nn.Module):
             Shape (T, d).
 
         Raises:
-            ValueError: If a block has batch norm in training mode.
+            ValueError: If a block does not return one logit per row, has batch norm in training mode, or a layer that
+                torch.func cannot follow.
         """
         check_adaptable(self)
         padded = tuple(pad(t, lengths) for t in rows)
@@ -89,6 +90,8 @@ class MetaModel(nn.Module):
 
     def _loss(self, e: Tensor, rows: tuple[Tensor, ...], y: Tensor, w: Tensor) -> Tensor:
         logits = self.global_block(e.expand(len(y), -1), *rows)
+        if logits.shape != y.shape:
+            raise ValueError(f"global_block: expected one logit per row, shape {(*y.shape,)}, got {(*logits.shape,)}")
         each = binary_cross_entropy_with_logits(logits, y, reduction="none")
         return (w * each).sum() / w.sum().clamp_min(1e-12)  # an empty support has the loss, and the gradient, zero
 

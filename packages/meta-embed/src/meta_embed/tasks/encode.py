@@ -44,7 +44,19 @@ def rows_of_table(feature: Feature, vocabulary: Vocabulary) -> int:
 
 
 def encode_ids(table: pa.Table, features: Sequence[Feature], vocabulary: Vocabulary) -> Array:
-    """Table rows of the categories, shape (N, number of `id` features), int64."""
+    """Table rows of the categories, shape (N, number of `id` features), int64.
+
+    Args:
+        table: Rows.
+        features: Columns.
+        vocabulary: Of those that are not hashed.
+
+    Returns:
+        Rows of the tables.
+
+    Raises:
+        ValueError: If a category is text where the vocabulary has integers, or the other way round.
+    """
     chosen = [f for f in features if f.kind == "id"]
     out = np.zeros((table.num_rows, len(chosen)), np.int64)
     for j, feature in enumerate(chosen):
@@ -54,11 +66,20 @@ def encode_ids(table: pa.Table, features: Sequence[Feature], vocabulary: Vocabul
             rows = [_hash(str(value)) % feature.buckets for value in values]  # 7 and "7" are one category
         else:
             index = {value: i + 1 for i, value in enumerate(vocabulary[feature.name])}
+            _check_kind(feature.name, values, vocabulary[feature.name])
             rows = [index.get(value, 0) for value in values]
         codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         if len(rows):
             out[:, j] = np.where(codes >= 0, np.asarray(rows, np.int64)[codes], 0)
     return out
+
+
+def _check_kind(name: str, values: Sequence[Any], known: Sequence[Any]) -> None:
+    """Refuse text where training saw integers, and the other way round: every value would pass for an unknown one."""
+    for value in values[:1]:
+        if known and isinstance(value, str) != isinstance(known[0], str):
+            kinds = ("strings", "integers") if isinstance(known[0], str) else ("integers", "strings")
+            raise ValueError(f"{name}: expected {kinds[0]}, as in training, got {kinds[1]}")
 
 
 def categories(name: str, column: pa.ChunkedArray) -> pa.Array:

@@ -1,10 +1,11 @@
 """The event log in memory: rows sorted by entity and time, each entity a slice."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +99,8 @@ def parquet_files(path: str | Path) -> list[Path]:
     """The Parquet files of an event log, in order.
 
     Args:
-        path: A file, or a folder with `*.parquet` files in it.
+        path: A file, or a folder with `*.parquet` files in it; as everywhere, names that begin with a dot or an
+            underscore are not data.
 
     Returns:
         The files.
@@ -112,7 +114,12 @@ def parquet_files(path: str | Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(2, "No such file or folder", str(root))
-    files = sorted(f for f in root.rglob("*.parquet") if not any(is_partial(p) for p in (f, *f.parents)))
+    files = sorted(
+        f
+        for f in root.rglob("*.parquet")
+        if not any(is_partial(p) for p in (f, *f.parents))
+        and not any(name.startswith((".", "_")) for name in f.relative_to(root).parts)
+    )
     if not files:
         raise ValueError(f"{root}: expected Parquet files in this folder, found none")
     return files
@@ -143,7 +150,7 @@ def stream_tables(path: str | Path, schema: Schema, batch_rows: int = 1 << 17) -
     """Read an event log piece by piece.
 
     Args:
-        path: A Parquet file or a folder of them.
+        path: A Parquet file or a folder of them; columns may be in the names of folders, `country=de`.
         schema: The columns to read.
         batch_rows: Rows of a piece at most.
 
@@ -155,7 +162,7 @@ def stream_tables(path: str | Path, schema: Schema, batch_rows: int = 1 << 17) -
     """
     first: pa.Schema | None = None
     for file in parquet_files(path):
-        for batch in _batches(file, schema, batch_rows):
+        for batch in _batches(file, schema, _columns_of_folders(file, Path(path)), batch_rows):
             table = pa.Table.from_batches([batch]).select(list(schema.columns))
             keys = encode.entity_keys(schema.entity, table[schema.entity])
             table = table.set_column(table.column_names.index(schema.entity), schema.entity, keys)
@@ -163,11 +170,27 @@ def stream_tables(path: str | Path, schema: Schema, batch_rows: int = 1 << 17) -
             yield _as_before(table, first, file)
 
 
-def _batches(file: Path, schema: Schema, rows: int) -> Iterator[pa.RecordBatch]:
+def _columns_of_folders(file: Path, root: Path) -> dict[str, pa.Scalar]:
+    """Columns that partitioned data sets keep in the names of folders, as text whatever other folders are called."""
+    parts = (part.partition("=") for part in file.relative_to(root).parts[:-1])
+    absent = "__HIVE_DEFAULT_PARTITION__"
+    return {
+        name: pa.scalar(None if value == absent else unquote(value), pa.string())
+        for name, equals, value in parts
+        if name and equals
+    }
+
+
+def _batches(file: Path, schema: Schema, folders: Mapping[str, pa.Scalar], rows: int) -> Iterator[pa.RecordBatch]:
     with reading(file, "a Parquet file of events"):
         source = pq.ParquetFile(file)
-        check_columns(source.schema_arrow.names, schema, str(file))
-        yield from source.iter_batches(rows, columns=list(schema.columns))
+        own = source.schema_arrow.names
+        outside = {name: value for name, value in folders.items() if name in schema.columns and name not in own}
+        check_columns([*own, *outside], schema, str(file))
+        for batch in source.iter_batches(rows, columns=[name for name in schema.columns if name not in outside]):
+            for name, value in outside.items():
+                batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
+            yield batch
 
 
 def _as_before(table: pa.Table, kinds: pa.Schema, file: Path) -> pa.Table:

@@ -63,6 +63,8 @@ def fit(
     options = config.train
     if len(events) == 0 or len(held_back) == 0:
         raise ValueError("events: expected members to train on and to hold back, got none in one of the parts")
+    if not (events.w.any() and held_back.w.any()):
+        raise ValueError("weights: expected some above 0 among the members to train on and to hold back, got none")
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.decay)
     progress = checkpoint.load(folder, model, optimizer, rng) if folder else None
