@@ -164,6 +164,14 @@ class Trainer:
                 first, last = ranks.range(len(rows))
                 yield encoded.take(torch.from_numpy(rows[first:last])), len(rows)
 
+    def _in_order(self, log: ParquetLog) -> Iterator[Batch]:
+        """All rows in batches, read and encoded many batches at a time."""
+        size = self.config.batch_size
+        for window in windows(log, None, size, 0, None):
+            encoded = self.encoder.encode(window.table)
+            for rows in torch.from_numpy(window.order).split(size):
+                yield encoded.take(rows)
+
     def train_step(self, batch: Batch, total: int | None = None) -> float:
         """One step.
 
@@ -228,8 +236,7 @@ class Trainer:
         model, count = self.model.eval(), 0
         table = torch.zeros_like(model.table.weight)
         found = [torch.zeros_like(parameter) for parameter in self.parameters]
-        for rows in log.read(rows=self.config.batch_size):
-            batch = self.encoder.encode(rows)
+        for batch in self._in_order(log):
             model.table.train()  # so that it notes what is looked up; the rest drops nothing out
             self.optimizer.zero_grad()
             model.table.take_touched()
