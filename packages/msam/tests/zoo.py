@@ -165,6 +165,9 @@ LOSSES: dict[str, Loss] = {
     "another path later": lambda m, p, k: ends(m, m.b(m.a(p[0])) if k else m.a(p[0]), p),
     "hook later": lambda m, p, k: ends(m, m.a(p[0]), p),
     "thaw later": lambda m, p, k: ends(m, m.a(p[0]), p),
+    "backward hook": lambda m, p, k: ends(m, m.a(p[0]), p),
+    "backward pre-hook later": lambda m, p, k: ends(m, m.a(p[0]), p),
+    "gradient hook later": lambda m, p, k: ends(m, m.a(p[0]), p),
 }  # fmt: skip
 
 RANDOM: dict[str, Loss] = {
@@ -175,10 +178,21 @@ RANDOM: dict[str, Loss] = {
 }
 
 
+def ramp(gradient: Tensor) -> Tensor:
+    """What a hook makes of a gradient."""
+    return gradient * torch.linspace(0, 1, gradient.shape[-1])
+
+
 def change(model: Bag, case: str, step: int) -> None:
     """What happens to the model before a step."""
     if case == "hook later" and step == 1:
         model.a.register_forward_hook(lambda module, inputs, result: result - result.mean(0))
+    if case == "backward hook" and step == 0:
+        model.c.register_full_backward_hook(lambda module, inputs, outputs: (ramp(inputs[0]),))
+    if case == "backward pre-hook later" and step == 1:
+        model.a.register_full_backward_pre_hook(lambda module, outputs: (ramp(outputs[0]),))
+    if case == "gradient hook later" and step == 1:
+        model.a.weight.register_hook(ramp)
     if case == "thaw later":
         model.a.weight.requires_grad_(step > 0)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _NormBase
 
 from msam.step.passes import is_sharded
@@ -25,11 +26,16 @@ class State:
         model: The model.
         earlier: Its state before a pass: what that pass has written is copied, as the next pass will write it again.
         copies: Whether to copy all buffers, of any size.
+
+    Attributes:
+        hooked: Class of a module with a backward hook; empty if none has one.
     """
 
     def __init__(self, model: nn.Module, earlier: "State | None" = None, *, copies: bool = False) -> None:
         self._model = model
         found = list(model.modules())
+        hooked = bool(everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks)
+        self.hooked = next((f"a {type(m).__name__}" for m in found if hooked or _is_hooked(m)), "")
         self._sharded = "torch.distributed.fsdp" in sys.modules and any(
             map(is_sharded, found)
         )  # parameters come and go
@@ -90,6 +96,10 @@ class State:
         for tensor, copy in self._copies.values():
             if tensor._version != self._versions[id(tensor)][1] or not _same(tensor, copy):
                 tensor.copy_(copy)
+
+
+def _is_hooked(found: nn.Module) -> bool:
+    return bool(found._backward_hooks or found._backward_pre_hooks)
 
 
 def _keeps_nothing(module: nn.Module) -> bool:
