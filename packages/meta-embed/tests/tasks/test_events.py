@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_embed.tasks.encode import build_vocabulary, categories, encode_ids, encode_time, entity_keys
+from meta_embed.tasks.encode import build_vocabulary, categories, encode_ids, encode_time, entity_keys, with_scales
 from meta_embed.tasks.events import build_events, parquet_files, read_table
 from meta_embed.tasks.schema import Feature, Schema
 
@@ -212,3 +212,18 @@ def test_categories_of_another_kind_than_in_training(small_table, known, message
             build_events(small_table, SCHEMA, {"item": known})
     else:
         assert not build_events(small_table, SCHEMA, {"item": known}).ids.any()
+
+
+def test_a_constant_number_and_a_ranker_s_own_columns_are_not_scaled(small_table):
+    schema = Schema(entity="user", time="at", label="clicked", base="price", row=(Feature("age", "dense"),))
+    constant = small_table.set_column(small_table.column_names.index("age"), "age", pa.array([0.3] * 7))
+    scaled = with_scales(constant, schema)
+    assert scaled.row[0].scale == (1.0,)
+    log = build_events(constant, scaled, {})
+    assert np.abs(log.dense[:, 1]).max() < 1e-6
+    assert sorted(log.dense[:, 0]) == pytest.approx(sorted(small_table["price"].to_pylist()))
+    given = Feature("age", "dense", mean=(1.0,), scale=(2.0,))
+    assert with_scales(constant, Schema(entity="user", time="at", label="clicked", row=(given,))).row == (given,)
+    for bad in ({"mean": (1.0, 2.0)}, {"scale": (0.0,)}, {"scale": (float("nan"),)}):
+        with pytest.raises(ValueError, match=r"age: expected (mean|scale)"):
+            Feature("age", "dense", **bad)

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from core_tensor.app.ranks import Ranks
+from core_tensor.app.runs import RunFolder
 from core_tensor.dev.testing import assert_close, run_ranks
 from meta_embed.cli import main
 from meta_embed.config import TrainOptions
 from meta_embed.evidence.generator import make_world
 from meta_embed.generate.job import GenerateOptions, generate
+from meta_embed.generate.vectors import make_vectors
 from meta_embed.model.build import build_model, load_model
 from meta_embed.tasks.encode import build_vocabulary
 from meta_embed.tasks.episodes import epoch
@@ -25,6 +29,7 @@ from meta_embed.tasks.events import build_events, read_table
 from meta_embed.train import outer
 from meta_embed.train.checkpoint import Progress
 from meta_embed.train.outer import fit, held_back_tasks, mean_loss, outer_step, split_members
+from meta_embed.train.run import train_run
 from safetensors import safe_open
 
 
@@ -230,3 +235,26 @@ def test_two_processes_do_what_one_does(trained, command, tmp_path):
         assert x == pytest.approx(y, rel=1e-4)  # the loss is that of all tasks, not of one process's
     for (name, x), y in zip(single.state_dict().items(), double.state_dict().values(), strict=True):
         assert float((x - y).abs().max()) <= 1e-3, name  # Adam divides by small gradients: rounding may grow a little
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1e-6, 0.0), (1e6, 0.0), (3.0, 1e4)])
+def test_units_of_dense_features_do_not_matter(trained, tmp_path, factor, shift):
+    """A profile in other units gives the vectors of the profile as it was, but for rounding."""
+    vectors = []
+    for name, table in (("as it was", trained.table), ("other units", _in_units(trained.table, factor, shift))):
+        folder = tmp_path / name
+        folder.mkdir()
+        pq.write_table(table, folder / "events.parquet")
+        with RunFolder.claim(folder / "run", "train", {}) as run:
+            train_run(run, folder / "events.parquet", _config(trained, epochs=1), 0, Ranks(), tuned=False)
+        model, config, vocabulary, _ = load_model(folder / "run")
+        log = build_events(pq.read_table(folder / "events.parquet"), config.columns, vocabulary)
+        vectors.append(make_vectors(model, log.latest(3)).vectors)
+    assert vectors[0].std() > 0.1
+    np.testing.assert_allclose(vectors[1], vectors[0], rtol=0, atol=2e-3)
+
+
+def _in_units(table, factor, shift):
+    profile = np.asarray(table["profile"].combine_chunks().flatten()).astype(np.float64) * factor + shift
+    column = pa.FixedSizeListArray.from_arrays(pa.array(profile), 4)
+    return table.set_column(table.column_names.index("profile"), "profile", column)

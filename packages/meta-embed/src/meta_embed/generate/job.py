@@ -185,7 +185,7 @@ def _items(part: Path) -> Iterator[Item]:
 
 
 def cold(model: Personalizer, config: Config) -> tuple[float, ...]:
-    """Vector of a member of whom nothing is known, not even features: unknown categories, numbers at zero.
+    """Vector of a member of whom nothing is known, not even features: unknown categories, numbers at their means.
 
     Args:
         model: The model.

@@ -98,7 +98,7 @@ class Scorer:
             raise RefusalError(503, f"store: {error}") from error
 
     def _prior(self, rows: pa.Table) -> Array:
-        """Cold starts from the members' features; a number that was not sent counts as zero."""
+        """Cold starts from the members' features; a number that was not sent counts as the mean."""
         columns = self.config.columns
         filled = fill_absent(rows, columns.member)
         ids, dense = (
@@ -189,7 +189,7 @@ def _arrow_type(feature: Feature, vocabulary: Vocabulary) -> pa.DataType:
 
 
 def fill_absent(rows: pa.Table, features: tuple[Feature, ...]) -> pa.Table:
-    """Zeros where a dense feature was not sent.
+    """Means where a dense feature was not sent.
 
     Args:
         rows: Rows of a request.
@@ -202,8 +202,9 @@ def fill_absent(rows: pa.Table, features: tuple[Feature, ...]) -> pa.Table:
     for feature in features:
         column = rows[feature.name]
         if feature.kind == "dense" and column.null_count:
-            zero = 0.0 if feature.width == 1 else [0.0] * feature.width
-            column = pa.array([zero if v is None else v for v in column.to_pylist()], column.type)
+            mean = list(feature.mean or [0.0] * feature.width)
+            usual = mean[0] if feature.width == 1 else mean
+            column = pa.array([usual if v is None else v for v in column.to_pylist()], column.type)
         columns[feature.name] = column
     return pa.table(columns)
 

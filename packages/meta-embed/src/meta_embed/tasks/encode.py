@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -141,17 +142,50 @@ def _hash(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
 
 
+def with_scales(table: pa.Table, schema: Schema) -> Schema:
+    """The schema with means and scales of the dense features that have none, so that their units do not matter.
+
+    Logit and item vector of a trained ranker stay as they are.
+
+    Args:
+        table: Training events.
+        schema: Their columns.
+
+    Returns:
+        The schema; a number that never changes has the scale 1.
+    """
+
+    def measured(feature: Feature) -> Feature:
+        if feature.kind != "dense":
+            return feature
+        values = _dense(table[feature.name].combine_chunks(), feature)
+        mean, scale = values.mean(0), values.std(0)
+        scale = np.where(scale > 1e-9 * np.abs(mean), scale, 1.0)  # below it, rounding
+        return msgspec.structs.replace(
+            feature, mean=feature.mean or tuple(mean.tolist()), scale=feature.scale or tuple(scale.tolist())
+        )
+
+    row, member = (tuple(measured(f) for f in features) for features in (schema.row, schema.member))
+    return msgspec.structs.replace(schema, row=row, member=member)
+
+
+def _dense(column: pa.Array, feature: Feature) -> Array:
+    """Numbers of one column, shape (N, width), float64."""
+    if feature.width > 1 and not _is_list(column.type):
+        raise ValueError(f"{feature.name}: expected lists of {feature.width} numbers, got {column.type}")
+    return _lists(feature, column) if _is_list(column.type) else _numbers(feature.name, column)[:, None]
+
+
 def encode_dense(table: pa.Table, features: Sequence[Feature]) -> Array:
-    """Numbers of the dense columns, shape (N, sum of their widths), float32; they must be finite."""
+    """Numbers of the dense columns, (value - mean) / scale, shape (N, sum of widths), float32; they must be finite."""
     chosen = [f for f in features if f.kind == "dense"]
     out = np.zeros((table.num_rows, sum(f.width for f in chosen)), np.float32)
     start = 0
     for feature in chosen:
-        column = table[feature.name].combine_chunks()
+        values = _dense(table[feature.name].combine_chunks(), feature)
+        values = values - np.asarray(feature.mean or 0.0)
         part = out[:, start : start + feature.width]
-        part[:] = _lists(feature, column) if _is_list(column.type) else _numbers(feature.name, column)[:, None]
-        if feature.width > 1 and not _is_list(column.type):
-            raise ValueError(f"{feature.name}: expected lists of {feature.width} numbers, got {column.type}")
+        part[:] = values / np.asarray(feature.scale or 1.0)
         if not np.isfinite(part).all():
             raise ValueError(f"{feature.name}: expected finite numbers, got a NaN or infinite value")
         start += feature.width

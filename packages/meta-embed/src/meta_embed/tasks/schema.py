@@ -1,5 +1,6 @@
 """Which columns of a table mean what: entity, time, label, and the split of the features into member's and row's."""
 
+import math
 from typing import Literal
 
 import msgspec
@@ -14,17 +15,28 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         buckets: Rows of the table of an `id` column that is hashed; 0 builds a vocabulary from the training events, in
             which row 0 is every other value.
         width: Numbers of a `dense` column: 1, or the length of its lists.
+        mean: What is taken off each of them, `width` numbers; absent, the training events' means.
+        scale: What they are then divided by, `width` numbers; absent, the training events' standard deviations.
     """
 
     name: str
     kind: Literal["id", "dense"] = "id"
     buckets: int = 0
     width: int = 1
+    mean: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
         if self.buckets < 0 or self.width < 1:
             raise ValueError(f"{self.name}: expected buckets >= 0 and width >= 1")
+        for name, values in (("mean", self.mean), ("scale", self.scale)):
+            if values is None:
+                continue
+            if self.kind != "dense" or len(values) != self.width or not all(math.isfinite(v) for v in values):
+                raise ValueError(f"{self.name}: expected {name} of a dense column as {self.width} finite numbers")
+            if name == "scale" and min(values) <= 0:
+                raise ValueError(f"{self.name}: expected scale > 0, got {min(values):g}")
 
 
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

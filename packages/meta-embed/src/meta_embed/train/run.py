@@ -14,7 +14,7 @@ from core_tensor.app.runs import RunFolder
 from meta_embed.config import Config, parse_config
 from meta_embed.model.build import build_model, load_model, save_model
 from meta_embed.model.personalizer import Personalizer
-from meta_embed.tasks.encode import Vocabulary, build_vocabulary, entity_keys
+from meta_embed.tasks.encode import Vocabulary, build_vocabulary, entity_keys, with_scales
 from meta_embed.tasks.events import Events, build_events, read_table
 from meta_embed.train.outer import fit, split_members
 from meta_embed.train.tune import tune
@@ -41,7 +41,7 @@ def train_run(
         What the folder records: version, figures, and where the events are.
     """
     table = read_table(events, config.columns)
-    train, held_back, vocabulary, _ = training_parts(table, config, seed)
+    train, held_back, vocabulary, config = training_parts(table, config, seed)
     if tuned and config.model.method == "map" and config.train.warm_epochs:
         config = _tuned(run.path, train, held_back, config, vocabulary, seed, ranks, report)
     model = build_model(config, vocabulary, seed)
@@ -59,8 +59,8 @@ def train_run(
     }
 
 
-def training_parts(table: pa.Table, config: Config, seed: int) -> tuple[Events, Events, dict[str, list[Any]], Events]:
-    """Training, held-back and test members of a log, and the vocabulary of the training members' events.
+def training_parts(table: pa.Table, config: Config, seed: int) -> tuple[Events, Events, dict[str, list[Any]], Config]:
+    """Training and held-back members of a log, and what the training members' events say of the columns.
 
     Args:
         table: The log.
@@ -68,16 +68,18 @@ def training_parts(table: pa.Table, config: Config, seed: int) -> tuple[Events, 
         seed: Seed.
 
     Returns:
-        Training log, held-back log, vocabulary, test log.
+        Training log, held-back log, vocabulary, and the options with the dense columns' means and scales.
     """
     empty: dict[str, list[Any]] = {f.name: [] for f in (*config.columns.row, *config.columns.member)}
     keys = build_events(table, config.columns, empty)
-    train, held_back, tested = split_members(keys, config, seed)
+    train, held_back, _ = split_members(keys, config, seed)
     column = entity_keys(config.columns.entity, table[config.columns.entity])
     seen = pa.array(keys.keys[train].tolist(), column.type)
-    vocabulary = build_vocabulary(table.filter(pc.is_in(column, value_set=seen)), config.columns)
+    known = table.filter(pc.is_in(column, value_set=seen))
+    vocabulary = build_vocabulary(known, config.columns)
+    config = msgspec.structs.replace(config, columns=with_scales(known, config.columns))
     log = build_events(table, config.columns, vocabulary)
-    return log.choose(train), log.choose(held_back), vocabulary, log.choose(tested)
+    return log.choose(train), log.choose(held_back), vocabulary, config
 
 
 def _tuned(
