@@ -26,24 +26,27 @@ struct Pass {
 
 constexpr int64_t kTile = 1024;  // variables whose reduced costs are formed at once: they stay in the first cache
 constexpr int64_t kBlocks = 128;  // blocks of a tile at most
+constexpr int64_t kPadded = kBlocks + 8;  // room for a whole vector
 
-// A block between the loops over a tile.
-struct Outline {
-  int64_t first, length;  // from the start of the tile
-  double cap, least;
-  unsigned found;  // candidates, one bit each
+// The blocks of a tile between the loops over it: one array for each of their figures, read by vectors.
+struct Tile {
+  alignas(64) double least[kPadded], lowest[kPadded];  // of what is projected, and of the reduced costs themselves
+  alignas(64) double cap[kPadded], reach[kPadded], x[kPadded];
+  alignas(64) int64_t length[kPadded], found[kPadded], found_one[kPadded], other[kPadded];  // candidates: one bit each
+  int32_t others[kPadded];
 };
 
 struct Scratch {
-  std::vector<Outline> outline;
-  std::vector<double> r, effective, x;
+  Tile tile;
+  std::vector<double> r, effective, x, dense;
   std::vector<int32_t> at;
   std::vector<std::pair<double, int32_t>> order;
   explicit Scratch(int64_t longest)
-      : outline(kBlocks),
+      : tile{},
         r(longest + 16),
         effective(longest + 16),
         x(longest + 1),
+        dense(longest + 16),
         at(longest + 1),
         order(longest + 1) {}
 };
@@ -103,7 +106,7 @@ inline void scatter_one(const Pass<T>& p, int64_t k, double x, double* sums, dou
   sum[1] += c * x;
 }
 
-// Blocks [block, stop) that make one tile: few enough for their outlines, and short enough for their reduced costs.
+// Blocks [block, stop) that make one tile: few enough for its arrays, and short enough for their reduced costs.
 template <class T>
 inline int64_t tile_end(const Pass<T>& p, int64_t block, int64_t end) {
   int64_t blocks = std::min(kBlocks, end - block);
