@@ -78,3 +78,35 @@ def test_draws_have_the_posterior_covariance():
 def test_bad_precision():
     with pytest.raises(ValueError, match="precision: expected a positive number"):
         MapHead(torch.nn.Identity(), 3, 0.0)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_the_solve_is_exact_under_autocast_and_labels_may_be_booleans(kind):
+    """Prior and item vectors may come in half precision; the solve of them does not."""
+    head = _head().float()
+    h, base, y, w, n, *member = _support([4, 0, 6])
+    half, features = h.to(kind), (member[0], member[1].float())
+    with torch.autocast("cpu", dtype=kind):
+        mu = head.prior(*features)
+        e, H = head(half, base.to(kind), y.bool(), w.to(kind), n, *features)
+    fixed = MapHead(torch.nn.Identity(), 4)
+    fixed.load_state_dict({name: value for name, value in head.state_dict().items() if not name.startswith("prior")})
+    expected, precision = fixed(half.float(), base.to(kind).float(), y.float(), w.to(kind).float(), n, mu.float())
+    assert e.dtype == H.dtype == torch.float32
+    assert torch.equal(e, expected)
+    assert torch.equal(H, precision)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (torch.tensor([3, 4]), ValueError, "expected them to sum to the 10 rows of the supports, got 7"),
+        (torch.tensor([-1, 0, 11]), ValueError, "expected at least 0, got -1"),
+        (torch.tensor([4, 0, 6], dtype=torch.int32), TypeError, "expected dtype torch.int64"),
+        ([4, 0, 6], TypeError, "expected a torch.Tensor, got list"),
+    ],
+)
+def test_bad_lengths(lengths, error, message):
+    h, base, y, w, _, *member = _support([4, 0, 6])
+    with pytest.raises(error, match=f"lengths: {message}"):
+        _head()(h, base, y, w, lengths, *member)

@@ -112,6 +112,9 @@ def test_nobody_to_train_on(trained, parts):
     weightless = dataclasses.replace(parts[1], w=np.zeros_like(parts[1].w))
     with pytest.raises(ValueError, match="weights: expected some above 0"):
         fit(build_model(_config(trained), trained.vocabulary), parts[0], weightless, _config(trained))
+    clicks = dataclasses.replace(parts[0], y=np.ones_like(parts[0].y))
+    with pytest.raises(ValueError, match="labels: expected both kinds, got 1 alone"):
+        fit(build_model(_config(trained), trained.vocabulary), clicks, parts[1], _config(trained))
 
 
 @pytest.mark.parametrize("method", ["map", "maml"])

@@ -14,7 +14,7 @@ import torch
 from core_tensor.ops.map_head import map_head
 from torch import Tensor, nn
 
-from meta_embed.tasks.ragged import pad
+from meta_embed.tasks.ragged import check_lengths, pad
 
 
 class MapHead(nn.Module):
@@ -48,6 +48,8 @@ class MapHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Vectors and posterior precisions of T members.
 
+        The solve is in float32, or float64 where h or the prior is; autocast does not reach into it.
+
         Args:
             h: Item vectors of all supports, one member after the other, shape (R, width).
             base: Logits without the member's part, shape (R,).
@@ -58,10 +60,17 @@ class MapHead(nn.Module):
 
         Returns:
             e, shape (T, width), and H, shape (T, width, width).
+
+        Raises:
+            ValueError: If lengths do not sum to R, or `map_head` refuses a value.
+            TypeError: If lengths are no int64 tensor.
         """
+        check_lengths(lengths, len(h))
         mu = self.prior(*member)
-        rows = (pad(h, lengths), pad(base, lengths), pad(y, lengths), pad(w, lengths))
-        return map_head(rows[0], rows[1], rows[2], rows[3], lengths, mu, self.precision)
+        dtype = torch.float64 if torch.float64 in (h.dtype, mu.dtype) else torch.float32
+        with torch.autocast(h.device.type, enabled=False):
+            rows = [pad(t.to(dtype), lengths) for t in (h, base, y, w)]
+            return map_head(rows[0], rows[1], rows[2], rows[3], lengths, mu.to(dtype), self.precision.to(dtype))
 
 
 def thompson(e: Tensor, H: Tensor, generator: torch.Generator | None = None) -> Tensor:

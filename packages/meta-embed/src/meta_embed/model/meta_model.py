@@ -6,7 +6,7 @@ from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from meta_embed.adapt.maml import InnerOptions, Rates, adapt, check_adaptable
-from meta_embed.tasks.ragged import pad
+from meta_embed.tasks.ragged import check_lengths, pad
 
 VECTOR = "embedding"
 """Name of the adapted parameter where the vector itself is adapted."""
@@ -56,10 +56,12 @@ class MetaModel(nn.Module):
             Shape (T, d).
 
         Raises:
-            ValueError: If a block does not return one logit per row, has batch norm in training mode, or a layer that
-                torch.func cannot follow.
+            TypeError: If lengths are no int64 tensor.
+            ValueError: If lengths do not sum to R, a block does not return one logit per row, has batch norm in
+                training mode, or a layer that torch.func cannot follow.
         """
         check_adaptable(self)
+        check_lengths(lengths, len(y))
         padded = tuple(pad(t, lengths) for t in rows)
         task = (*member, *padded, pad(y, lengths), pad(w, lengths))  # rows behind a length weigh nothing
         count = len(member)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from core_tensor.checks import check_tensor
 from torch import Tensor
 
 from meta_embed.tasks.encode import Array
@@ -61,6 +62,24 @@ class TaskBatch:
         """Move to a device."""
         members = (self.member_ids.to(device), self.member_dense.to(device))
         return TaskBatch(*members, self.support.to(device), self.query.to(device))
+
+
+def check_lengths(lengths: Tensor, rows: int) -> None:
+    """Refuse lengths that do not divide the rows among the tasks.
+
+    Args:
+        lengths: Rows of every task, shape (T,), int64.
+        rows: Rows of all tasks.
+
+    Raises:
+        TypeError: If it is no tensor of int64.
+        ValueError: If a length is negative, or they do not sum to the rows.
+    """
+    check_tensor("lengths", lengths, ndim=1, dtype=torch.int64)
+    if len(lengths) and int(lengths.min()) < 0:
+        raise ValueError(f"lengths: expected at least 0, got {int(lengths.min())}")
+    if int(lengths.sum()) != rows:
+        raise ValueError(f"lengths: expected them to sum to the {rows} rows of the supports, got {int(lengths.sum())}")
 
 
 def pad(rows: Tensor, lengths: Tensor) -> Tensor:

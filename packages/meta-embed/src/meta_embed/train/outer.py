@@ -65,6 +65,11 @@ def fit(
         raise ValueError("events: expected members to train on and to hold back, got none in one of the parts")
     if not (events.w.any() and held_back.w.any()):
         raise ValueError("weights: expected some above 0 among the members to train on and to hold back, got none")
+    if events.y.min() == events.y.max():
+        raise ValueError(
+            f"labels: expected both kinds, got {events.y[0]:g} alone; where only clicks are logged, sample rows"
+            " that were not clicked"
+        )
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.decay)
     progress = checkpoint.load(folder, model, optimizer, rng) if folder else None
