@@ -139,7 +139,9 @@ def test_solve_takes_a_block_lp_and_verifies_it():
     table = solution.primal().read_all().to_pydict()
     assert np.allclose(solution.x[table["variable"]], table["x"])
     assert solution.certificate()["status"] == "optimal"
-    for lie in ({"lower_bound": solution.lower_bound + 1e-3}, {"x": solution.x * 1.1}, {"x": -solution.x}):
+    lies = [{"lower_bound": solution.lower_bound + 1e-3}, {"x": solution.x * 1.1}, {"x": -solution.x}]
+    lies += [{"max_violation": 0.5}, {"gap": solution.gap + 1e-6}, {"dual_residual": 1e-3}, {"tol": solution.gap / 2}]
+    for lie in lies:
         assert not dataclasses.replace(solution, **lie).verify()["ok"]
 
 

@@ -134,6 +134,7 @@ LIES = [
     ({"objective": 0.0}, "objective: "),
     ({"lower_bound": 0.0}, "the lower bound is"),
     ({"max_violation": float("nan")}, "max_violation: expected a finite number"),
+    ({"max_violation": 0.5}, "max_violation: 0.5 is claimed"),
     ({"tol": 0.0}, "tol: "),
     ({"unit": 1.0}, "unit: "),
     ({"gamma": -1.0}, "gamma: "),

@@ -58,8 +58,8 @@ def verify_blocks(lp: BlockLP, x: Array, lam: Array, ray: Array | None, claims: 
         f"the objective is {objective!r}",
     )
     require(
-        claims["max_violation"] is not None and violation <= claims["max_violation"] + 1e-12,
-        f"a row is violated by {violation:.3e}",
+        claims["max_violation"] is not None and abs(violation - claims["max_violation"]) <= 1e-9 * max(1.0, violation),
+        f"a row is violated by {violation:.3e}, not {claims['max_violation']!r}",
     )
     require(lower >= claimed_lower - 1e-9 * size, f"the lower bound is {lower!r}, below the {claimed_lower!r} claimed")
     gap = abs(float(lam @ (lp.A @ x - lp.b))) / size
@@ -68,8 +68,13 @@ def verify_blocks(lp: BlockLP, x: Array, lam: Array, ray: Array | None, claims: 
         require(abs(claims["upper_bound"] - objective) <= 1e-9 * size, f"the upper bound is {objective!r}")
         if np.isfinite(lower):
             gap = (objective - lower) / (max(term, abs(lower)) or 1.0)
-    require(claims["gap"] is not None and gap <= claims["gap"] + 1e-9, f"the gap is {gap:.3e}")
+    require(
+        claims["gap"] is not None and abs(gap - claims["gap"]) <= 1e-9 * max(1.0, abs(gap)),
+        f"the gap is {gap:.3e}, not {claims['gap']!r}",
+    )
     if status in {"optimal", "optimal_residual"}:
+        claimed = [claims[name] for name in ("gap", "max_violation", "dual_residual")]
+        require(None not in claimed and max(claimed) <= tol, f"{status}: what is claimed is not within tol, {tol:.3e}")
         within = max(gap, violation, _slackness(lp, x, lam) if claims["upper_bound"] is None else 0.0)
         require(within <= 10 * tol + 1e-9, f"{status}: gap, violation and slackness reach {within:.3e}, not {tol:.3e}")
         require(status != "optimal" or claims["upper_bound"] is not None, "optimal: expected an upper bound, got none")
