@@ -38,6 +38,7 @@ def train(model, module, batches, **options):
 CASES = (
     ("ddp", "sequential", 1, "full"),
     ("ddp", "sequential", 3, "full"),
+    ("ddp", "sequential", 3, "chained"),
     ("ddp", "ghost", 3, "full"),
     ("ddp", "ghost", 3, "chained"),
     ("fsdp", "ghost", 1, "full"),

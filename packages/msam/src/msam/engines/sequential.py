@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -390,23 +391,29 @@ class Sequential:
         self, loss_fn: LossFunction, part: Any, tracked: Tracked, share: float, scale: Scale | None, slot: int,
         last: bool,
     ) -> Tensor:  # fmt: skip
-        chained = self._options.ascent == "chained"
-        drawer = GradientDrawer(self.trainable) if chained else None
-        # A chained step has a single pass, which then moves the statistics.
-        with (
-            nullcontext() if last else unsynchronised(self._model),
-            statistics(self._norms, self._options.bn, first=chained),
-        ):
-            loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
-            backward(loss, scale, factor=share)
-        if drawer is not None:
-            dense = {i: p.grad.detach()[None].clone() for i, p in enumerate(tracked.parameters) if p.grad is not None}
+        chained, own = self._options.ascent == "chained", dict[int, Tensor]()
+
+        def hear(gradient: Tensor, i: int) -> None:
+            # a copy, since `.grad` may take the memory over and add to it
+            own[i] = gradient.detach().clone() if i not in own else own[i] + gradient.detach()
+
+        # `.grad` holds the sum over micro-batches, which DDP reduces with the last of them.
+        heard = enumerate(tracked.parameters if chained else ())
+        handles = [p.register_hook(partial(hear, i=i)) for i, p in heard]
+        try:
+            # A chained step has a single pass, which then moves the statistics.
+            with (
+                nullcontext() if last else unsynchronised(self._model),
+                statistics(self._norms, self._options.bn, first=chained),
+            ):
+                loss = check_loss(loss_fn(part), self._options.check_finite and scale is None)
+                backward(loss, scale, factor=share)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if chained:
             factor = share if scale is None else share * float(scale(loss.new_ones(())))
-            self._chain.put(slot, Gradients(1, dense=dense), [factor or 1.0])
-            own = [p.grad for p in self.trainable]
-            drawer.close()
-            for p, g in zip(self.trainable, own, strict=True):
-                p.grad = g if p.grad is None else p.grad if g is None else p.grad + g
+            self._chain.put(slot, Gradients(1, dense={i: g[None] for i, g in own.items()}), [factor or 1.0])
         return loss.detach()
 
 
