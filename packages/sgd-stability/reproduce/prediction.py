@@ -11,8 +11,8 @@ which the loss over all samples exceeds `JUMP` times its greatest value so far b
 start).
 
 Also one run from scratch whose rate grows tenfold: training stabilises itself, and the sharpness follows its edge.
-Writes `prediction.json`, `prediction.png` and `edge.png`; seeds that are in the file already are not repeated (delete it
-to start anew).
+Writes `prediction.json`, `prediction.png` and `edge.png`; seeds that are in the file already are not repeated (delete
+it to start anew).
 """
 
 import statistics

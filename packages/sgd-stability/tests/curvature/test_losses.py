@@ -113,6 +113,10 @@ def test_mappings_with_labels_and_batch_samplers():
     assert monitor.batch_size == 5
     with pytest.raises(ValueError, match=r"data: its samples cannot be put into one batch \(RuntimeError: stack"):
         collect([(x[:2], 0), (x[:3], 1)])
+    for batches in ([(x[:4], y[:4]), (x[4:8], y[4:8])], [{"x": x[:4], "labels": y[:4]}]):  # list(loader)
+        with pytest.raises(ValueError, match=r"data: .* got a list that may hold samples or batches; pass iter"):
+            collect(batches)
+        assert collect(iter(batches)).n == 4 * len(batches)
     with pytest.raises(TypeError, match="data: expected a mapping of inputs with one of labels"):
         collect({"x": x, "y": y})
     with pytest.raises(TypeError, match=r"data: expected batches .* of 3"):

@@ -94,6 +94,7 @@ def collect(
         ids = _choose(n, max_samples, generator)
         inputs, targets = take(inputs, ids), targets[ids]
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        _check_samples(source)
         n = len(source)
         ids = _choose(n, max_samples, generator)
         samples = [source[int(i)] for i in ids]
@@ -114,6 +115,22 @@ def collect(
         targets = _as(targets, like)
     ranks.agree("data", torch.cat([targets.double().reshape(len(targets), -1).sum(1).cpu(), torch.tensor([float(n)])]))
     return Samples(inputs, targets, ids, n)
+
+
+def _check_samples(source: Any) -> None:
+    """Refuse a list that looks like `list(loader)`: as a dataset, every batch of it would pass for one sample."""
+    first = source[0] if isinstance(source, list) and source else None
+    if not isinstance(first, list | tuple | Mapping):
+        return
+    inputs, targets = _split(first)
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    if any(not isinstance(value, Tensor) or value.ndim == 0 for value in [*values, targets]):
+        return
+    if max(value.ndim for value in values) > 1 and all(len(value) == len(targets) for value in values):
+        raise ValueError(
+            "data: expected a loader, a dataset, an iterator over batches or (inputs, targets), got a list that may "
+            "hold samples or batches; pass iter(list) for batches, a Dataset for samples"
+        )
 
 
 def _as(value: Tensor, like: Tensor) -> Tensor:

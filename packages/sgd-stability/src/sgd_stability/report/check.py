@@ -40,7 +40,7 @@ class Check:
         exact: Threshold by the full analysis, where it was asked to settle the check; otherwise NaN.
         state: `"stable"` below `lower`; `"caution"` above it; `"unstable"` above `upper` while the loss does not fall,
             or above `lower` while it is a quarter above its best; `"diverged"` if something is not finite, or the loss
-            is back where it started.
+            is back where it started or far above.
         culprits: Ids of the most curved samples, most curved first.
         safe_batch_size: Smallest batch size at which this rate is below `lower`; None if there is none.
         seconds: What the check cost.
@@ -187,6 +187,8 @@ class LossRecord:
     """Shares of the reference: training counts as under way below the first, and as back above the second."""
     RISEN, LEAST_RISE = 1.25, 0.02
     """The average has risen once it is above its least value by this factor, and by this share of the reference."""
+    FAR = 3.0
+    """Multiple of both the loss at the start and that of the best constant output above which a run is lost anyway."""
     FLAT = 0.01
     """Share of its largest spread below which the outputs count as constant: the network is dead."""
 
@@ -221,8 +223,8 @@ class LossRecord:
 
     @property
     def lost(self) -> bool:
-        """Whether the loss is not finite, or back at its start or at chance after having left or with flat outputs."""
-        if not math.isfinite(self.newest):
+        """Whether the loss is not finite, far above start and chance, or back there after having left or when dead."""
+        if not math.isfinite(self.newest) or self.newest > self.FAR * max(self.chance, self.start):  # NaN stays NaN
             return True
         reference = self.reference
         if not self.newest >= self.BACK * reference:
