@@ -80,7 +80,7 @@ class HistoryTransformer(nn.Module):
         age = (lengths[:, None] - 1 - place).clamp(0, len(self.recency) - 1)  # (B, L)
         tokens = self.enter(torch.cat(parts, -1)) + self.recency[age]
         tokens = torch.cat([self.first.expand(tokens.shape[0], 1, -1), tokens], 1)  # (B, 1 + L, width)
-        there = torch.cat([there.new_ones(len(there), 1), there], 1)
+        there = torch.cat([there.new_ones(there.shape[0], 1), there], 1)  # len() would fix the rows of an export
         for encoder in self.encoders:
             tokens = encoder(tokens, there)
         tokens = self.norm(tokens)
