@@ -12,6 +12,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ CASES = {
     "small MLP": ("mlp", 8, 20, 40), "large MLP": ("large-mlp", 8, 2, 16), "CNN": ("cnn", 4, 2, 24),
 }  # fmt: skip
 """Model, micro-batches, steps of a turn, turns."""
+
+MANY = {"small MLP": ("mlp", 16, 8, 16), "large MLP": ("large-mlp", 16, 2, 8)}
+"""The same, with sequential mode besides."""
 
 Step = Callable[[], None]
 Sides = tuple[list[Tensor], list[Tensor]]
@@ -227,10 +231,10 @@ def by_hand(model: Any, batch: tuple[Tensor, Tensor], m: int, chained: bool) -> 
     return kind(model, batch, m, chained).step
 
 
-def engine(model: Any, batch: tuple[Tensor, Tensor], m: int, chained: bool) -> Step:
+def engine(model: Any, batch: tuple[Tensor, Tensor], m: int, chained: bool, mode: Any = "ghost") -> Step:
     """A step of msam's."""
     ascent: Any = "chained" if chained else "full"
-    opt = MSAM(model, torch.optim.SGD, lr=1e-4, rho=RHO, num_micro_batches=m, mode="ghost", ascent=ascent)
+    opt = MSAM(model, torch.optim.SGD, lr=1e-4, rho=RHO, num_micro_batches=m, mode=mode, ascent=ascent)
 
     def step() -> None:
         opt.step(lambda part: F.cross_entropy(model(part[0]), part[1]), batch)
@@ -251,8 +255,20 @@ def plain(model: Any, batch: tuple[Tensor, Tensor], m: int, chained: bool) -> St
     return step
 
 
-def measured(name: str, m: int, chained: bool, steps: int, turns: int) -> dict[str, float]:
-    """Ratios to a plain step of the step by hand and of msam's, after a check that both compute the same."""
+def measured(name: str, m: int, chained: bool, steps: int, turns: int, **more: Any) -> dict[str, float]:
+    """Ratios to a plain step of the step by hand and of msam's, after a check that both compute the same.
+
+    Args:
+        name: The model.
+        m: Micro-batches.
+        chained: Whether the ascent is chained.
+        steps: Steps of a turn.
+        turns: Turns.
+        more: Makers of further steps, by name.
+
+    Returns:
+        Ratios by name.
+    """
     model, batch = model_and_batch(name)
     twin = copy.deepcopy(model)
     one, two = by_hand(model, batch, m, chained), engine(twin, batch, m, chained)
@@ -263,12 +279,10 @@ def measured(name: str, m: int, chained: bool, steps: int, turns: int) -> dict[s
         assert p.grad is not None
         assert q.grad is not None
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
-    seconds: dict[str, list[float]] = {"plain": [], "by_hand": [], "msam": []}
+    makers = {"plain": plain, "by_hand": by_hand, "msam": engine, **more}
+    seconds: dict[str, list[float]] = {key: [] for key in makers}
     for _ in range(2):  # two places in memory
-        methods = {
-            key: make(copy.deepcopy(model), batch, m, chained)
-            for key, make in (("plain", plain), ("by_hand", by_hand), ("msam", engine))
-        }
+        methods = {key: make(copy.deepcopy(model), batch, m, chained) for key, make in makers.items()}
         for turn in range(turns // 2 + 1):
             for key, step in methods.items():
                 start = time.process_time()
@@ -276,7 +290,7 @@ def measured(name: str, m: int, chained: bool, steps: int, turns: int) -> dict[s
                     step()
                 if turn:
                     seconds[key].append(time.process_time() - start)
-    pairs = {key: zip(seconds[key], seconds["plain"], strict=True) for key in ("by_hand", "msam")}
+    pairs = {key: zip(seconds[key], seconds["plain"], strict=True) for key in makers if key != "plain"}
     return {key: statistics.median(a / b for a, b in own) for key, own in pairs.items()}
 
 
@@ -296,7 +310,12 @@ def main() -> None:
             found = measured(name, m, chained, steps, 4 if options.quick else turns)
             ascent = "chained" if chained else "full"
             table.append({"model": label, "m": m, "ascent": ascent} | {k: round(v, 3) for k, v in found.items()})
-    write_json(options.out / "floors.json", {"table": table})
+    against = []
+    for label, (name, m, steps, turns) in ({} if options.quick else MANY).items():
+        found = measured(name, m, False, steps, turns, sequential=partial(engine, mode="sequential"))
+        gains = {f"gain_{key}": found["sequential"] / found[key] for key in ("by_hand", "msam")}
+        against.append({"model": label, "m": m} | {k: round(v, 3) for k, v in (found | gains).items()})
+    write_json(options.out / "floors.json", {"table": table, "against_sequential": against})
 
 
 if __name__ == "__main__":
