@@ -257,7 +257,7 @@ def entity_keys(name: str, column: pa.ChunkedArray) -> pa.Array:
         raise ValueError(f"{name}: expected a key in every row, got {flat.null_count} empty ones")
     keys = _text_or_integers(name, flat)
     if keys is None:
-        raise TypeError(f"{name}: expected integer or string keys, got {flat.type}")
+        raise TypeError(f"{name}: expected integer or string keys, got {flat.type}; cast them where the file is made")
     if pa.types.is_string(keys.type) and len(keys):
         shortest, longest = pc.min_max(pc.binary_length(keys)).as_py().values()
         if shortest < 1 or longest > LONGEST_KEY:
