@@ -106,6 +106,24 @@ def test_paths_through_a_model(double, oracle):
         assert oracle.relative_error(got, [p.grad for p in used]) < 1e-12
 
 
+@pytest.mark.parametrize("ascent", ["full", "chained"])
+def test_complex_parameters_run_sequentially(double, oracle, ascent):
+    weight, (x, y), found = torch.randn(20, 5, dtype=torch.complex128), (torch.randn(12, 20), torch.arange(12) % 5), []
+    for mode in ("sequential", "ghost"):
+        module = nn.ParameterDict({"w": weight.clone()})
+        opt = MSAM(module, torch.optim.SGD, lr=0.1, rho=0.3, num_micro_batches=3, mode=mode, ascent=ascent)
+
+        def loss_fn(part, module=module):
+            return F.cross_entropy((part[0].to(torch.complex128) @ module["w"]).abs(), part[1])
+
+        with nullcontext() if mode == "sequential" else pytest.warns(UserWarning, match="parameter w is complex"):
+            for _ in range(2):
+                opt.step(loss_fn, (x, y))
+        found.append(module["w"].detach())
+    assert torch.equal(*found)
+    assert not torch.allclose(found[0], weight)
+
+
 @pytest.mark.parametrize("mode", ["ghost", "sequential"])
 def test_freezing_and_unfreezing_between_steps(double, oracle, mode):
     """A parameter that starts to train later is perturbed from then on, and one that stops is left alone."""

@@ -74,7 +74,7 @@ class Ghost:
         # Compiled code would keep its uses of parameters out of sight.
         uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         try:
-            self._refuse_hooks(state, tracked)
+            self._refuse_odd(state, tracked)
             with uncompiled:
                 if self._options.ascent == "chained":
                     return self._single_pass(loss_fn, stretch, tracked, scale, weight, state)
@@ -221,11 +221,13 @@ class Ghost:
         names = [name for name, p in self._model.named_parameters() if p is parameter]
         return f"parameter {names[0]}" if names else f"a parameter of shape {tuple(parameter.shape)}"
 
-    def _refuse_hooks(self, state: State, tracked: Tracked) -> None:
-        """Refuse hooks on gradients, which have to see each micro-batch's own, and can change it."""
+    def _refuse_odd(self, state: State, tracked: Tracked) -> None:
+        """Refuse complex parameters, and hooks on gradients, which have to see each micro-batch's own."""
         if state.hooked:
             raise UnsupportedError(f"{state.hooked} has a backward hook, which ghost mode would not call")
         for parameter in tracked.parameters:
+            if parameter.is_complex():
+                raise UnsupportedError(f"{self._name_of(parameter)} is complex")
             if parameter._backward_hooks:
                 raise UnsupportedError(
                     f"{self._name_of(parameter)} has a gradient hook, which would see no micro-batch's own gradient"
