@@ -151,6 +151,7 @@ class StabilityMonitor:
         self.sharpness_history: list[tuple[int, float, float]] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list[Any] = []
+        self._rough = False  # whether the first check may start from a rough eigenvector
         self._before: list[Tensor] = []  # the parameters before a step that tier 1 will look at
         self._spent, self._started = 0.0, 0.0
         self._failures: set[type[Exception]] = set()  # kinds already told
@@ -261,7 +262,7 @@ class StabilityMonitor:
         if scale is not None and bool(scale.isnan().any()):
             raise NotFiniteError
         # 1. curvature and loss of the probe
-        visit = self._tracker.visit(self.products, scale)
+        visit = self._tracker.visit(self.products, scale, rough=self._rough)
         L, places = self._tracker.suspects(self.suspects, scale)
         self._record.add(visit.loss, visit.spread)
         # 2. the band: weight decay through a preconditioner is curvature that all samples share

@@ -84,6 +84,7 @@ class StabilityScheduler:
         self._shares = [float(group["lr"]) / largest for group in optimizer.param_groups]
         monitor._watch(optimizer, hooks=monitor.every_cheap > 0)
         monitor.every = total_steps + 1  # the scheduler asks
+        monitor._rough = True  # of the first check no more than a twentieth is used
         self._adaptive = type(monitor._optimizer) is not torch.optim.SGD  # inside any wrapper
         if self._adaptive:
             self._set(0.0)  # the first steps measure second moments only

@@ -51,8 +51,8 @@ class Tracker:
     """The top eigenvector v of a probe's Hessian, and v'H_i v of its samples.
 
     Every visit measures one part of the probe, in turn, and moves v by a power step; the other parts' share is as old
-    as their last turn. The first visit finds v by Lanczos on one part and measures all of them; so does one whose
-    part's loss has jumped since its last turn.
+    as their last turn. The first visit finds v by Lanczos and measures all of them; so does one whose part's loss has
+    jumped since its last turn.
 
     Args:
         network: The probe.
@@ -76,12 +76,13 @@ class Tracker:
         self._first_loss = math.inf
         self.forms: Tensor | None = None
 
-    def visit(self, products: int, scale: Tensor | None) -> Visit:
+    def visit(self, products: int, scale: Tensor | None, *, rough: bool = False) -> Visit:
         """Measure some parts and move the eigenvector.
 
         Args:
             products: How many parts.
             scale: P^(-1/2) of a diagonal preconditioner, shape (d,).
+            rough: Whether a few products with one part are enough to start from.
 
         Returns:
             What was found.
@@ -92,7 +93,7 @@ class Tracker:
         count = len(self._parts)
         residual = math.nan
         if self.forms is None:
-            self._start(scale)
+            self._start(scale, rough)
             self.forms = torch.zeros(self.network.n, dtype=torch.float64)
             try:
                 residual = [self._measure(which, scale) for which in range(count)][-1]
@@ -212,12 +213,13 @@ class Tracker:
         self._turn, self._first_loss = int(state["turn"]), float(state["first_loss"])
         self.forms = None if state["forms"] is None else state["forms"].clone()
 
-    def _start(self, scale: Tensor | None) -> None:
-        """The eigenvector of the first part by a short Lanczos: the power steps that follow bring in the others."""
-        operator = gauss_newton_operator(self._parts[0][1], scale=scale)
-        steps = max(2, min(4, _NUMBERS // self.network.size))
+    def _start(self, scale: Tensor | None, rough: bool) -> None:
+        """The eigenvector by a short Lanczos."""
+        operator = gauss_newton_operator(self._parts[0][1] if rough else self.network, scale=scale)
+        tolerance, most = (0.1, 4) if rough else (0.05, 12)
+        steps = max(2, min(most, _NUMBERS // self.network.size))
         try:
-            found = lanczos(operator, tolerance=0.1, max_steps=steps, start=self._v)
+            found = lanczos(operator, tolerance=tolerance, max_steps=steps, start=self._v)
         except ValueError as error:  # a product that is not finite
             raise NotFiniteError from error
         self._v = found.vectors[:, 0]
