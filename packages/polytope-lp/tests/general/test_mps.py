@@ -85,6 +85,41 @@ def test_bounds(tmp_path, bounds, expected):
     assert (lower[0], upper[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("lines", "value"),
+    [
+        (["RHS", " R low 3 high 4", "RANGES", " G low 1e20"], 3.0),  # cuOpt 1806: a range without an end
+        (["RHS", " R low 3 high 4", "RANGES", " G low inf high 1e30"], 3.0),
+        (["RHS", " R low 3 high 1e20"], 3.0),
+        (["RHS", " R low -inf high 4"], 0.0),
+    ],
+)
+def test_a_side_without_an_end_is_none(tmp_path, lines, value):
+    head = ["NAME", "ROWS", " N c", " G low", " L high", "COLUMNS", " x c 1 low 1", " x high 1"]
+    model = read_mps(_write(tmp_path / "o.mps", "\n".join([*head, *lines, "ENDATA", ""])))
+    found = solve(model.lp, 1e-9)
+    assert model.value(found.objective) == pytest.approx(value, abs=1e-9)
+    assert found.verify()["ok"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "upper"), [([], 1.0), (["LO B x 0"], np.inf), (["UP B x 9"], 9.0), (["PL x"], np.inf)]
+)
+def test_relaxed_integers_without_a_bound_are_at_most_one(tmp_path, bounds, upper):
+    lines = ["NAME", "ROWS", " N c", " L r", "COLUMNS", " M 'MARKER' 'INTORG'", " x c 1 r 1", " M 'MARKER' 'INTEND'"]
+    lines += [
+        " y c 1 r 1",
+        "RHS",
+        " r 1",
+        *(["BOUNDS"] if bounds else []),
+        *(f" {line}" for line in bounds),
+        "ENDATA",
+        "",
+    ]
+    box = read_mps(_write(tmp_path / "i.mps", "\n".join(lines)), relax=True).lp.box()
+    assert box[1].tolist() == [upper, np.inf]
+
+
 GOOD = "NAME t\nROWS\n N c\n L r\nCOLUMNS\n x c 1 r 1\nRHS\n B r 1\nBOUNDS\n UP B x 1\nENDATA\n"
 
 
@@ -98,6 +133,9 @@ GOOD = "NAME t\nROWS\n N c\n L r\nCOLUMNS\n x c 1 r 1\nRHS\n B r 1\nBOUNDS\n UP 
         (" x c 1 r 1", " x c 1 r nan", "got NaN"),
         (" x c 1 r 1", " x c inf", "expected a finite number"),
         (" x c 1 r 1", " M1 'MARKER' 'INTORG'\n x c 1 r 1", "integer variables"),
+        (" B r 1", " B r -1e20", "RHS of row 'r': expected a finite number"),
+        (" B r 1", " B r inf\nRANGES\n G r 1", "finite right-hand side for its range"),
+        (" UP B x", " BV B x", "relax takes integers"),
         (" L r", " X r", "row's type"),
         (" L r", " L r\n L r", "appears twice"),
         (" N c\n", "", "is not in ROWS"),

@@ -2,8 +2,9 @@
 
 What readers differ in is decided as HiGHS and CPLEX do: an upper bound below zero on a variable without a lower bound
 frees it below; a range on an equation lies on the side of its sign; a right-hand side of the objective is its constant
-with the opposite sign; sizes of 1e20 and more are infinite. Where they guess (an unknown name, an entry that appears
-twice, an integer variable) this one refuses, with the number of the line.
+with the opposite sign; sizes of 1e20 and more are infinite; an integer variable without any bound is at most 1. Where
+they guess (an unknown name, an entry that appears twice, an integer variable) this one refuses, with the number of the
+line.
 """
 
 import gzip
@@ -121,6 +122,7 @@ class _Parser:
     section: str = ""
     maximize: bool = False
     integer: bool = False
+    integers: set[int] = field(default_factory=set)
     objective: str | None = None
     ignored: set[str] = field(default_factory=set)
     kinds: dict[str, str] = field(default_factory=dict)
@@ -189,7 +191,7 @@ class _Parser:
             return
         column = self.columns.setdefault(fields[0], len(self.columns))
         if self.integer:
-            self.upper.setdefault(column, math.inf)
+            self.integers.add(column)
         for row, value in _pairs(fields[1:]):
             if row in self.ignored:
                 continue
@@ -210,10 +212,13 @@ class _Parser:
     def _amounts(self, fields: list[str], into: dict[str, float]) -> None:
         if len(fields) % 2:
             self._one_set(fields[0])
-        for row, value in _pairs(fields[len(fields) % 2 :]):
+        for row, value in _pairs(fields[len(fields) % 2 :], infinite=True):
             if row in self.ignored:
                 continue
             self._known(row)
+            open_side = into is self.ranges or (self.kinds.get(row), value) in {("L", math.inf), ("G", -math.inf)}
+            if math.isinf(value) and not open_side:
+                raise ValueError(f"{self.section} of row {row!r}: expected a finite number, got {value:g}")
             if row in into:
                 raise ValueError(f"{self.section} names row {row!r} twice")
             if row == self.objective and into is self.ranges:
@@ -223,7 +228,8 @@ class _Parser:
     def _bound(self, fields: list[str]) -> None:
         kind, rest = fields[0].upper(), fields[1:]
         if kind in _INTEGER and (not self.relax or kind in _SEMI):
-            raise ValueError(f"bound {kind}: expected a linear program")
+            hint = "" if kind in _SEMI else " (relax takes integers as continuous)"
+            raise ValueError(f"bound {kind}: expected a linear program{hint}")
         valued = kind in (*_VALUED, "LI", "UI")
         if not valued and kind not in (*_PLAIN, "BV"):
             raise ValueError(f"bound {fields[0]!r}: expected one of {', '.join((*_VALUED, *_PLAIN))}")
@@ -269,6 +275,8 @@ class _Parser:
         ub = [(numbers[row], s, b, row) for row, s, b, equal in sides if not equal]
         eq = [(numbers[row], s, b, row) for row, s, b, equal in sides if equal]
         bounds = np.stack([np.zeros(n), np.full(n, np.inf)], 1)
+        bounds[sorted(self.integers), 1] = 1.0
+        bounds[sorted(self.integers & (self.lower.keys() | self.upper.keys())), 1] = np.inf
         for side, found in enumerate((self.lower, self.upper)):
             for column, value in found.items():
                 bounds[column, side] = value
@@ -286,6 +294,8 @@ class _Parser:
         for row, kind in self.kinds.items():
             b, r = self.right.get(row, 0.0), self.ranges.get(row)
             low, high = (b if kind != "L" else -math.inf), (b if kind != "G" else math.inf)
+            if r is not None and math.isinf(b):
+                raise ValueError(f"row {row!r}: expected a finite right-hand side for its range")
             if r is not None:
                 low = b - abs(r) if kind == "L" or (kind == "E" and r < 0) else low
                 high = b + abs(r) if kind == "G" or (kind == "E" and r > 0) else high
@@ -307,12 +317,12 @@ def _signed(A: scipy.sparse.csr_array, rows: list[tuple[int, float, float, str]]
     return picked, signs * np.array([b for _, _, b, _ in rows])
 
 
-def _pairs(fields: list[str]) -> Iterator[tuple[str, float]]:
+def _pairs(fields: list[str], *, infinite: bool = False) -> Iterator[tuple[str, float]]:
     if len(fields) not in {2, 4}:
         raise ValueError(f"expected one or two names with a number each, got {' '.join(fields)!r}")
     for at in range(0, len(fields), 2):
         value = _number(fields[at + 1])
-        if math.isinf(value):
+        if math.isinf(value) and not infinite:
             raise ValueError(f"expected a finite number, got {fields[at + 1]!r}")
         yield fields[at], value
 
