@@ -39,6 +39,11 @@ TABLES: dict[str, dict[str, Any]] = {
     "the most frequent, one hash for all": {"share": 0.15, "tail": 0.05, "vocabulary": "static"},
 }
 """By name: share of the ids that are rows of a table, how, and rows of a second, hashed feature of the same column."""
+NARROW: dict[str, dict[str, Any]] = {
+    "16 wide": {"vocabulary": "static", "dim": 16},
+    "6 wide": {"vocabulary": "static", "dim": 6, "row_lr": 0.06},  # each at its best rate for a market of another seed
+}
+PARTS = {name: (name, TABLES) for name in MARKETS} | {f"narrow_{name}": (name, NARROW) for name in MARKETS}
 INT8 = ", 8-bit"
 
 
@@ -59,20 +64,22 @@ def schema(market: Market, share: float = 1.0, tail: float = 0.0, **options: Any
     return msgspec.structs.replace(plain, features=features)
 
 
-def run(market: Market, name: str, epochs: int) -> np.ndarray:
+def run(market: Market, table: dict[str, Any], epochs: int) -> np.ndarray:
     """Labels, and probabilities with the trained table and with its 8-bit rows, shape (3, n)."""
-    made = generate(market)
+    made, options = generate(market), dict(table)
+    config = msgspec.structs.replace(BASE, dim=options.pop("dim", DIM))
+    rate = options.pop("row_lr", TRAINING.row_lr)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         pq.write_table(made.log, folder / "log.parquet")
         log = ParquetLog.open(folder / "log.parquet")
-        prepared = prepare(log, schema(market, **TABLES[name]), SPLIT, folder / "data")
+        prepared = prepare(log, schema(market, **options), SPLIT, folder / "data")
         encoder, train, test = prepared.encoder(), prepared.log("train"), prepared.log("test")
         assert train is not None
         assert test is not None
         torch.manual_seed(market.seed)
-        model = Ranker(encoder, BASE)
-        training = msgspec.structs.replace(TRAINING, seed=market.seed, epochs=epochs)
+        model = Ranker(encoder, config)
+        training = msgspec.structs.replace(TRAINING, seed=market.seed, epochs=epochs, row_lr=rate)
         Trainer(model, encoder, training).fit(train, prepared.log("valid"), folder)
         plain = score(model, encoder, test)
         with torch.no_grad():
@@ -81,31 +88,32 @@ def run(market: Market, name: str, epochs: int) -> np.ndarray:
     return np.stack([plain["labels"][:, 0], plain["p"][:, 0], small["p"][:, 0]]).astype(np.float64)
 
 
-def compressed(market: Market, options: Study) -> list[dict[str, Any]]:
-    """One row per table: means over seeds, and what it costs against a row per id."""
+def compressed(market: Market, tables: dict[str, dict[str, Any]], options: Study) -> list[dict[str, Any]]:
+    """One row per table: means over seeds, and what it costs against the first one."""
     measured: dict[str, list[tuple[float, float]]] = {}
     epochs = 2 if options.quick else TRAINING.epochs
-    for name in TABLES:
+    for name in tables:
         for seed in range(options.seeds):
             own = dataclasses.replace(market, seed=seed)
-            key = {"name": name, "market": repr(own), "training": TRAINING.to_dict(), "epochs": epochs, **TABLES[name]}
-            y, p, small = options.scores(key, lambda name=name, own=own: run(own, name, epochs))
+            key = {"name": name, "market": repr(own), "training": TRAINING.to_dict(), "epochs": epochs, **tables[name]}
+            y, p, small = options.scores(key, lambda name=name, own=own: run(own, tables[name], epochs))
             measured.setdefault(name, []).append((auc(p, y) or 0.0, logloss(p, y)))
             measured.setdefault(name + INT8, []).append((auc(small, y) or 0.0, logloss(small, y)))
-    base = np.array(measured["a row per id"])
+    first = next(iter(tables))
+    base, floats = np.array(measured[first]), 4 * tables[first].get("dim", DIM)
     rows = []
     for name, values in measured.items():
         found = np.array(values)
-        table = TABLES[name.removesuffix(INT8)]
-        share = table.get("share", 1.0) + table.get("tail", 0.0)
-        width = DIM + 6 if name.endswith(INT8) else 4 * DIM
+        table = tables[name.removesuffix(INT8)]
+        share, dim = table.get("share", 1.0) + table.get("tail", 0.0), table.get("dim", DIM)
+        width = dim + 6 if name.endswith(INT8) else 4 * dim
         lost = found - base
         error = float(lost[:, 0].std(ddof=1)) / len(lost) ** 0.5 if len(lost) > 1 else None
         rows.append(
             {
                 "table": name,
                 "kilobytes": share * (market.users + market.items) * width / 1000,
-                "memory": share * width / (4 * DIM),
+                "memory": share * width / floats,
                 "auc": float(found[:, 0].mean()),
                 "logloss": float(found[:, 1].mean()),
                 "auc_change": float(lost[:, 0].mean()),
@@ -118,10 +126,12 @@ def compressed(market: Market, options: Study) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Train what is missing, then write the tables."""
-    options = study(__doc__, tuple(MARKETS))
-    for name in options.only or MARKETS:
+    options = study(__doc__, tuple(PARTS))
+    for part in options.only or PARTS:
+        name, tables = PARTS[part]
         market = dataclasses.replace(MARKETS[name], events=8_000) if options.quick else MARKETS[name]
-        options.update("compression.json", {name: compressed(market, options), "seeds": options.seeds, "dim": DIM})
+        found = compressed(market, tables, options)
+        options.update("compression.json", {part: found, "seeds": options.seeds, "dim": DIM})
 
 
 if __name__ == "__main__":
