@@ -188,3 +188,27 @@ def test_names_of_the_command_line_are_those_of_the_library():
     model, x, y = _problem()
     with pytest.raises(ValueError, match="optimizer: expected one of sgd, momentum"):
         advise(model, "cross_entropy", (x, y), optimizer="lion")
+
+
+def test_checks_wait_until_the_rate_has_grown_and_then_follow_the_ramp():
+    model, x, y, optimizer, scheduler = _scheduled(lambda p: torch.optim.SGD(p, lr=1.0), every=8)
+    _run(model, x, y, optimizer, scheduler, 9)
+    assert [check.step for check in scheduler.monitor.history] == [0, 6, 8]  # a quarter of `every` is 2
+
+
+def test_a_lower_bound_that_falls_during_the_ramp_counts_at_once():
+    _, _, _, _, scheduler = _scheduled(lambda p: torch.optim.SGD(p, lr=1.0))
+    first = scheduler.monitor.history[0]
+    scheduler._follow(dataclasses.replace(first, lower=first.lower / 5))
+    assert scheduler._goal == pytest.approx(scheduler.share * first.lower / 5)
+
+
+def test_a_scheduled_optimizer_has_hooks_only_for_tier_1():
+    model, x, y = _problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    StabilityScheduler(optimizer, StabilityMonitor(model, "cross_entropy", (x, y), batch_size=16), total_steps=40)
+    assert not optimizer._optimizer_step_post_hooks
+    monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=16, every_cheap=3)
+    scheduler = StabilityScheduler(optimizer, monitor, total_steps=40)
+    _run(model, x, y, optimizer, scheduler, 7)
+    assert [entry[0] for entry in monitor.sharpness_history] == [3, 6]

@@ -467,11 +467,14 @@ def test_a_loss_that_rises_above_the_safe_rate_is_unstable_and_below_it_is_not()
     assert state_of(0.05, found, math.nan, record) == "diverged"
 
 
-@pytest.mark.parametrize(("chance", "state"), [(2.3, "diverged"), (math.nan, "stable")])
-def test_a_loss_far_above_start_and_chance_is_lost_at_the_first_look(chance, state):
+@pytest.mark.parametrize(
+    ("chance", "lower", "state"),
+    [(2.3, math.inf, "diverged"), (2.3, 0.1, "stable"), (math.nan, math.inf, "stable")],
+)
+def test_a_loss_far_above_start_and_chance_is_lost_where_nothing_is_curved(chance, lower, state):
     record = LossRecord(start=1e-3, chance=chance)
     record.add(7.0, 1.0)
-    assert state_of(0.05, Band(lower=math.inf, upper=math.inf), math.nan, record) == state
+    assert state_of(0.05, Band(lower=lower, upper=math.inf), math.nan, record) == state
 
 
 def test_noisy_targets_near_chance_are_not_taken_for_a_dead_network():

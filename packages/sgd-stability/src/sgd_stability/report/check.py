@@ -40,7 +40,7 @@ class Check:
         exact: Threshold by the full analysis, where it was asked to settle the check; otherwise NaN.
         state: `"stable"` below `lower`; `"caution"` above it; `"unstable"` above `upper` while the loss does not fall,
             or above `lower` while it is a quarter above its best; `"diverged"` if something is not finite, or the loss
-            is back where it started or far above.
+            is back where it started, or far above without curvature.
         culprits: Ids of the most curved samples, most curved first.
         safe_batch_size: Smallest batch size at which this rate is below `lower`; None if there is none.
         seconds: What the check cost.
@@ -188,7 +188,8 @@ class LossRecord:
     RISEN, LEAST_RISE = 1.25, 0.02
     """The average has risen once it is above its least value by this factor, and by this share of the reference."""
     FAR = 3.0
-    """Multiple of both the loss at the start and that of the best constant output above which a run is lost anyway."""
+    """Multiple of both the loss at the start and that of the best constant output above which it has no curvature left
+    only where the run is lost."""
     FLAT = 0.01
     """Share of its largest spread below which the outputs count as constant: the network is dead."""
 
@@ -223,13 +224,18 @@ class LossRecord:
 
     @property
     def lost(self) -> bool:
-        """Whether the loss is not finite, far above start and chance, or back there after having left or when dead."""
-        if not math.isfinite(self.newest) or self.newest > self.FAR * max(self.chance, self.start):  # NaN stays NaN
+        """Whether the loss is not finite, or back at its start or at chance after having left or with flat outputs."""
+        if not math.isfinite(self.newest):
             return True
         reference = self.reference
         if not self.newest >= self.BACK * reference:
             return False
         return self.least < self.LEFT * reference or self.spread < self.FLAT * self.widest
+
+    @property
+    def far(self) -> bool:
+        """Whether the loss is far above both start and chance; not known to be where chance is unknown."""
+        return self.newest > self.FAR * max(self.chance, self.start)  # NaN stays NaN
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs.
@@ -261,7 +267,7 @@ def state_of(lr: float, found: Band, exact: float, record: LossRecord) -> State:
     Returns:
         The state.
     """
-    if record.lost:
+    if record.lost or (record.far and found.lower == math.inf):
         return "diverged"
     if not math.isnan(exact):
         return "stable" if lr < exact else "unstable"
