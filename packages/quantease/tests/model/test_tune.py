@@ -49,6 +49,49 @@ def test_overrides_are_the_weights_that_are_stored(name, outliers, build, tokens
         found.put(found.untouched())
 
 
+@pytest.mark.parametrize(
+    ("name", "outliers"), [("llama", 0.0), ("llama", 0.05), ("phi", 0.0), ("gpt2", 0.0), ("mixtral", 0.0)]
+)
+def test_multiplied_outputs_are_those_of_multiplied_weights(name, outliers, build, tokens, tmp_path):
+    """Values and gradients, for linear modules with biases (phi) and without, and where nothing can be multiplied."""
+    config = ModelConfig(LayerConfig("quantease-paper" if outliers else "rtn", bits=3, outliers=outliers))
+    model = build(name)
+    for key, value in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(value)
+    run = quantize_model(open_causal_lm(model), tokens, tmp_path, config, blocks=1)
+    stream = BlockStream(run.lm, tokens)
+    with run.lm.loaded(0) as block:
+        layers = {m.name: run.store.load(0, m.name) for m in run.matrices[0]}
+        found = tune.BlockParameters(block, run.matrices[0], layers)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for leaf in found.leaves:
+                leaf.copy_(0.1 * torch.randn(leaf.shape, generator=generator))
+        results = []
+        for call in (found, lambda *args, **kwargs: functional_call(block, found.overrides(), args, kwargs)):
+            out = stream.apply(call, stream.hidden[0], 0, 0)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), found.leaves)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_hidden_states_of_the_tuning_are_those_of_the_finished_block(tiny_llama, tokens, tmp_path, monkeypatch):
+    config = ModelConfig(LayerConfig("gptq", bits=2), tune="block", tune_steps=5)
+    quantize_model(open_causal_lm(tiny_llama), tokens, tmp_path / "kept", config)
+    formed = []
+
+    def forget(*args):
+        tuned, losses, behind = tune.tune_block(*args)
+        formed.append(behind is not None)
+        return tuned, losses, None  # so that the block runs again
+
+    monkeypatch.setattr("quantease.model.quantize_model.tune_block", forget)
+    quantize_model(open_causal_lm(tiny_llama), tokens, tmp_path / "again", config)
+    assert all(formed)
+    assert files(tmp_path / "kept") == files(tmp_path / "again")
+
+
 def test_gradients_by_blocks_are_those_of_the_whole_model(build, tokens, tmp_path, monkeypatch):
     model = build("llama")
     lm = open_causal_lm(model)
@@ -61,7 +104,7 @@ def test_gradients_by_blocks_are_those_of_the_whole_model(build, tokens, tmp_pat
 
     monkeypatch.setattr(tune, "_tune", once)
     config = ModelConfig(LayerConfig("gptq", bits=3), tune="model")
-    monkeypatch.setattr("quantease.model.quantize_model.tune_block", lambda i, p, *_: (p.untouched(), {}))
+    monkeypatch.setattr("quantease.model.quantize_model.tune_block", lambda i, p, *_: (p.untouched(), {}, None))
     run = quantize_model(lm, tokens, tmp_path, config, blocks=2)
 
     whole = build("llama")

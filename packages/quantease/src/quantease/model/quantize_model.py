@@ -233,7 +233,7 @@ def _execute(lm: CausalLM, plan: Plan, store: LayerStore, budgets: Budgets, rank
             with named(f"block {index}"), _with_remedy(lm.dtype):
                 job.run()
             if index + 1 < len(plan.matrices):
-                stream.advance(index, block)
+                job.advance()
         done += len(matrices)
     if config.tunes("model") and exact is not None and not store.has_tuned():
         progress(plan.total, plan.total, "tuning")
@@ -309,6 +309,7 @@ class _BlockJob:
 
     def __post_init__(self) -> None:
         self.by_name = {m.name: m for m in self.matrices}
+        self.behind: list[Tensor] | None = None  # hidden states behind the block, where tuning has formed them
 
     def run(self) -> None:
         tunes = self.plan.config.tunes("block") and bool(self.matrices)
@@ -324,6 +325,13 @@ class _BlockJob:
             self._quantize()
             if tunes:
                 self._tune()
+
+    def advance(self) -> None:
+        """Move the quantized stream behind the block, once it is finished."""
+        if self.behind is None:
+            self.stream.advance(self.index, self.block)
+        else:
+            self.stream.hidden = self.behind
 
     def _quantize(self) -> None:
         merged = self.plan.config.order == "block"
@@ -345,7 +353,7 @@ class _BlockJob:
         layers = {m.name: self.store.load(self.index, m.name) for m in self.matrices}
         parameters = BlockParameters(self.block, self.matrices, layers)
         steps = self.plan.config.steps
-        tuned, losses = tune_block(self.index, parameters, self.stream, self.exact, self.windows, steps)
+        tuned, losses, self.behind = tune_block(self.index, parameters, self.stream, self.exact, self.windows, steps)
         self.ranks.barrier()  # nobody reads tuned scales while others still start from the old ones
         if self.ranks.first:
             self.store.save_tuned({self.index: tuned}, losses, self.index)

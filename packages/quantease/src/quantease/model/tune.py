@@ -11,7 +11,7 @@ Scales and norms are rounded to their storage and kept only if they then lower t
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,13 @@ class BlockParameters:
             for name, layer in layers.items()
             if layer.outliers is not None
         }
+        # What a linear module returns can be multiplied instead of its weights, which then need no gradients.
+        self.linear = {
+            matrix.parameter: matrix.name
+            for matrix in matrices
+            if matrix.expert is None and not matrix.transposed and matrix.name not in self.outliers
+            if type(block.get_submodule(matrix.name)).forward is nn.Linear.forward
+        }
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -71,10 +78,12 @@ class BlockParameters:
         norms = list(self.norms.values())
         return rows + ([{"params": norms, "rate": max(rates.values())}] if norms else [])
 
-    def overrides(self) -> dict[str, Tensor]:
-        """Parameters of the block as they are now, by name; gradients flow to the leaves."""
+    def overrides(self, besides: Collection[str] = ()) -> dict[str, Tensor]:
+        """Parameters of the block as they are now, by name, but for some; gradients flow to the leaves."""
         found: dict[str, Tensor] = {}
         for name, members in self.members.items():
+            if name in besides:
+                continue
             values = self.block.get_parameter(name).detach()
             new = values.float() if values.dtype != torch.float32 else values.clone()
             for matrix in members:
@@ -94,7 +103,15 @@ class BlockParameters:
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """Run the block with these parameters."""
-        out: Tensor = functional_call(self.block, self.overrides(), args, kwargs)
+        handles = [
+            self.block.get_submodule(name).register_forward_hook(_multiplied(self.rows[name]))
+            for name in self.linear.values()
+        ]
+        try:
+            out: Tensor = functional_call(self.block, self.overrides(self.linear), args, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
         return out
 
     @torch.no_grad()
@@ -120,6 +137,17 @@ class BlockParameters:
                 layer = replace(self.layers[matrix.name], scales=tuned.scales[matrix.name])
                 matrix.assign(self.block, layer.dequantize())
         put_norms(self.block, tuned)
+
+
+def _multiplied(rows: Tensor) -> Callable[[nn.Module, object, Tensor], Tensor]:
+    """A hook that gives a linear module's output what it would be with row i of the weights times 1 + u_i."""
+
+    def hook(module: nn.Module, _: object, y: Tensor) -> Tensor:
+        bias = module._parameters.get("bias")
+        product = y if bias is None else y - bias
+        return torch.addcmul(y.float(), product.float(), rows).to(y.dtype)
+
+    return hook
 
 
 def put_norms(block: nn.Module, tuned: Tuned | None) -> None:
@@ -198,7 +226,7 @@ def tune_block(
     exact: BlockStream,
     windows: Windows,
     steps: int,
-) -> tuple[Tuned, Losses]:
+) -> tuple[Tuned, Losses, list[Tensor] | None]:
     """Tune a block whose codes are fixed; its weights end as they were.
 
     Args:
@@ -210,24 +238,31 @@ def tune_block(
         steps: Windows to learn from, one after the other.
 
     Returns:
-        Scales and norms, and the mean loss before and after.
+        Scales and norms, the mean loss before and after, and the hidden states behind the block with these scales and
+        norms, as `stream.hidden` holds them; None where nothing was changed.
     """
     device = stream.lm.device
+    behind = list(stream.hidden)
 
-    def loss(window: int, block: Callable[..., object]) -> Tensor:
-        out = stream.apply(block, stream.hidden[window].to(device), index, window).float()
+    def run(window: int, block: Callable[..., object]) -> Tensor:
+        return stream.apply(block, stream.hidden[window].to(device), index, window)
+
+    def loss(window: int, states: Tensor) -> Tensor:
+        out = states.float()
         wanted = exact.hidden[window].to(out)
         return (out - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(out.dtype).tiny)
 
     def learn(window: int) -> None:
-        loss(window, parameters).backward()
+        loss(window, run(window, parameters)).backward()
 
     def judge(window: int) -> float:
         with torch.no_grad():
-            return float(loss(window, parameters.block))
+            out = run(window, parameters.block)
+            behind[window] = out.cpu()
+            return float(loss(window, out))
 
     found, losses = _tune({index: parameters}, learn, judge, windows, steps, device)
-    return found[index], losses
+    return found[index], losses, behind if losses["after"] < losses["before"] else None
 
 
 def tune_model(
