@@ -1,5 +1,7 @@
 """Long commands of lirank for `tools/faults.py`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,13 @@ features:
 - {kind: history, name: seen, key: user, item: item, action: click, length: 5}
 """
 SMALL = "--schema schema.yaml --model model.yaml --epochs 3 --batch-size 64 --checkpoint-every 10 --threads 1"
-JOBS = {"train": {"command": f"lirank train log.parquet {SMALL} -o OUT", "varies": ["run.json", "history.json"]}}
+JOBS = {
+    "train": {"command": f"lirank train log.parquet {SMALL} -o OUT", "varies": ["run.json", "history.json"]},
+    "calibrate": {"command": "lirank calibrate run --threads 1 -o OUT", "varies": ["run.json", "history.json"]},
+    "compress": {"command": "lirank compress run --threads 1 -o OUT/table.safetensors"},
+    "export onnx": {"command": "lirank export run --threads 1 -o OUT/model.onnx"},
+    "export pt2": {"command": "lirank export run --threads 1 -o OUT/model.pt2"},
+}
 
 
 def prepare(folder: Path) -> None:
@@ -33,3 +41,6 @@ def prepare(folder: Path) -> None:
     pq.write_table(pa.table(columns), folder / "log.parquet", row_group_size=500)
     (folder / "schema.yaml").write_text(SCHEMA)
     (folder / "model.yaml").write_text("dim: 8\nwidths: [16, 8]\ncross_rank: 8\nhistory_width: 8\n")
+    program = Path(sys.executable).parent / "lirank"
+    command = [program, "train", "log.parquet", *SMALL.split(), "-o", "run"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)

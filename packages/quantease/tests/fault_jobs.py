@@ -1,6 +1,8 @@
 """Long commands of quantease for `tools/faults.py`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SMALL = "--text text.txt --windows 6 --length 32 --threads 1"
 JOBS = {
-    "quantize": {"command": f"quantease quantize model OUT {SMALL}", "varies": ["*run.json", "*.seconds", "*report.md"]}
+    "quantize": {
+        "command": f"quantease quantize model OUT {SMALL}",
+        "varies": ["*run.json", "*.seconds", "*report.md"],
+    },
+    "export compressed-tensors": {"command": "quantease export run OUT --model model"},
+    "export gptq": {"command": "quantease export run OUT --model model --format gptq"},
+    "export gguf": {"command": "quantease export run OUT --model model --format gguf"},
 }
 
 
@@ -23,6 +31,8 @@ def prepare(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n\n".join(f"line {i} of a text that says little" for i in range(200)))
+    program = Path(sys.executable).parent / "quantease"
+    subprocess.run([program, "quantize", "model", "run", *SMALL.split()], cwd=folder, check=True, capture_output=True)
 
 
 def content(path: Path) -> bytes:
