@@ -493,7 +493,7 @@ def test_a_hook_never_raises_and_tells_every_kind_of_failure_once(monkeypatch):
     model, x, y = _problem()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     monitor = StabilityMonitor(model, "cross_entropy", (x, y), batch_size=8, every=2, every_cheap=2).attach(optimizer)
-    monkeypatch.setattr(monitor._tracker, "visit", lambda *_: 1 / 0)
+    monkeypatch.setattr(monitor._tracker, "visit", lambda *_, **__: 1 / 0)
     with pytest.warns(MonitorWarning, match=r"step 2: no check was possible \(ZeroDivisionError") as caught:
         _train(model, x, y, optimizer, 10)
     assert len(caught) == 1
