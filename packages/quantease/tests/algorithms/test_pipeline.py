@@ -4,6 +4,7 @@ import pytest
 import torch
 from core_tensor.dev.testing import assert_close
 from quantease import GramFolds, LayerConfig, Shrinkage, quantize_layer, relative_error
+from quantease.algorithms.descent import certify, descend
 from quantease.algorithms.pipeline import quantease
 from quantease.algorithms.refit import refit_scales
 from quantease.problem.objective import row_objective
@@ -57,6 +58,33 @@ def test_singular_gram_dead_features_and_degenerate_rows(make_problem, rank):
     descending = [value for name, value in solution.trace if name.startswith(("best", "refit"))]
     assert descending == sorted(descending, reverse=True)
     assert descending[0] <= min(value for _, value in solution.trace[:-5])
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 2, "group_size": 8}, {"thorough": True, "symmetric": True}])
+def test_the_carried_gradient_is_that_of_the_solution(make_problem, options):
+    """What refits and the certificate build on, against a product formed from the codes."""
+    problem = make_problem(40, 32, seed=3)
+    found = quantease(problem, LayerConfig(**options))
+    residual = problem.weight.double() - found.candidate.grid.dequantize(found.candidate.codes, torch.float64)
+    assert_close("gradient", residual @ problem.sigma.double(), found.candidate.gradient, 1e-13)
+    assert_close("objective", row_objective(residual, problem.sigma), found.candidate.objective, 1e-12)
+    fresh = certify(problem, problem.candidate(found.candidate.codes, found.candidate.grid))
+    assert fresh.holds
+    assert found.certificate.holds
+
+
+def test_further_refits_only_lower_the_objective_and_match_those_of_whole_matrices(make_problem):
+    """The rows that a round leaves out would not have changed: against rounds that redo every row from its codes."""
+    problem = make_problem(40, 32, seed=4)
+    start = quantease(problem, LayerConfig(refits=0)).candidate
+    best = start
+    for refits in (1, 2, 3):
+        grid = refit_scales(problem, best, storage=torch.float16)
+        best = best.best_rows(descend(problem, problem.unevaluated(best.codes, grid)))
+        found = quantease(problem, LayerConfig(refits=refits)).candidate
+        assert torch.equal(found.codes, best.codes)
+        assert torch.equal(found.grid.scale, best.grid.scale)
+    assert best.total < start.total
 
 
 def test_refit_is_the_least_squares_scale(make_problem, make_minmax):

@@ -1,5 +1,7 @@
 """Sparse coordinate descent on the codes, to a coordinate-wise minimum that is certified in float64."""
 
+from dataclasses import replace
+
 import core_tensor
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def descend(
         max_sweeps: Most sweeps in each precision.
 
     Returns:
-        A candidate that is in no row worse than the start.
+        A candidate that is in no row worse than the start; with its gradient, if `exact`.
     """
     single = sparse_sweeps(problem.weight, problem.sigma, candidate, frozen, max_sweeps)
     if not exact:
@@ -55,11 +57,14 @@ def _descend_exactly(
     start = before.best_rows(single)
     back = (~(single.objective < before.objective)).nonzero()[:, 0]  # rows that float32 did not improve
     gradient[back] = residual(start.codes)[back] @ problem.sigma64
-    moved, gradient, _, _ = core_tensor.cd_sparse(
+    start = replace(start, gradient=gradient)
+    moved, gradient, changes, _ = core_tensor.cd_sparse(
         start.codes, gradient, problem.sigma64, grid.scale.double(), grid.group, frozen, grid.max_code, max_sweeps
     )
-    objective = torch.linalg.vecdot(residual(moved), gradient).clamp_min_(0.0)
-    return start.best_rows(Candidate(moved, grid, objective, sparse))
+    D, touched = residual(moved), changes.nonzero()[:, 0]
+    gradient[touched] = D[touched] @ problem.sigma64  # few; free of what the updates have rounded
+    objective = torch.linalg.vecdot(D, gradient).clamp_min_(0.0)
+    return start.best_rows(Candidate(moved, grid, objective, sparse, gradient))
 
 
 def _gradient(W: Tensor, sigma: Tensor, candidate: Candidate) -> Tensor:
@@ -69,7 +74,14 @@ def _gradient(W: Tensor, sigma: Tensor, candidate: Candidate) -> Tensor:
     return residual @ sigma  # (q, p)
 
 
-def sparse_sweeps(W: Tensor, sigma: Tensor, candidate: Candidate, frozen: Tensor | None, max_sweeps: int) -> Tensor:
+def sparse_sweeps(
+    W: Tensor,
+    sigma: Tensor,
+    candidate: Candidate,
+    frozen: Tensor | None,
+    max_sweeps: int,
+    gradient: Tensor | None = None,
+) -> Tensor:
     """Sweeps of `core_tensor.cd_sparse` in the precision of the arguments.
 
     Args:
@@ -78,11 +90,14 @@ def sparse_sweeps(W: Tensor, sigma: Tensor, candidate: Candidate, frozen: Tensor
         candidate: Where to start.
         frozen: Codes that stay as they are, shape (q, p), bool; None for none.
         max_sweeps: Most sweeps per row.
+        gradient: The start's, shape (q, p); None forms it.
 
     Returns:
         Codes, shape (q, p), uint8.
     """
-    grid, gradient = candidate.grid, _gradient(W, sigma, candidate)
+    grid = candidate.grid
+    if gradient is None:
+        gradient = _gradient(W, sigma, candidate)
     scale = grid.scale.to(W.dtype)
     codes, _, _, _ = core_tensor.cd_sparse(
         candidate.codes, gradient, sigma, scale, grid.group, frozen, grid.max_code, max_sweeps
@@ -107,7 +122,9 @@ def certify(problem: Problem, candidate: Candidate, *, frozen: Tensor | None = N
     """
     grid = candidate.grid
     values = grid.dequantize(candidate.codes, torch.float64)
-    gradient = _gradient(problem.weight.double(), problem.sigma64, candidate)
+    gradient = candidate.gradient
+    if gradient is None:
+        gradient = _gradient(problem.weight.double(), problem.sigma64, candidate)
     energy = problem.sigma64.diagonal()
     live = energy > 0
     beta = values + torch.where(live, gradient / energy.clamp_min(torch.finfo(energy.dtype).tiny), 0.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantease.algorithms.descent import sparse_sweeps
-from quantease.algorithms.gptq import gptq
+from quantease.algorithms.gptq import gptq_with_gradient
 from quantease.problem.clip import clip_grid
 from quantease.problem.config import LayerConfig
 from quantease.problem.gram import GramFolds, Shrinkage, Target, oas
@@ -140,9 +140,9 @@ def _climb(error: Callable[[int], float]) -> None:
 
 
 def _trial(problem: Problem, unseen: Tensor, grid: Grid, share: Tensor, config: LayerConfig) -> float:
-    codes = gptq(problem, grid, damping=config.damping, act_order=config.act_order)
+    codes, gradient = gptq_with_gradient(problem, grid, damping=config.damping, act_order=config.act_order)
     start = Candidate(codes, grid, torch.empty(0))
-    codes = sparse_sweeps(problem.weight, problem.sigma, start, None, max_sweeps=8)
+    codes = sparse_sweeps(problem.weight, problem.sigma, start, None, max_sweeps=8, gradient=gradient)
     residual = problem.weight - grid.dequantize(codes)
     errors = torch.linalg.vecdot((residual @ unseen.to(residual)).double(), residual.double())
     return float(errors @ share)

@@ -1,5 +1,8 @@
 """The default: several starts, the best of them per row, sparse descent, scale refit, certificate."""
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 
 from quantease.algorithms.descent import certify, descend
@@ -47,31 +50,43 @@ def quantease(problem: Problem, config: LayerConfig) -> Solution:
     Returns:
         The solution: in no row worse than a baseline, under the problem's Gram matrix in float64, as exported.
     """
-    entries = baselines(problem, config)
-    base = entries["gptq clip" if config.clips else "gptq minmax"]
+    simple = baselines(problem, config)
+    base = simple["gptq clip" if config.clips else "gptq minmax"]
     grid, options = base.grid, {"relax": config.relax, "sweeps": 9 if config.sweeps is None else config.sweeps}
+    descended = {}
     relaxed = (("paper", problem.weight), ("gptq, paper", grid.dequantize(base.codes))) if config.thorough else ()
     for name, start in relaxed:
         codes, _ = relaxed_descent(problem, grid, start, keep_best=True, block=config.block, **options)
-        entries[name] = descend(problem, problem.unevaluated(codes, grid), exact=False)
-    entries["gptq, descent"] = descend(problem, base, exact=False)
+        descended[name] = descend(problem, problem.unevaluated(codes, grid))
+    descended["gptq, descent"] = descend(problem, base)
+    entries = simple | descended
     trace = [(name, entry.total / problem.scale) for name, entry in entries.items()]
-    best, starts = _best_of(entries)
-    best = descend(problem, best)
+
+    # rows in which a baseline is best have no descent behind them yet
+    best, ahead = _best(descended.values()), _best(simple.values())
+    rows = (ahead.objective < best.objective).nonzero()[:, 0]
+    best = best.with_rows(rows, descend(problem.rows(rows), ahead.rows(rows)))
     trace.append(("best per row, descent", best.total / problem.scale))
+
+    # a row whose stored scale stays is at its minimum, and after a round without gain so is every later one
+    rows = torch.arange(len(problem.weight), device=rows.device)
     for round_ in range(config.refits):
-        grid = refit_scales(problem, best, storage=config.storage)
-        refitted = descend(problem, problem.unevaluated(best.codes, grid))
-        best = best.best_rows(refitted)
+        part, before = problem.rows(rows), best.rows(rows)
+        grid = refit_scales(part, before, storage=config.storage)
+        moved = (grid.scale != before.grid.scale).any(1).nonzero()[:, 0]
+        rows, part, before = rows[moved], part.rows(moved), before.rows(moved)
+        after = before.best_rows(descend(part, part.unevaluated(before.codes, grid.rows(moved))))
+        best = best.with_rows(rows, after)
+        rows = rows[after.objective < before.objective]
         trace.append((f"refit {round_}", best.total / problem.scale))
-    return Solution(best, certify(problem, best), starts, tuple(trace))
+    return Solution(best, certify(problem, best), _wins(entries), tuple(trace))
 
 
-def _best_of(entries: dict[str, Candidate]) -> tuple[Candidate, dict[str, int]]:
+def _best(entries: Iterable[Candidate]) -> Candidate:
+    return reduce(Candidate.best_rows, entries)
+
+
+def _wins(entries: dict[str, Candidate]) -> dict[str, int]:
     winner = torch.stack([entry.objective for entry in entries.values()]).argmin(0)  # (q,)
     counts = torch.bincount(winner, minlength=len(entries)).tolist()
-    first, *others = entries.values()
-    best = first
-    for entry in others:
-        best = best.best_rows(entry)
-    return best, {name: count for name, count in zip(entries, counts, strict=True) if count}
+    return {name: count for name, count in zip(entries, counts, strict=True) if count}

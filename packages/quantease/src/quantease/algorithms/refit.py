@@ -33,7 +33,9 @@ def refit_scales(problem: Problem, candidate: Candidate, *, storage: torch.dtype
         members = (grid.group == g).nonzero()[:, 0]
         columns = slice(int(members[0]), int(members[-1]) + 1)  # groups are consecutive
         v = centred[:, columns]
-        slope = torch.einsum("ij,ij->i", residual @ problem.sigma[:, columns], v)
+        known = candidate.gradient if scale.shape[1] == 1 else None  # with several groups it moves with their scales
+        pull = residual @ problem.sigma[:, columns] if known is None else known.to(v.dtype)
+        slope = torch.einsum("ij,ij->i", pull, v)
         curvature = torch.einsum("ij,ij->i", v @ problem.sigma[columns, columns], v)
         new = scale[:, g] + torch.where(curvature > 0, slope / curvature.clamp_min(1e-30), 0.0)
         new = torch.where(new > 0, new, scale[:, g])

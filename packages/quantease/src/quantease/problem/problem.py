@@ -68,6 +68,19 @@ class Problem:
         """Objective of the zero matrix, by which traces are divided; 1 where that is zero."""
         return float(row_objective(self.weight, self.sigma64).sum()) or 1.0
 
+    def rows(self, index: Tensor) -> "Problem":
+        """The problem of some rows.
+
+        Args:
+            index: Row numbers, int64.
+
+        Returns:
+            The problem, which shares everything that belongs to the Gram matrix.
+        """
+        part = Problem(self.weight[index], self.sigma, self.factors)
+        part.__dict__["sigma64"] = self.sigma64
+        return part
+
     def candidate(self, codes: Tensor, grid: Grid, sparse: Tensor | None = None) -> "Candidate":
         """Evaluate a solution in float64.
 
@@ -99,19 +112,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Codes on their grid, with the objective of every row.
+    r"""Codes on their grid, with the objective of every row.
 
     Attributes:
         codes: Shape (q, p), uint8.
         grid: Scales and zero points.
         objective: Shape (q,), float64.
         sparse: Outliers H, added to the dequantized codes, shape (q, p); None without outliers.
+        gradient: $(W - \hat W)\,\Sigma$ as a float64 product gave it, shape (q, p); None where none was formed.
     """
 
     codes: Tensor
     grid: Grid
     objective: Tensor
     sparse: Tensor | None = None
+    gradient: Tensor | None = None
 
     @property
     def total(self) -> float:
@@ -134,10 +149,46 @@ class Candidate:
             zero=torch.where(better, other.grid.zero, self.grid.zero),
         )
         codes = torch.where(better, other.codes, self.codes)
-        sparse = self.sparse
+        sparse, gradient = self.sparse, None
         if sparse is not None and other.sparse is not None:
             sparse = torch.where(better, other.sparse, sparse)
-        return Candidate(codes, grid, torch.minimum(self.objective, other.objective), sparse)
+        if self.gradient is not None and other.gradient is not None:
+            gradient = torch.where(better, other.gradient, self.gradient)
+        return Candidate(codes, grid, torch.minimum(self.objective, other.objective), sparse, gradient)
+
+    def rows(self, index: Tensor) -> "Candidate":
+        """Some rows.
+
+        Args:
+            index: Row numbers, int64.
+
+        Returns:
+            A candidate of `Problem.rows`.
+        """
+        sparse, gradient = (None if part is None else part[index] for part in (self.sparse, self.gradient))
+        return Candidate(self.codes[index], self.grid.rows(index), self.objective[index], sparse, gradient)
+
+    def with_rows(self, index: Tensor, other: "Candidate") -> "Candidate":
+        """Replace some rows, without outliers.
+
+        Args:
+            index: Row numbers, int64.
+            other: A candidate of `Problem.rows`.
+
+        Returns:
+            The candidate.
+        """
+
+        def put(own: Tensor, new: Tensor) -> Tensor:
+            return own.index_copy(0, index, new)
+
+        grid = replace(
+            self.grid, scale=put(self.grid.scale, other.grid.scale), zero=put(self.grid.zero, other.grid.zero)
+        )
+        gradient = None
+        if self.gradient is not None and other.gradient is not None:
+            gradient = put(self.gradient, other.gradient)
+        return Candidate(put(self.codes, other.codes), grid, put(self.objective, other.objective), None, gradient)
 
 
 @dataclass(frozen=True)
