@@ -168,7 +168,8 @@ class FeatureStats:
         self._flush()
         total = self._count + count
         delta = mean - self._mean
-        scatter = self._scatter + scatter + torch.outer(delta, delta) * (self._count * count / total)
+        apart = delta * (self._count * count / total) ** 0.5
+        scatter = (self._scatter + scatter).addr_(apart, apart)  # symmetric to the last bit, and in two passes
         self._count, self._mean, self._scatter = total, self._mean + delta * (count / total), scatter
 
     def _refuse(self) -> None:
