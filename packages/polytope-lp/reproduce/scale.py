@@ -1,10 +1,11 @@
-"""Time, memory and convergence from 1M to 100M variables. Writes scale.json and scale.png.
+"""Time, memory and convergence from 1M to a billion variables. Writes scale.json and scale.png.
 
-    python packages/polytope-lp/reproduce/scale.py [--sources 100000 --sources 1000000 --sources 10000000] [--quick]
+    python packages/polytope-lp/reproduce/scale.py [--sources 100000 --sources 101500000] [--quick]
 
 Every size is generated, packed, and then solved and verified in a process of its own from the mapped files: the memory
 is that process's growth over what it had before it opened the problem, mapped pages included. CPU seconds of one
-thread, which other work on the machine does not change. Sizes that were run before stay in the file.
+thread, which other work on the machine does not change. Sizes that were run before stay in the file. A billion
+variables (101,500,000 sources) take 25 GB of disk, 16 GB of memory and ten minutes.
 """
 
 from pathlib import Path
@@ -46,11 +47,11 @@ def picture(sizes: list[dict[str, Any]], out: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for size, colour in zip(sizes, ("#92c5de", "#4393c3", "#2166ac", "#053061"), strict=False):
         curve = [point for point in size["curve"] if point["gap"]]
-        label = f"{size['variables'] / 1e6:.0f}M variables, {size['peak_gb']:.1f} GB"
+        label = f"{size['variables'] / 1e6:,.0f}M variables, {size['peak_gb']:.1f} GB"
         axes.loglog([p["seconds"] for p in curve], [p["gap"] for p in curve], color=colour, lw=2, label=label)
     axes.axhline(TOL, color="#999999", lw=1, ls="--")
     axes.set(xlabel="seconds, one thread", ylabel="certified relative gap")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.grid(alpha=0.2)
     with atomic_path(out / "scale.png") as temporary:
         figure.savefig(temporary, dpi=150)
