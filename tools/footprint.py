@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -20,10 +21,11 @@ def main() -> None:
     """Measure one package."""
     package, wheel = sys.argv[1], Path(sys.argv[2])
     module = package.replace("-", "_")
-    scripts = [s for s in importlib.metadata.distribution(package).entry_points if s.group == "console_scripts"]
+    points = importlib.metadata.distribution(package).entry_points
+    scripts = [point for point in points if point.group == "console_scripts"]
     folder = Path(sysconfig.get_path("purelib"))
     installed = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-    commands = {s.name: [Path(sys.executable).parent / s.name, "--help"] for s in scripts}
+    commands = [Path(sys.executable).parent / script.name for script in scripts]
     row = {
         "package": package,
         "python": sys.version.split()[0],
@@ -31,12 +33,12 @@ def main() -> None:
         "wheel_kb": wheel.stat().st_size / 1e3,
         "installed_gb": installed / 1e9,
         "import_s": seconds([sys.executable, "-c", f"from {module} import *"]),
-        "help_s": max((seconds(command) for command in commands.values()), default=None),
+        "help_s": max((seconds([command, "--help"]) for command in commands), default=None),
     }
     print(json.dumps(row))
 
 
-def seconds(command: list[str | Path]) -> float:
+def seconds(command: Sequence[str | Path]) -> float:
     """CPU time of a command, user and system: the best of three runs."""
     found = []
     for _ in range(3):
