@@ -18,7 +18,6 @@ JOBS = {
     },
     "export compressed-tensors": {"command": "quantease export run OUT --model model"},
     "export gptq": {"command": "quantease export run OUT --model model --format gptq"},
-    "export gguf": {"command": "quantease export run OUT --model model --format gguf"},
 }
 
 
