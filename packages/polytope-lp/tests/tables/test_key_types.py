@@ -61,11 +61,12 @@ def test_every_type_of_key_gives_the_same_problem(plain, kind, tmp_path):
     policy = Policy.from_solution(solution)
     policy.save(tmp_path / "policy.npz")
     edges = pa.table({"source": make(SOURCE), "destination": make(DESTINATION), "value": VALUE})
-    try:
-        pq.write_table(edges, tmp_path / "edges.parquet")
-    except pa.ArrowNotImplementedError:
-        assert "view" in kind  # no pyarrow writes dictionaries of views to Parquet, and an old one no views
+    old = int(pa.__version__.split(".")[0]) < 21
+    if kind == "dictionary of views" or (kind == "string_view" and old):
+        with pytest.raises(pa.ArrowNotImplementedError):  # nobody has such a file
+            pq.write_table(edges, tmp_path / "edges.parquet")
         return
+    pq.write_table(edges, tmp_path / "edges.parquet")
     budgets = pa.table({"destination": make(BUDGETED), "budget": BUDGET})
     pq.write_table(budgets, tmp_path / "budgets.parquet")
     scored = score_file(
