@@ -90,10 +90,18 @@ def test_the_first_write_into_a_folder_removes_what_killed_processes_left_there(
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["y"]
 
 
-def test_a_writer_without_errors_of_the_disk_writes_by_way_of_memory(tmp_path):
+def test_a_writer_that_no_full_disk_may_meet_writes_into_memory(tmp_path):
     tensor = torch.arange(3.0)
-    write_buffered(tmp_path / "x.pt", lambda file: torch.save(tensor, file))
+
+    def save(file):
+        torch.save(tensor, file)
+        assert not list(tmp_path.iterdir())  # nothing has reached the disk yet
+
+    write_buffered(tmp_path / "x.pt", save)
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), tensor)
+    with pytest.raises(AssertionError):  # there is a file now
+        write_buffered(tmp_path / "y.pt", save)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 30, 200])

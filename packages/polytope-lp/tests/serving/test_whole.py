@@ -7,8 +7,9 @@ from core_tensor.dev.testing import shared_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from polytope_lp import Marketplace, MatchingProblem, box_cut, generate, simplex, solve
+from polytope_lp.matching import exact
 from polytope_lp.matching.exact import _rows
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,3 +114,14 @@ def test_movielens_is_matched_to_the_last_rating():
     best = solve(problem, 1e-4).rounded("exact")
     assert best.value == 3502.0
     assert best.proved
+
+
+def test_an_answer_of_highs_outside_its_bounds_is_no_allocation(monkeypatch):
+    problem = MatchingProblem.from_arrays(
+        [0, 1, 2], [0, 0], [1.0, 1.0], None, [1.0], box_cut(5.0, 1.0), equality=[True]
+    )
+    solution = solve(problem, 1e-4)
+    wrong = OptimizeResult(x=np.array([2.0, -1.0]), mip_dual_bound=-1.0)  # its row holds
+    monkeypatch.setattr(exact, "milp", lambda cost, **options: wrong if cost.size == 2 else OptimizeResult(x=None))
+    with pytest.raises(ValueError, match="no whole allocation"):
+        solution.rounded("exact")
