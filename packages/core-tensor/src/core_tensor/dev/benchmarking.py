@@ -1,15 +1,21 @@
-"""Benchmarks by paired, interleaved runs (A B A B ...) in CPU time, and the `bench.py` shell of every package."""
+"""Benchmarks by paired, interleaved runs (A B A B ...) in CPU time; what every `bench.py` and `bars.py` runs."""
 
 import argparse
 import gc
 import json
+import operator
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+
+from core_tensor.app.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -129,3 +135,68 @@ def run_bars(distribution: str, bars: Mapping[str, Bar]) -> None:
         results |= measured
     if options.json:
         print(json.dumps(results, allow_nan=False))
+
+
+Limit = tuple[Literal["<=", ">="], float] | None
+
+
+def record_bars(
+    script: str,
+    limits: Mapping[str, Limit],
+    *,
+    elsewhere: Callable[[Path], Mapping[str, float]] | None = None,
+    quick: Sequence[str] = (),
+) -> None:
+    """The `main` of every `reproduce/bars.py`: `--only KEY`, `--runs`, `--quick`, `-o`; writes `bars.json`.
+
+    Runs `benchmarks/bench.py` with the interpreter that runs this; peers are installed where `nox -s bench` has put its
+    environment. Of every bar it writes the median, least and greatest of the runs and their number, beside its limit. A
+    bar that was not asked for, or is null here, keeps what it has.
+
+    Args:
+        script: `__file__` of the script, which lies in `reproduce`.
+        limits: What each bar has to reach; None for one that is reported only.
+        elsewhere: Gives bars that other scripts have measured, from the folder of their results.
+        quick: Keys of `bench.py` that `--quick` runs; all if empty.
+    """
+    folder = Path(script).parent
+    usage = "Run benchmarks/bench.py and write down its bars beside their limits."
+    parser = argparse.ArgumentParser(description=usage)
+    parser.add_argument("--only", metavar="KEY", action="append", default=[], help="run one key of bench.py")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each bar, whose median counts [3; 1 with --quick]")
+    parser.add_argument("--quick", action="store_true", help="once, as bench.py --quick, and not into results/")
+    parser.add_argument("-o", "--out", type=Path, help="folder for bars.json [results/; out/ with --quick]")
+    options = parser.parse_args()
+    out = options.out or (Path("out") / f"{folder.parent.name}-bars-quick" if options.quick else folder / "results")
+    out.mkdir(parents=True, exist_ok=True)
+    keys = [word for key in options.only or (quick if options.quick else ()) for word in ("--only", key)]
+    command = [sys.executable, folder.parent / "benchmarks" / "bench.py", "--json", *keys, *["--quick"] * options.quick]
+
+    # 1. what the benchmark says, run by run
+    found: dict[str, list[float]] = {}
+    for _ in range(1 if options.quick else options.runs):
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        for bar, value in json.loads(done.stdout.splitlines()[-1]).items():
+            if isinstance(value, int | float) and not bar.endswith("_detail"):
+                found.setdefault(bar, []).append(value)
+
+    # 2. beside what is known already
+    path = out / "bars.json"
+    bars: dict[str, Any] = read_json(path)["bars"] if path.exists() else {}
+    known = elsewhere(folder / "results") if elsewhere else {}
+    for bar, values in ({bar: [value] for bar, value in known.items()} | found).items():
+        ends = {"least": min(values), "greatest": max(values)}
+        bars[bar] = {"measured": statistics.median(values), **ends, "runs": len(values)}
+    names = [*limits, *(bar for bar in bars if bar not in limits)]
+    write_json(path, {"bars": bars, "table": [_row(bar, limits.get(bar), bars.get(bar)) for bar in names]})
+
+
+def _row(bar: str, limit: Limit, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One line of the docs' table."""
+    figures = {name: found[name] if found else None for name in ("measured", "least", "greatest", "runs")}
+    if limit is None:
+        return {"bar": bar, "limit": "reported", **figures, "met": None}
+    relation, value = limit
+    holds = {"<=": operator.le, ">=": operator.ge}[relation]
+    met = holds(found["measured"], value) if found else None
+    return {"bar": bar, "limit": f"{relation} {value:g}", **figures, "met": met}
