@@ -66,7 +66,7 @@ def test_bars_keep_what_a_run_does_not_measure_and_count_the_runs(tmp_path, monk
         "bar": "fast", "limit": ">= 2", "measured": 2.0, "least": 1.0, "greatest": 3.0, "runs": 3, "met": True,
     }  # fmt: skip
     assert rows["slow"]["measured"] is rows["slow"]["met"] is rows["peer"]["met"] is None
-    assert (rows["other"]["limit"], rows["other"]["measured"]) == ("reported", 5.0)
+    assert (rows["other"]["limit"], rows["other"]["measured"], rows["other"]["runs"]) == ("reported", 5.0, None)
     whole["bars"]["slow"] = {"measured": 2.0, "least": 2.0, "greatest": 2.0, "runs": 1}
     path.write_text(json.dumps(whole))
     record("--runs", "2")  # 3.0 and 1.0

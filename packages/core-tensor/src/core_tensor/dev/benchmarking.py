@@ -183,8 +183,9 @@ def record_bars(
     # 2. beside what is known already
     path = out / "bars.json"
     bars: dict[str, Any] = read_json(path)["bars"] if path.exists() else {}
-    known = elsewhere(folder / "results") if elsewhere else {}
-    for bar, values in ({bar: [value] for bar, value in known.items()} | found).items():
+    for bar, value in (elsewhere(folder / "results") if elsewhere else {}).items():
+        bars[bar] = {"measured": value, "least": None, "greatest": None, "runs": None}  # their own page tells
+    for bar, values in found.items():
         ends = {"least": min(values), "greatest": max(values)}
         bars[bar] = {"measured": statistics.median(values), **ends, "runs": len(values)}
     names = [*limits, *(bar for bar in bars if bar not in limits)]
